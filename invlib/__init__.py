@@ -29,7 +29,7 @@ from invlib.reconstruction import Frames, Progress, Reconstruction
 __version__ = "0.1.0"
 
 # Loaded on first use: they bring matplotlib, torchvision or the model zoo, which an audit may not need.
-_LAZY = ("analytic", "data", "kernels", "legacy", "models", "training", "viz")
+_LAZY = ("analytic", "data", "experiments", "kernels", "legacy", "models", "training", "viz")
 
 __all__ = [
     "CIFAR10",

@@ -21,9 +21,8 @@ from invlib.legacy import FedAvgReconstructor, GradientReconstructor
 from invlib.legacy._config import checked
 from invlib.legacy._models import local_training
 from invlib.metrics import Report
-from invlib.observation import ClientStep, Normalization
+from invlib.observation import NORMALIZATIONS, ClientStep, Normalization
 from invlib.reconstruction import Reconstruction
-from invlib.training import _NORMALIZATION as NORMALIZATIONS
 
 _DTYPES = {
     "float": torch.float32,

@@ -1,4 +1,4 @@
-"""``python -m invlib``: train a network, see which networks, weights and images there are, attack.
+"""``python -m invlib``: train and check networks, see which there are, attack, run the paper's experiments.
 
 The two attack commands are those of `invlib.reconstruct_image` and `invlib.rec_mult`.
 """
@@ -15,6 +15,7 @@ from invlib import data, models, rec_mult, reconstruct_image, training
 from invlib._command import guarded
 from invlib._options import add_arguments
 from invlib.errors import DeviceError
+from invlib.experiments import _cli as experiments_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(series)
     rec_mult.add_own_arguments(series)
     series.set_defaults(run=rec_mult.run)
+
+    experiment = commands.add_parser(
+        "experiment",
+        help="run one of the paper's experiments and print its table",
+        description=experiments_cli.DESCRIPTION,
+        epilog=experiments_cli.EPILOG,
+    )
+    experiments_cli.add_arguments(experiment)
+    experiment.set_defaults(run=experiments_cli.cli)
 
     args = parser.parse_args(argv)
     return guarded(lambda: int(args.run(args)))

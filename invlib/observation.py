@@ -74,6 +74,14 @@ CIFAR100 = Normalization(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2
 MNIST = Normalization(mean=(0.1307,), std=(0.3081,))
 FASHION_MNIST = Normalization(mean=(0.2860,), std=(0.3530,))
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# By the names that `invlib.data.load` knows.
+NORMALIZATIONS = {
+    "CIFAR10": CIFAR10,
+    "CIFAR100": CIFAR100,
+    "MNIST": MNIST,
+    "FashionMNIST": FASHION_MNIST,
+    "ImageNet": IMAGENET,
+}
 
 
 class ClientStep(Protocol):

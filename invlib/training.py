@@ -16,21 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from invlib import _trained, data, models, observation
+from invlib import _trained, data, models
 from invlib._trained import Trained, load, save
 from invlib.errors import ConfigError, DeviceError
-from invlib.observation import Normalization
+from invlib.observation import NORMALIZATIONS, Normalization
 
 __all__ = ["Trained", "accuracy", "add_arguments", "cli", "load", "save", "train"]
 
 _WARM_UP = 0.05  # of all steps
-_NORMALIZATION = {
-    "CIFAR10": observation.CIFAR10,
-    "CIFAR100": observation.CIFAR100,
-    "MNIST": observation.MNIST,
-    "FashionMNIST": observation.FASHION_MNIST,
-    "ImageNet": observation.IMAGENET,
-}
 
 
 def train(
@@ -294,7 +287,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Taught in: chapter 3
     """
     parser.add_argument("--model", required=True, help="name of a network of the zoo")
-    parser.add_argument("--dataset", required=True, choices=list(_NORMALIZATION), help="what to train on")
+    parser.add_argument("--dataset", required=True, choices=list(NORMALIZATIONS), help="what to train on")
     parser.add_argument("--strategy", default="conservative", choices=["conservative", "adam"])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument(
@@ -332,7 +325,7 @@ def cli(args: argparse.Namespace) -> int:
         labels,
         val_images,
         val_labels,
-        normalization=_NORMALIZATION[args.dataset],
+        normalization=NORMALIZATIONS[args.dataset],
         strategy=args.strategy,
         epochs=args.epochs,
         batch_size=args.batch_size,

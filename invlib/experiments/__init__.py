@@ -1,0 +1,48 @@
+"""The paper's experiments, run again: ``python -m invlib experiment NAME``, and tables from the records.
+
+Each experiment is a list of cases. An attack on one client in one case makes one row of the record, a file of
+JSON lines that grows by whole rows alone: a run that was killed goes on where it was. Tables and figures are
+made from the record, without data set or network.
+"""
+
+from __future__ import annotations
+
+import os
+
+from invlib.errors import UnknownNameError
+from invlib.experiments import _report, table1
+from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
+from invlib.experiments._report import Table
+
+__all__ = ["EXPERIMENTS", "Attack", "Case", "Experiment", "Setup", "Size", "Table", "get", "table"]
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": table1.EXPERIMENT,
+}
+
+
+def get(name: str) -> Experiment:
+    """Return an experiment by name.
+
+    Raises:
+        UnknownNameError: there is none of that name; the message lists those there are.
+
+    Taught in: chapter 3
+    """
+    if name not in EXPERIMENTS:
+        raise UnknownNameError(f"no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]
+
+
+def table(record: str | os.PathLike[str]) -> Table:
+    """Return the table of a record: a line for each case, beside the floors and the paper's numbers.
+
+    Args:
+        record: the path of a ``.jsonl`` file, or the name of an experiment whose record comes with invlib.
+
+    Raises:
+        DataError: the record is missing, broken or empty.
+
+    Taught in: chapter 3
+    """
+    return _report.build(_report.read(record), EXPERIMENTS, str(record))

@@ -1,0 +1,149 @@
+"""What an experiment is made of: its cases as data, and its two sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from invlib.errors import ConfigError
+from invlib.federated import FedSGD
+from invlib.observation import ClientStep, Observation
+from invlib.reconstruction import Reconstruction
+
+
+class Attack(Protocol):
+    """Anything that turns an observation into images, as every attack of invlib does."""
+
+    def __call__(
+        self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """Attack an observation."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a form of an experiment is.
+
+    Args:
+        images: clients that are attacked in each case.
+        steps: network evaluations of each restart.
+        restarts: starting points of each attack.
+    """
+
+    images: int
+    steps: int
+    restarts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What an experiment may build its cases from.
+
+    Args:
+        steps: network evaluations of each restart.
+        restarts: starting points of each attack.
+        reduced: whether the networks of the reduced form are wanted.
+        slug: the data set's short name, which trained weights carry (``"cifar10"`` for the patches too).
+    """
+
+    steps: int
+    restarts: int
+    reduced: bool
+    slug: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of an experiment's table: a network, a client and an attack on what it sends.
+
+    Args:
+        columns: what the row is called, heading → word; together they name the case.
+        network: a name that `invlib.models.build` knows.
+        attack: called with the model, the observation and a generator.
+        weights: the slug of trained weights; None for an untrained network, another one for each client.
+        protocol: the client's step.
+        images: private images of one client.
+        reveal_labels: whether the server is told the labels.
+        num_classes: outputs of an untrained network; the data set's where None.
+        build: makes the network from a seed where it is not of the zoo; `network` is then only its name.
+        paper: what the paper has in this place, to be printed beside it.
+        sweep: where the experiment sweeps a setting, the number on the horizontal axis.
+        series: which line of the figure the number belongs to.
+    """
+
+    columns: Mapping[str, str]
+    network: str
+    attack: Attack
+    weights: str | None = None
+    protocol: ClientStep = field(default_factory=FedSGD)
+    images: int = 1
+    reveal_labels: bool = True
+    num_classes: int | None = None
+    build: Callable[[int], nn.Module] | None = None
+    paper: str | None = None
+    sweep: float | None = None
+    series: str = ""
+
+    @property
+    def name(self) -> str:
+        """The words of all columns, which name the case within its experiment."""
+        return ", ".join(self.columns.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A named list of cases, in a full and a reduced form.
+
+    Args:
+        title: what is asked, in a line.
+        cases: makes the cases of a form.
+        full: the size that the results are meant to have.
+        reduced: a size that two CPU cores finish in 20 minutes.
+        dataset: the data set where none is named; ``"auto"`` is CIFAR10, or else the patches.
+        notes: sentences under the table: what a reader must know to read it.
+        axis: the name of the swept setting; empty where there is none.
+        log: whether its axis is logarithmic.
+    """
+
+    title: str
+    cases: Callable[[Setup], Sequence[Case]]
+    full: Size
+    reduced: Size
+    dataset: str = "auto"
+    notes: tuple[str, ...] = ()
+    axis: str = ""
+    log: bool = False
+
+
+def describe(value: Any) -> Any:
+    """Return a setting as JSON can hold it, in words that are the same in every process.
+
+    >>> describe(FedSGD())
+    {'': 'FedSGD'}
+    """
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}, norm {float(value.double().norm()):.12g}"
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+        return {"": type(value).__name__, **named}
+    if isinstance(value, Mapping):
+        return {str(key): describe(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(entry) for entry in value]
+    if isinstance(value, functools.partial):
+        given = {**{str(k): describe(v) for k, v in enumerate(value.args)}, **describe(value.keywords)}
+        return {"": describe(value.func), **given}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "__qualname__"):
+        # Two lambdas have one name, and a setting that cannot be told from another is no setting.
+        if "<lambda>" in value.__qualname__:
+            raise ConfigError(f"{value.__qualname__} has no name; expected a named function as a setting")
+        return str(value.__qualname__)
+    return repr(value)

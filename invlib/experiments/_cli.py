@@ -1,0 +1,86 @@
+"""``python -m invlib experiment``: options in, a record and a table out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from invlib._experiment import _device
+from invlib.experiments import EXPERIMENTS, _run, get, table
+
+DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
+EPILOG = """\
+example:
+  python -m invlib experiment table1 --images 4 --reduced
+
+The record gets a row for each attack, on the disk at once: after Ctrl-C or a kill the same command goes on
+where it was. A record of other settings is refused, unless --fresh begins a new one. Without --reduced or
+--full the form is the full one on a GPU and the reduced one on a CPU. CIFAR10 is taken where it is on this
+disk (in INVLIB_DATA or the cache), else the embedded patches.
+
+exit status:
+  0; 2 where an option, the record, data or weights do not fit; 130 after Ctrl-C.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to a parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)}")
+    size = parser.add_argument_group("how much")
+    form = size.add_mutually_exclusive_group()
+    form.add_argument("--reduced", action="store_true", help="smaller networks and budgets, for a CPU")
+    form.add_argument("--full", action="store_true", help="as large as the paper's, for a GPU")
+    size.add_argument("--images", type=int, help="clients attacked in each case")
+    size.add_argument("--steps", type=int, help="network evaluations of each restart")
+    size.add_argument("--restarts", type=int)
+    size.add_argument(
+        "--only", action="append", default=[], metavar="CASE", help="cases with these words in their name"
+    )
+    what = parser.add_argument_group("on what")
+    what.add_argument("--dataset", help="auto, or a name such as CIFAR10, CIFAR100 or patches32")
+    what.add_argument("--split", default="train", choices=["train", "test"], help="(%(default)s)")
+    what.add_argument("--first", type=int, help="number of the first image (1000 of CIFAR, else 0)")
+    what.add_argument("--weights", type=Path, default=Path("models"), metavar="FOLDER", help="(%(default)s)")
+    what.add_argument("--seed", type=int, default=0, help="an image's number is added to it (%(default)s)")
+    what.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
+    files = parser.add_argument_group("the record")
+    files.add_argument("--out", type=Path, help="default: results/NAME.jsonl")
+    begin = files.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="go on where the record ends (the default)")
+    begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
+
+
+def cli(args: argparse.Namespace) -> int:
+    """Run an experiment as the command line says, print its table and return the exit status.
+
+    Raises:
+        InvlibError: an option, the record, data or weights do not fit.
+    """
+    experiment, device = get(args.name), _device(args.device)
+    reduced = args.reduced or (device.type == "cpu" and not args.full)
+    plan = _run.plan(
+        args.name,
+        experiment,
+        images=args.images,
+        device=device,
+        steps=args.steps,
+        restarts=args.restarts,
+        reduced=reduced,
+        dataset=args.dataset,
+        split=args.split,
+        first=args.first,
+        only=args.only,
+        seed=args.seed,
+        weights=args.weights,
+    )
+    path = args.out or Path("results") / f"{args.name}.jsonl"
+    source = plan.settings["dataset"]
+    form = "reduced" if reduced else "full"
+    print(f"{args.name}, {form} form: {len(plan.cases)} cases, {plan.images} clients")
+    # At once: the progress bar that follows is written to another stream.
+    print(f"images: {source} ({args.split}) from {plan.first} on; device {device}", flush=True)
+    made = _run.run(plan, path, fresh=args.fresh)
+    print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
+    print(table(path))
+    return 0

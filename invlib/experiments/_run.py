@@ -1,0 +1,321 @@
+"""Run an experiment: every case on every client, a row of the record for each attack."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import invlib
+from invlib import _trained, metrics
+from invlib.errors import ConfigError, DataError
+from invlib.experiments import _gallery, _judge, _record
+from invlib.experiments._cases import Case, Experiment, Setup, describe
+from invlib.experiments._gallery import Gallery
+from invlib.experiments._networks import Networks, check
+from invlib.experiments._record import Record, Row
+from invlib.federated import observe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a run of an experiment is about, fixed before it begins.
+
+    Args:
+        name: of the experiment.
+        experiment: what it is.
+        cases: those that are wanted.
+        known: all that this form has, by name.
+        images: clients in each case.
+        first: number of the first private image.
+        seed: what the seeds of the attacks are counted from.
+        settings: what all cases share, as the record holds it.
+        gallery: the images.
+        networks: the networks.
+        device: where the attacks run.
+    """
+
+    name: str
+    experiment: Experiment
+    cases: Sequence[Case]
+    known: frozenset[str]
+    images: int
+    first: int
+    seed: int
+    settings: dict[str, Any]
+    gallery: Gallery
+    networks: Networks
+    device: torch.device
+
+    def tasks(self) -> list[tuple[Case, int]]:
+        """Return each attack: its case and the number of its first private image, client after client."""
+        return [(case, self.first + k * case.images) for k in range(self.images) for case in self.cases]
+
+    def case_settings(self, case: Case) -> dict[str, Any]:
+        """Return every setting of a case that its rows depend on, as the record holds them."""
+        return self.settings | {
+            "network": case.network,
+            "weights": case.weights,
+            "weights_sha256": self.networks.sha256(case),
+            "num_classes": case.num_classes,
+            "attack": describe(case.attack),
+            "protocol": describe(case.protocol),
+            "images": case.images,
+            "labels": "known" if case.reveal_labels else "inferred",
+        }
+
+
+def plan(
+    name: str,
+    experiment: Experiment,
+    *,
+    images: int | None = None,
+    device: torch.device,
+    steps: int | None = None,
+    restarts: int | None = None,
+    reduced: bool,
+    dataset: str | None = None,
+    split: str = "train",
+    first: int | None = None,
+    only: Sequence[str] = (),
+    seed: int = 0,
+    weights: Path = Path("models"),
+) -> Plan:
+    """Fix everything before the first attack, so that what is missing is said at once.
+
+    Raises:
+        InvlibError: a setting is out of range, or images or weights are missing.
+    """
+    size = experiment.reduced if reduced else experiment.full
+    given = {"images": images, "steps": steps, "restarts": restarts}
+    for key, value in given.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{key} is {value}; expected at least 1")
+    size = replace(size, **{key: value for key, value in given.items() if value is not None})
+    source = _gallery.choose(dataset or experiment.dataset, split)
+    setup = Setup(steps=size.steps, restarts=size.restarts, reduced=reduced, slug=_gallery.slug(source))
+    cases = experiment.cases(setup)
+    wanted = _chosen(cases, only)
+    check(wanted, weights, name)
+    count = max(case.images for case in wanted) * size.images
+    gallery, begin = _gallery.load(source, split, first, count, device)
+    full = experiment.full
+    return Plan(
+        name=name,
+        experiment=experiment,
+        cases=wanted,
+        known=frozenset(case.name for case in cases),
+        images=size.images,
+        first=begin,
+        seed=seed,
+        settings={
+            "dataset": source,
+            "split": split,
+            "steps": size.steps,
+            "restarts": size.restarts,
+            "seed": seed,
+            # Fewer steps than the full form has are a reduction too, whatever the networks.
+            "reduced": reduced or size.steps < full.steps or size.restarts < full.restarts,
+        },
+        gallery=gallery,
+        networks=Networks(weights, device, _gallery.normalization(source), _gallery.classes(source)),
+        device=device,
+    )
+
+
+def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), "two cases have one name"
+    for words in only:
+        if not any(words in name for name in names):
+            raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")
+    return [case for case in cases if not only or any(words in case.name for words in only)]
+
+
+def run(plan: Plan, path: Path, *, fresh: bool = False, progress: bool = True) -> int:
+    """Run what the record lacks, and return how many attacks that were.
+
+    Args:
+        plan: what is to be run.
+        path: the record.
+        fresh: begin a new record; the old one is kept beside it.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: the record is locked, broken, or of other settings.
+        KeyboardInterrupt: after Ctrl-C; the record holds every attack that had ended.
+    """
+    with ExitStack() as stack:
+        record = stack.enter_context(_record.opened(path, fresh=fresh))
+        settings = {case.name: plan.case_settings(case) for case in plan.cases}
+        done = _done(record, plan, settings)
+        tasks = [(case, first) for case, first in plan.tasks() if (case.name, first) not in done]
+        bar = stack.enter_context(
+            tqdm(
+                total=len(done) + len(tasks),
+                initial=len(done),
+                disable=not progress or not tasks,
+                desc=plan.name,
+                unit="attack",
+                bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
+            )
+        )
+        clock = _Clock(list(record.rows), [case.name for case, _ in tasks])
+        for case, first in tasks:
+            bar.set_postfix_str(f"{clock.left()}now {case.name}")
+            row = _attack(plan, case, first, settings[case.name])
+            row["truth"] = None if _has_truth(record, row) else _judge.png(_truth(plan, case, first)[0])
+            record.append(row)
+            clock.ended(case.name, row["seconds"])
+            bar.update()
+    return len(tasks)
+
+
+def key(case: str, image: int, settings: dict[str, Any]) -> str:
+    """Return what no two rows of a record share: a hash of the case, the image and all settings."""
+    text = json.dumps([case, image, settings], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> set[tuple[str, int]]:
+    """Return which attacks the record holds; a record of other settings is an error, not a start."""
+    advice = "; expected the same (give another --out, or --fresh to begin anew)"
+    wanted = {(case.name, first) for case, first in plan.tasks()}
+    done = set()
+    for row in record.rows:
+        where = f"record {record.path} holds {row['case']!r}"
+        if row["experiment"] != plan.name:
+            raise DataError(f"{where} of experiment {row['experiment']!r}, not of {plan.name!r}{advice}")
+        if row["case"] not in plan.known:
+            raise DataError(f"{where}, which this form of {plan.name} does not have{advice}")
+        now = settings.get(row["case"])
+        if now is not None and row["key"] != key(row["case"], row["image"], now):
+            raise DataError(f"{where} with {_difference(row['settings'], now)}{advice}")
+        if (row["case"], row["image"]) in wanted:
+            done.add((row["case"], row["image"]))
+    return done
+
+
+def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
+    was, now = json.loads(_record.encode(was)), json.loads(_record.encode(now))
+    parts = [
+        f"{name}={was.get(name)!r}, now {now.get(name)!r}"
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    ]
+    return "; ".join(parts) or "settings that do not give its key"
+
+
+def _truth(plan: Plan, case: Case, first: int) -> tuple[Tensor, Tensor]:
+    return plan.gallery.take(range(first, first + case.images))
+
+
+def _has_truth(record: Record, row: Row) -> bool:
+    place = (row["image"], len(row["psnr"]))
+    return any(r.get("truth") and (r["image"], len(r["psnr"])) == place for r in record.rows)
+
+
+def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row:
+    """Let the client take its step, attack what the server sees, and only then look at the truth."""
+    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    truth, labels = _truth(plan, case, first)
+    seed = plan.seed + first
+    shape = (int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
+    net = plan.networks.get(case, seed, shape)
+    seen = observe(
+        net.model,
+        truth,
+        labels,
+        case.protocol,
+        normalization=net.normalization,
+        reveal_labels=case.reveal_labels,
+    )
+    found = case.attack(net.model, seen, generator=torch.Generator().manual_seed(seed))
+    if found.status == "interrupted":
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - began
+    images = torch.nan_to_num(found.images.to(truth), nan=0.5).clamp(0, 1)
+    report = metrics.evaluate(replace(found, images=images), truth, labels)
+    images = images[list(report.order)]
+    about = [_about(plan, case, images[k], first + k) for k in range(case.images)]
+    return {
+        "experiment": plan.name,
+        "case": case.name,
+        "image": first,
+        "key": key(case.name, first, settings),
+        "columns": dict(case.columns),
+        "paper": case.paper,
+        "sweep": case.sweep,
+        "series": case.series,
+        "settings": settings,
+        "seed": seed,
+        "psnr": list(report.psnr),
+        "ssim": list(report.ssim),
+        "score": found.score,
+        "trial_scores": found.trial_scores.tolist(),
+        "status": found.status,
+        "evaluations": found.evaluations,
+        "seconds": round(seconds, 3),
+        "labels_right": report.labels_right,
+        "accuracy": net.accuracy,
+        **{name: [entry[name] for entry in about] for name in about[0]},
+        "candidates": len(plan.gallery.candidates(first)[0]),
+        "reconstruction": _judge.png(images),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": _trained.commit(),
+        "device": _device_name(plan.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "invlib": invlib.__version__,
+    }
+
+
+def _about(plan: Plan, case: Case, image: Tensor, row: int) -> dict[str, Any]:
+    """Return what one reconstruction is worth: the floors, and its original's place among the candidates."""
+    candidates, own = plan.gallery.candidates(row)
+    others, same = plan.gallery.others(row)
+    judge = plan.networks.judge(case, image.shape[0])
+    likeness = _judge.similarity(image, candidates)
+    return {
+        "floors": _judge.floors(candidates[own], others, same),
+        "rank_ssim": None if likeness is None else _judge.rank(likeness, own),
+        "rank_features": None if judge is None else _judge.rank(judge.similarity(image, candidates), own),
+        "judge": None if judge is None else judge.name,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class _Clock:
+    """How long the attacks that are left will take, judged by those of the same case that have ended."""
+
+    def __init__(self, rows: list[Row], waiting: list[str]) -> None:
+        self.times: dict[str, list[float]] = {}
+        self.waiting = list(waiting)
+        for row in rows:
+            self.times.setdefault(row["case"], []).append(float(row["seconds"]))
+
+    def ended(self, case: str, seconds: float) -> None:
+        self.waiting.remove(case)
+        self.times.setdefault(case, []).append(seconds)
+
+    def left(self) -> str:
+        known = [t for times in self.times.values() for t in times]
+        if not known:
+            return ""
+        usual = sum(known) / len(known)
+        expected = [self.times.get(case, [usual]) for case in self.waiting]
+        return f"about {math.ceil(sum(sum(t) / len(t) for t in expected))} s left, "
