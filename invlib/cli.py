@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 import invlib
-from invlib import data, models, rec_mult, reconstruct_image, training
+from invlib import _accuracy, data, models, rec_mult, reconstruct_image, training
 from invlib._command import guarded
 from invlib._options import add_arguments
 from invlib.errors import DeviceError
@@ -20,6 +20,8 @@ from invlib.experiments import _cli as experiments_cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for what a user can mend, 130 after Ctrl-C.
+
+    ``evaluate`` returns 1 where a network is not as good as its card says.
 
     Args:
         argv: the arguments; None takes those of the process.
@@ -67,6 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     experiments_cli.add_arguments(experiment)
     experiment.set_defaults(run=experiments_cli.cli)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure the accuracy of trained weights and compare it with their card",
+        description=_accuracy.DESCRIPTION,
+        epilog=_accuracy.EPILOG,
+    )
+    _accuracy.add_arguments(evaluate)
+    evaluate.set_defaults(run=_accuracy.cli)
 
     args = parser.parse_args(argv)
     return guarded(lambda: int(args.run(args)))

@@ -8,16 +8,24 @@ made from the record, without data set or network.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from invlib.errors import UnknownNameError
-from invlib.experiments import _report, table1
+from invlib.errors import ConfigError, UnknownNameError
+from invlib.experiments import _report, ablation, architecture, fedavg, multi, table1
 from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
 from invlib.experiments._report import Table
 
-__all__ = ["EXPERIMENTS", "Attack", "Case", "Experiment", "Setup", "Size", "Table", "get", "table"]
+__all__ = ["EXPERIMENTS", "Attack", "Case", "Experiment", "Setup", "Size", "Table", "figure", "get", "table"]
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": table1.EXPERIMENT,
+    "architecture": architecture.EXPERIMENT,
+    "ablation": ablation.EXPERIMENT,
+    "fedavg": fedavg.EXPERIMENT,
+    "multi": multi.EXPERIMENT,
 }
 
 
@@ -46,3 +54,23 @@ def table(record: str | os.PathLike[str]) -> Table:
     Taught in: chapter 3
     """
     return _report.build(_report.read(record), EXPERIMENTS, str(record))
+
+
+def figure(record: str | os.PathLike[str], *, columns: int = 4) -> Figure:
+    """Draw the originals and what each case made of them, and the PSNR over a setting that is swept.
+
+    Args:
+        record: as for `table`.
+        columns: how many images.
+
+    Raises:
+        DataError: the record is missing, broken or empty.
+        ConfigError: columns is not positive.
+
+    Taught in: chapter 3
+    """
+    from invlib.experiments import _figures  # late: matplotlib is not needed for a table
+
+    if columns < 1:
+        raise ConfigError(f"columns is {columns}; expected at least 1")
+    return _figures.build(_report.read(record), EXPERIMENTS, columns, str(record))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from invlib.experiments._cases import Attack
 from invlib.matching import GradientMatching, improved_deep_leakage, inverting_gradients
 from invlib.optimizers import LBFGS
 
@@ -21,3 +23,10 @@ def squared_lbfgs(*, steps: int, restarts: int = 1) -> GradientMatching:
 def cosine_adam(*, steps: int, restarts: int = 1, **settings: Any) -> GradientMatching:
     """Return cosine objective and signed Adam as published, at a budget of evaluations for each restart."""
     return inverting_gradients(steps=steps, restarts=restarts, **settings)
+
+
+PUBLISHED: dict[str, Callable[..., Attack]] = {
+    "l2 + L-BFGS": squared_lbfgs,
+    "cosine + signed Adam": cosine_adam,
+}
+ATTACKS = PUBLISHED

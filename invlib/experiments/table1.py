@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from invlib.experiments._attacks import cosine_adam, squared_lbfgs
+from invlib.experiments._attacks import ATTACKS
 from invlib.experiments._cases import Case, Experiment, Setup, Size
 
-_ATTACKS = {"l2 + L-BFGS": squared_lbfgs, "cosine + signed Adam": cosine_adam}
 # PSNR in dB, mean ± standard deviation: Geiping et al. 2020, arXiv 2003.14053, table 1.
 _PAPER = {
     "LeNetZhu": {
@@ -25,7 +24,7 @@ def cases(setup: Setup) -> list[Case]:
     for published in ("LeNetZhu", "ResNet20-4"):
         network = "ResNet20" if setup.reduced and published == "ResNet20-4" else published
         for trained in (False, True):
-            for attack, make in _ATTACKS.items():
+            for attack, make in ATTACKS.items():
                 paper = _PAPER[published][attack][trained] if attack in _PAPER[published] else None
                 if paper is not None and network != published:
                     paper = f"{paper} ({published})"

@@ -1,0 +1,136 @@
+"""The figure of an experiment, made from its record alone: pictures of every case, and a curve."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from invlib.errors import DataError
+from invlib.experiments._cases import Experiment
+from invlib.experiments._judge import unpng
+from invlib.experiments._record import Row
+from invlib.viz._figure import COLOURS, MARKERS, WIDTH, as_images, figure, show
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NAME_WIDTH = 2.4  # inches, for the names of the cases
+_CURVE_HEIGHT = 3.0
+_MAX_SIDE = 0.9
+
+
+@figure
+def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int, source: str) -> Figure:
+    """Draw the originals, what each case made of them, and where a setting is swept what became of the PSNR.
+
+    Args:
+        rows: of one record.
+        experiments: for the name of the swept setting.
+        columns: how many images.
+        source: the record, for messages.
+    """
+    import matplotlib.pyplot as plt
+
+    truths, found = _pictures(rows)
+    if not truths:
+        raise DataError(f"record {source} has no images; expected at least one attack")
+    numbers, names = sorted(truths)[:columns], _names(rows)
+    side = min(_MAX_SIDE, (WIDTH - _NAME_WIDTH) / len(numbers))
+    experiment = experiments.get(rows[0]["experiment"])
+    swept = experiment is not None and bool(experiment.axis) and any(r["sweep"] is not None for r in rows)
+    picture_height = (len(found) + 1) * (side + 0.18)
+    result = plt.figure(figsize=(WIDTH, picture_height + (_CURVE_HEIGHT if swept else 0)))
+    if swept:
+        assert experiment is not None
+        parts: Any = result.subfigures(2, 1, height_ratios=[picture_height, _CURVE_HEIGHT])
+        _curve(parts[1].subplots(), rows, experiment)
+    axes = (parts[0] if swept else result).subplots(len(found) + 1, len(numbers) + 1, squeeze=False)
+    _label(axes[0, 0], "original")
+    for column, number in enumerate(numbers, 1):
+        show(axes[0, column], _array(truths[number]))
+    for line, (case, images) in enumerate(found.items(), 1):
+        _label(axes[line, 0], names[case])
+        for column, number in enumerate(numbers, 1):
+            if number not in images:
+                axes[line, column].axis("off")
+                continue
+            picture, psnr = images[number]
+            show(axes[line, column], _array(picture))
+            axes[line, column].set_xlabel("exact" if psnr == float("inf") else f"{psnr:.1f} dB", fontsize=7)
+    return result
+
+
+def _pictures(rows: Sequence[Row]) -> tuple[dict[int, Tensor], dict[str, dict[int, tuple[Tensor, float]]]]:
+    """Return the originals by their numbers, and for each case the reconstructions with their PSNR."""
+    truths: dict[int, Tensor] = {}
+    found: dict[str, dict[int, tuple[Tensor, float]]] = {}
+    for row in rows:
+        count = len(row["psnr"])
+        if row.get("truth"):
+            for k, image in enumerate(unpng(row["truth"], count)):
+                truths[row["image"] + k] = image
+        images = unpng(row["reconstruction"], count)
+        here = found.setdefault(row["case"], {})
+        for k in range(count):
+            here[row["image"] + k] = (images[k], float(row["psnr"][k]))
+    return truths, found
+
+
+def _names(rows: Sequence[Row]) -> dict[str, str]:
+    """Return what each case is called beside the others: the words of the columns in which they differ."""
+    columns = {row["case"]: row["columns"] for row in rows}
+    headings = list(dict.fromkeys(name for words in columns.values() for name in words))
+    differ = [name for name in headings if len({words.get(name) for words in columns.values()}) > 1]
+    return {
+        case: "\n".join(
+            # A number alone says nothing.
+            f"{name} {words[name]}" if words[name][:1].isdigit() else words[name]
+            for name in differ or headings
+            if name in words
+        )
+        for case, words in columns.items()
+    }
+
+
+def _curve(axes: Any, rows: Sequence[Row], experiment: Experiment) -> None:
+    """Draw the mean PSNR of each series over the swept setting, and the grey floor."""
+    series: dict[str, dict[float, list[float]]] = {}
+    floor: dict[float, list[float]] = {}
+    for row in rows:
+        if row["sweep"] is None:
+            continue
+        values = [float(v) for v in row["psnr"] if v not in ("inf", "-inf")]
+        series.setdefault(row["series"], {}).setdefault(row["sweep"], []).extend(values)
+        floor.setdefault(row["sweep"], []).extend(f["grey"] for f in row["floors"])
+    for index, (name, points) in enumerate(series.items()):
+        places = sorted(place for place, values in points.items() if values)
+        axes.plot(
+            places,
+            [statistics.fmean(points[place]) for place in places],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            label=name or None,
+        )
+    places = sorted(floor)
+    means = [statistics.fmean(floor[place]) for place in places]
+    # A dash at each place and no line: clients of different size have different images, so another floor.
+    axes.plot(places, means, "_", color="#666666", markersize=14, label="plain grey")
+    if experiment.log:
+        axes.set_xscale("log")
+    if len(places) <= 10:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+    axes.set(xlabel=experiment.axis, ylabel="PSNR in dB")
+    axes.legend()
+
+
+def _label(axes: Any, text: str) -> None:
+    axes.axis("off")
+    axes.text(1, 0.5, text, ha="right", va="center", fontsize=7, transform=axes.transAxes)
+
+
+def _array(image: Tensor) -> Any:
+    return as_images(image)[0]
