@@ -25,6 +25,7 @@ from invlib.observation import (
 )
 from invlib.optimizers import LBFGS, SGD, Adam, StepDecay
 from invlib.reconstruction import Frames, Progress, Reconstruction
+from invlib.recursive import recursive_inversion
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ __all__ = [
     "observe",
     "optimizers",
     "priors",
+    "recursive_inversion",
     "save_observation",
 ]
 
