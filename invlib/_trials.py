@@ -18,6 +18,7 @@ from invlib.errors import ConfigError
 from invlib.optimizers import Variable
 from invlib.priors import Prior, median_filter
 from invlib.reconstruction import Callback, History, Progress, Status
+from invlib.smoothing import rounded
 
 if TYPE_CHECKING:
     from invlib.matching import GradientMatching
@@ -119,15 +120,17 @@ class _Group:
         """Return cost and gradient of every restart, and keep the best point that was measured."""
         argnums = tuple(range(len(values)))
         differentiate = torch.func.grad_and_value(self.problem.cost, argnums=argnums, has_aux=True)
-        if len(self.rows) == 1:
-            # One restart needs no vmap, which would turn its convolutions into grouped ones for nothing.
-            gradients, (cost, objective) = differentiate(*[v[0] for v in values])
-            gradients = [g[None] for g in gradients]
-            cost, objective = cost[None], objective[None]
-        else:
-            gradients, (cost, objective) = torch.func.vmap(differentiate, randomness="different")(*values)
+        with rounded(self.sharpness()):
+            if len(self.rows) == 1:
+                # One restart needs no vmap, which would turn its convolutions into grouped ones for nothing.
+                gradients, (cost, objective) = differentiate(*[v[0] for v in values])
+                gradients = [g[None] for g in gradients]
+                cost, objective = cost[None], objective[None]
+            else:
+                gradients, (cost, objective) = torch.func.vmap(differentiate, randomness="different")(*values)
         cost, objective = cost.detach(), objective.detach()
-        better = cost < self.best_cost
+        # Costs of different sharpness do not compare: there, the latest point counts as the best.
+        better = cost < self.best_cost if self.attack.smoothing is None else torch.isfinite(cost)
         self.best_cost = torch.where(better, cost, self.best_cost)
         self.best_objective = torch.where(better, objective, self.best_objective)
         for best, value in zip(self.best, values, strict=True):
@@ -135,6 +138,11 @@ class _Group:
         self.latest = (cost, objective)
         self.evaluations += len(self.rows)
         return cost, [g.detach() for g in gradients]
+
+    def sharpness(self) -> float | None:
+        """Return how sharp the kinks of the network are at this step; None where they are as they are."""
+        smoothing, steps = self.attack.smoothing, self.attack.steps
+        return None if smoothing is None or self.step >= steps else smoothing.sharpness(self.step, steps)
 
     def advance(self) -> None:
         attack = self.attack

@@ -21,6 +21,7 @@ from invlib.observation import Loss, Observation, in_mode, num_classes, trainabl
 from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay
 from invlib.priors import Prior
 from invlib.reconstruction import Callback, Reconstruction
+from invlib.smoothing import Smoothing
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
 
@@ -48,6 +49,8 @@ class GradientMatching:
             ``"optimize"`` finds soft labels, one for each image, together with the images;
             ``"optimize_shared"`` finds one soft label for all images, as the 2020 code does.
         loss: the client's loss ``(logits, labels) -> scalar``.
+        smoothing: how round the network's kinks are on the way; None leaves them as they are. With it,
+            each restart keeps its last iterate.
         median_every: apply a 3×3 median filter every so many steps.
         keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
         tolerance: stop when an objective falls to this.
@@ -74,6 +77,7 @@ class GradientMatching:
     layers: Layers = Layers()
     labels: Literal["auto", "optimize", "optimize_shared"] = "auto"
     loss: Loss = F.cross_entropy
+    smoothing: Smoothing | None = None
     median_every: int | None = None
     keep: Literal["best", "last"] = "best"
     tolerance: float | None = None

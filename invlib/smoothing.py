@@ -1,0 +1,91 @@
+"""Networks with their kinks rounded: what an attack walks on before it walks on the real one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from invlib.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothing:
+    r"""How round the kinks of ReLU are during an attack, from first step to last.
+
+    The gradient of a ReLU network hears of its closed units only through a step function, whose slope is
+    zero: to gradient matching, moving the image never opens or closes a unit. While the attack walks, each
+    :math:`\max(0, x)` of the *candidate* is therefore
+
+    .. math:: \tfrac1\beta \log(1 + e^{\beta x}), \qquad
+              \beta_k = \beta_0\,(\beta_1 / \beta_0)^{k / (K - 1)},
+
+    which sharpens until it is almost the network that the client has. The observed update stays as it is,
+    and every score that is reported is measured on the network as it is.
+
+    Args:
+        start: :math:`\beta_0`, in units of one over an activation.
+        end: :math:`\beta_1`.
+
+    Raises:
+        ConfigError: a sharpness is not positive.
+
+    Source: this project's; compare graduated optimisation, Blake and Zisserman 1987, "Visual Reconstruction".
+
+    Taught in: chapter 3
+    """
+
+    start: float = 2.0
+    end: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"Smoothing {name} is {getattr(self, name)}; expected a positive number")
+
+    def sharpness(self, step: int, steps: int) -> float:
+        """Return the sharpness at a step, counted from 0, of a run of so many steps."""
+        part = min(step / max(steps - 1, 1), 1.0)
+        return float(self.start * (self.end / self.start) ** part)
+
+
+# Replaced as functions, not as modules, so that a network that calls torch.relu by itself is smoothed too
+# and none is changed.
+_RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+_RELU6 = {F.relu6}
+
+
+class _Rounded(TorchFunctionMode):
+    def __init__(self, sharpness: float) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _RELU:
+            return F.softplus(args[0], beta=self.sharpness)
+        if func in _RELU6:
+            low, high = args[0], args[0] - 6
+            return F.softplus(low, beta=self.sharpness) - F.softplus(high, beta=self.sharpness)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def rounded(sharpness: float | None) -> Iterator[None]:
+    """Within this context every ReLU is a softplus of that sharpness; with None nothing changes.
+
+    Taught in: chapter 3
+    """
+    if sharpness is None:
+        yield
+    else:
+        with _Rounded(sharpness):
+            yield
