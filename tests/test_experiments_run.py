@@ -15,7 +15,7 @@ from invlib import cli, data, experiments, models, training
 from invlib.experiments import Case, Experiment, Size, _record
 from invlib.experiments._gallery import Gallery
 from invlib.experiments._networks import Networks
-from invlib.observation import CIFAR10
+from invlib.observation import CIFAR10, UNIT
 from invlib.reconstruction import Reconstruction
 
 
@@ -329,3 +329,35 @@ def test_the_record_is_json_that_others_can_read(here, monkeypatch):
 
     row = json.loads(Path("results/guess.jsonl").read_text(encoding="utf-8"), parse_constant=refuse)
     assert {"seed", "commit", "device", "torch", "invlib", "threads", "seconds", "status"} <= row.keys()
+
+
+def test_a_figure_is_drawn_where_one_is_asked_for(here, monkeypatch, capsys):
+    register(monkeypatch, dark=Guess(level=0.2))
+    assert cli.main(["experiment", "guess", "--figure", "guess.png"]) == 0
+    assert Path("guess.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["experiment", "guess", "--figure", "none/guess.png"]) == 2
+    assert "none/guess.png cannot be written" in capsys.readouterr().err
+
+
+def test_a_case_may_name_its_classes_and_its_normalisation(here, monkeypatch):
+    seen = []
+
+    class Watching(Guess):
+        def __call__(self, model, observation, **kwargs):
+            seen.append((observation.labels.tolist(), observation.normalization))
+            return super().__call__(model, observation, **kwargs)
+
+    case = Case(
+        columns={"attack": "dark"},
+        network="LeNetZhu",
+        attack=Watching(level=0.2),
+        num_classes=20,
+        labels={0: 17},
+        normalization=UNIT,
+    )
+    size = Size(images=2, steps=1)
+    experiment = Experiment(title="guesses", cases=lambda setup: [case], full=size, reduced=size)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "guess", experiment)
+    assert cli.main(["experiment", "guess"]) == 0
+    assert seen == [([17], UNIT), ([1], UNIT)]
+    assert rows()[0]["settings"]["classes"] == {"0": 17}

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from invlib.errors import ConfigError
 from invlib.federated import FedSGD
-from invlib.observation import ClientStep, Observation
+from invlib.observation import ClientStep, Normalization, Observation
 from invlib.reconstruction import Reconstruction
 
 
 class Attack(Protocol):
-    """Anything that turns an observation into images, as every attack of invlib does."""
+    """Anything that turns an observation into images, as every attack of invlib does.
+
+    Taught in: chapter 2
+    """
 
     def __call__(
         self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
@@ -34,6 +37,8 @@ class Size:
         images: clients that are attacked in each case.
         steps: network evaluations of each restart.
         restarts: starting points of each attack.
+
+    Taught in: chapter 3
     """
 
     images: int
@@ -50,6 +55,8 @@ class Setup:
         restarts: starting points of each attack.
         reduced: whether the networks of the reduced form are wanted.
         slug: the data set's short name, which trained weights carry (``"cifar10"`` for the patches too).
+
+    Taught in: chapter 3
     """
 
     steps: int
@@ -71,10 +78,14 @@ class Case:
         images: private images of one client.
         reveal_labels: whether the server is told the labels.
         num_classes: outputs of an untrained network; the data set's where None.
+        labels: what labels of the data set are called by this network, where it has other classes.
+        normalization: how the client encodes images, where neither model card nor data set says it right.
         build: makes the network from a seed where it is not of the zoo; `network` is then only its name.
         paper: what the paper has in this place, to be printed beside it.
         sweep: where the experiment sweeps a setting, the number on the horizontal axis.
         series: which line of the figure the number belongs to.
+
+    Taught in: chapter 3
     """
 
     columns: Mapping[str, str]
@@ -85,6 +96,8 @@ class Case:
     images: int = 1
     reveal_labels: bool = True
     num_classes: int | None = None
+    labels: Mapping[int, int] = field(default_factory=dict)
+    normalization: Normalization | None = None
     build: Callable[[int], nn.Module] | None = None
     paper: str | None = None
     sweep: float | None = None
@@ -109,6 +122,8 @@ class Experiment:
         notes: sentences under the table: what a reader must know to read it.
         axis: the name of the swept setting; empty where there is none.
         log: whether its axis is logarithmic.
+
+    Taught in: chapter 3
     """
 
     title: str

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from invlib._experiment import _device
-from invlib.experiments import EXPERIMENTS, _run, get, table
+from invlib.errors import DataError
+from invlib.experiments import EXPERIMENTS, _run, figure, get, table
 
 DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
 EPILOG = """\
 example:
-  python -m invlib experiment table1 --images 4 --reduced
+  python -m invlib experiment table1 --images 4 --reduced --figure table1.png
 
 The record gets a row for each attack, on the disk at once: after Ctrl-C or a kill the same command goes on
 where it was. A record of other settings is refused, unless --fresh begins a new one. Without --reduced or
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
     files = parser.add_argument_group("the record")
     files.add_argument("--out", type=Path, help="default: results/NAME.jsonl")
+    files.add_argument("--figure", type=Path, metavar="FILE", help="draw the record too, as .png or .svg")
     begin = files.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on where the record ends (the default)")
     begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
@@ -83,4 +85,10 @@ def cli(args: argparse.Namespace) -> int:
     made = _run.run(plan, path, fresh=args.fresh)
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
+    if args.figure is not None:
+        try:
+            figure(path).savefig(args.figure, bbox_inches="tight")
+        except (OSError, ValueError) as error:  # no such folder; no such format
+            raise DataError(f"{args.figure} cannot be written: {error}") from error
+        print(args.figure)
     return 0

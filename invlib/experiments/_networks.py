@@ -55,7 +55,7 @@ def check(cases: Iterable[Case], folder: Path, where: str) -> None:
         (case.network, case.weights)
         for case in cases
         if case.weights is not None
-        and not _from_torchvision(case)
+        and not _from_elsewhere(case)
         and find(case.network, case.weights, folder) is None
     }
     if missing:
@@ -67,8 +67,9 @@ def check(cases: Iterable[Case], folder: Path, where: str) -> None:
         )
 
 
-def _from_torchvision(case: Case) -> bool:
-    return case.build is not None or case.weights is None or case.weights.isupper()
+def _from_elsewhere(case: Case) -> bool:
+    """Say whether a case's weights come with a package, as do all of the networks with lower-case names."""
+    return case.build is not None or case.network[0].islower()
 
 
 def _training(network: str, slug: str, folder: Path) -> str:
@@ -121,22 +122,26 @@ class Networks:
             )
         return Network(
             model=model.to(self.device).eval(),
-            normalization=self.normalization,
+            normalization=case.normalization or self.normalization,
             weights_sha256=None,
             accuracy=None,
         )
 
     def sha256(self, case: Case) -> str | None:
         """Return the hash of a case's weights file, None where it has none; the start of it is enough."""
-        if case.weights is None or _from_torchvision(case):
+        if case.weights is None or _from_elsewhere(case):
             return None
         path = find(case.network, case.weights, self.folder)
         return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def _load(self, case: Case) -> Network:
         assert case.weights is not None
-        if _from_torchvision(case):
-            model, card, sha = models.build(case.network, weights=case.weights), {}, None
+        if _from_elsewhere(case):
+            model, sha = models.build(case.network, weights=case.weights), None
+            try:
+                card = models.model_card(case.network, case.weights)
+            except (UnknownNameError, DataError):  # torchvision's have none
+                card = {}
         else:
             path = find(case.network, case.weights, self.folder)
             if path is None:
@@ -145,7 +150,7 @@ class Networks:
             card = models.model_card(case.network, path)
         return Network(
             model=model.to(self.device),
-            normalization=card_normalization(card) or self.normalization,
+            normalization=case.normalization or card_normalization(card) or self.normalization,
             weights_sha256=sha,
             accuracy=card.get("accuracy"),
         )

@@ -69,6 +69,8 @@ class Plan:
             "weights": case.weights,
             "weights_sha256": self.networks.sha256(case),
             "num_classes": case.num_classes,
+            "classes": {str(old): new for old, new in case.labels.items()},
+            "normalization": describe(case.normalization),
             "attack": describe(case.attack),
             "protocol": describe(case.protocol),
             "images": case.images,
@@ -230,6 +232,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
     """Let the client take its step, attack what the server sees, and only then look at the truth."""
     began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     truth, labels = _truth(plan, case, first)
+    labels = torch.tensor([case.labels.get(label, label) for label in labels.tolist()], device=labels.device)
     seed = plan.seed + first
     shape = (int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
     net = plan.networks.get(case, seed, shape)
