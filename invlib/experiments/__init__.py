@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from invlib.errors import ConfigError, UnknownNameError
-from invlib.experiments import _report, ablation, architecture, fedavg, multi, table1
+from invlib.experiments import _report, ablation, architecture, fedavg, imagenet, multi, table1
 from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
 from invlib.experiments._report import Table
 
@@ -26,6 +26,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ablation": ablation.EXPERIMENT,
     "fedavg": fedavg.EXPERIMENT,
     "multi": multi.EXPERIMENT,
+    "imagenet": imagenet.EXPERIMENT,
 }
 
 
