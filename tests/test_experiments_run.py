@@ -297,6 +297,30 @@ def test_cifar10_is_taken_where_it_is_and_its_hundreds_are_the_candidates(here, 
     assert found["floors"][0]["class"] == pytest.approx(sum(each) / len(each), abs=1e-3)
 
 
+def test_another_copy_of_the_data_set_is_refused(here, monkeypatch, capsys):
+    import numpy as np
+
+    register(monkeypatch, dark=Guess(level=0.2))
+    monkeypatch.setenv("INVLIB_DATA", str(here))
+    argv = ["experiment", "guess", "--images", "1", "--first", "0"]
+    for level, status in ((100, 0), (100, 0), (101, 2)):
+        np.savez(
+            here / "cifar10_train.npz", x=np.full((100, 32, 32, 3), level, np.uint8), y=np.arange(100) % 10
+        )
+        assert cli.main(argv) == status
+    assert "another image 0 of CIFAR10 than the one on this disk" in capsys.readouterr().err
+    assert len(rows()) == 1
+
+
+def test_a_record_is_not_mixed_case_by_case(here, monkeypatch, capsys):
+    register(monkeypatch, dark=Guess(level=0.2), light=Guess(level=0.8))
+    assert cli.main(["experiment", "guess", "--only", "dark"]) == 0
+    assert cli.main(["experiment", "guess", "--only", "light", "--steps", "7"]) == 2
+    assert "holds 'dark' with steps=4, now 7" in capsys.readouterr().err
+    assert cli.main(["experiment", "guess", "--only", "light"]) == 0
+    assert len(rows()) == 4
+
+
 def test_a_gallery_gives_an_image_its_neighbours():
     images = torch.arange(200.0).view(200, 1, 1, 1)
     gallery = Gallery(name="CIFAR10", split="train", start=1000, images=images, labels=torch.arange(200) % 50)

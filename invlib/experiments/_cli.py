@@ -7,7 +7,7 @@ from pathlib import Path
 
 from invlib._experiment import _device
 from invlib.errors import DataError
-from invlib.experiments import EXPERIMENTS, _run, figure, get, table
+from invlib.experiments import EXPERIMENTS, _plan, _run, figure, get, table
 
 DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
 EPILOG = """\
@@ -61,7 +61,7 @@ def cli(args: argparse.Namespace) -> int:
     """
     experiment, device = get(args.name), _device(args.device)
     reduced = args.reduced or (device.type == "cpu" and not args.full)
-    plan = _run.plan(
+    plan = _plan.plan(
         args.name,
         experiment,
         images=args.images,

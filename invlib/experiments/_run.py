@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,130 +17,12 @@ from tqdm.auto import tqdm
 
 import invlib
 from invlib import _trained, metrics
-from invlib.errors import ConfigError, DataError
-from invlib.experiments import _gallery, _judge, _record
-from invlib.experiments._cases import Case, Experiment, Setup, describe
-from invlib.experiments._gallery import Gallery
-from invlib.experiments._networks import Networks, check
+from invlib.errors import DataError
+from invlib.experiments import _judge, _record
+from invlib.experiments._cases import Case
+from invlib.experiments._plan import Plan, key
 from invlib.experiments._record import Record, Row
 from invlib.federated import observe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that a run of an experiment is about, fixed before it begins.
-
-    Args:
-        name: of the experiment.
-        experiment: what it is.
-        cases: those that are wanted.
-        known: all that this form has, by name.
-        images: clients in each case.
-        first: number of the first private image.
-        seed: what the seeds of the attacks are counted from.
-        settings: what all cases share, as the record holds it.
-        gallery: the images.
-        networks: the networks.
-        device: where the attacks run.
-    """
-
-    name: str
-    experiment: Experiment
-    cases: Sequence[Case]
-    known: frozenset[str]
-    images: int
-    first: int
-    seed: int
-    settings: dict[str, Any]
-    gallery: Gallery
-    networks: Networks
-    device: torch.device
-
-    def tasks(self) -> list[tuple[Case, int]]:
-        """Return each attack: its case and the number of its first private image, client after client."""
-        return [(case, self.first + k * case.images) for k in range(self.images) for case in self.cases]
-
-    def case_settings(self, case: Case) -> dict[str, Any]:
-        """Return every setting of a case that its rows depend on, as the record holds them."""
-        return self.settings | {
-            "network": case.network,
-            "weights": case.weights,
-            "weights_sha256": self.networks.sha256(case),
-            "num_classes": case.num_classes,
-            "classes": {str(old): new for old, new in case.labels.items()},
-            "normalization": describe(case.normalization),
-            "attack": describe(case.attack),
-            "protocol": describe(case.protocol),
-            "images": case.images,
-            "labels": "known" if case.reveal_labels else "inferred",
-        }
-
-
-def plan(
-    name: str,
-    experiment: Experiment,
-    *,
-    images: int | None = None,
-    device: torch.device,
-    steps: int | None = None,
-    restarts: int | None = None,
-    reduced: bool,
-    dataset: str | None = None,
-    split: str = "train",
-    first: int | None = None,
-    only: Sequence[str] = (),
-    seed: int = 0,
-    weights: Path = Path("models"),
-) -> Plan:
-    """Fix everything before the first attack, so that what is missing is said at once.
-
-    Raises:
-        InvlibError: a setting is out of range, or images or weights are missing.
-    """
-    size = experiment.reduced if reduced else experiment.full
-    given = {"images": images, "steps": steps, "restarts": restarts}
-    for key, value in given.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"--{key} is {value}; expected at least 1")
-    size = replace(size, **{key: value for key, value in given.items() if value is not None})
-    source = _gallery.choose(dataset or experiment.dataset, split)
-    setup = Setup(steps=size.steps, restarts=size.restarts, reduced=reduced, slug=_gallery.slug(source))
-    cases = experiment.cases(setup)
-    wanted = _chosen(cases, only)
-    check(wanted, weights, name)
-    count = max(case.images for case in wanted) * size.images
-    gallery, begin = _gallery.load(source, split, first, count, device)
-    full = experiment.full
-    return Plan(
-        name=name,
-        experiment=experiment,
-        cases=wanted,
-        known=frozenset(case.name for case in cases),
-        images=size.images,
-        first=begin,
-        seed=seed,
-        settings={
-            "dataset": source,
-            "split": split,
-            "steps": size.steps,
-            "restarts": size.restarts,
-            "seed": seed,
-            # Fewer steps than the full form has are a reduction too, whatever the networks.
-            "reduced": reduced or size.steps < full.steps or size.restarts < full.restarts,
-        },
-        gallery=gallery,
-        networks=Networks(weights, device, _gallery.normalization(source), _gallery.classes(source)),
-        device=device,
-    )
-
-
-def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
-    names = [case.name for case in cases]
-    assert len(set(names)) == len(names), "two cases have one name"
-    for words in only:
-        if not any(words in name for name in names):
-            raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")
-    return [case for case in cases if not only or any(words in case.name for words in only)]
 
 
 def run(plan: Plan, path: Path, *, fresh: bool = False, progress: bool = True) -> int:
@@ -160,7 +40,7 @@ def run(plan: Plan, path: Path, *, fresh: bool = False, progress: bool = True) -
     """
     with ExitStack() as stack:
         record = stack.enter_context(_record.opened(path, fresh=fresh))
-        settings = {case.name: plan.case_settings(case) for case in plan.cases}
+        settings = {name: plan.case_settings(case) for name, case in plan.known.items()}
         done = _done(record, plan, settings)
         tasks = [(case, first) for case, first in plan.tasks() if (case.name, first) not in done]
         bar = stack.enter_context(
@@ -184,12 +64,6 @@ def run(plan: Plan, path: Path, *, fresh: bool = False, progress: bool = True) -
     return len(tasks)
 
 
-def key(case: str, image: int, settings: dict[str, Any]) -> str:
-    """Return what no two rows of a record share: a hash of the case, the image and all settings."""
-    text = json.dumps([case, image, settings], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> set[tuple[str, int]]:
     """Return which attacks the record holds; a record of other settings is an error, not a start."""
     advice = "; expected the same (give another --out, or --fresh to begin anew)"
@@ -201,11 +75,17 @@ def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> se
             raise DataError(f"{where} of experiment {row['experiment']!r}, not of {plan.name!r}{advice}")
         if row["case"] not in plan.known:
             raise DataError(f"{where}, which this form of {plan.name} does not have{advice}")
-        now = settings.get(row["case"])
-        if now is not None and row["key"] != key(row["case"], row["image"], now):
+        now = settings[row["case"]]
+        if row["key"] != key(row["case"], row["image"], now):
             raise DataError(f"{where} with {_difference(row['settings'], now)}{advice}")
         if (row["case"], row["image"]) in wanted:
             done.add((row["case"], row["image"]))
+            truth = row.get("truth")
+            if truth and not _same(truth, _truth(plan, plan.known[row["case"]], row["image"])[0]):
+                raise DataError(
+                    f"{where} of another image {row['image']} of {now['dataset']} than the one on this disk, "
+                    f"which is another copy of the data set{advice}"
+                )
     return done
 
 
@@ -217,6 +97,11 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
         if was.get(name) != now.get(name)
     ]
     return "; ".join(parts) or "settings that do not give its key"
+
+
+def _same(truth: str, images: Tensor) -> bool:
+    # The pixels count, not the file, which other versions of Pillow may pack in another way.
+    return torch.equal(_judge.unpng(truth, len(images)), _judge.unpng(_judge.png(images), len(images)))
 
 
 def _truth(plan: Plan, case: Case, first: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,141 @@
+"""What a run of an experiment is about, fixed before the first attack."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from invlib.errors import ConfigError
+from invlib.experiments import _gallery
+from invlib.experiments._cases import Case, Experiment, Setup, describe
+from invlib.experiments._gallery import Gallery
+from invlib.experiments._networks import Networks, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a run of an experiment is about, fixed before it begins.
+
+    Args:
+        name: of the experiment.
+        experiment: what it is.
+        cases: those that are wanted.
+        known: all that this form has, by name, wanted or not.
+        images: clients in each case.
+        first: number of the first private image.
+        seed: what the seeds of the attacks are counted from.
+        settings: what all cases share, as the record holds it.
+        gallery: the images.
+        networks: the networks.
+        device: where the attacks run.
+    """
+
+    name: str
+    experiment: Experiment
+    cases: Sequence[Case]
+    known: dict[str, Case]
+    images: int
+    first: int
+    seed: int
+    settings: dict[str, Any]
+    gallery: Gallery
+    networks: Networks
+    device: torch.device
+
+    def tasks(self) -> list[tuple[Case, int]]:
+        """Return each attack: its case and the number of its first private image, client after client."""
+        return [(case, self.first + k * case.images) for k in range(self.images) for case in self.cases]
+
+    def case_settings(self, case: Case) -> dict[str, Any]:
+        """Return every setting of a case that its rows depend on, as the record holds them."""
+        return self.settings | {
+            "network": case.network,
+            "weights": case.weights,
+            "weights_sha256": self.networks.sha256(case),
+            "num_classes": case.num_classes,
+            "classes": {str(old): new for old, new in case.labels.items()},
+            "normalization": describe(case.normalization),
+            "attack": describe(case.attack),
+            "protocol": describe(case.protocol),
+            "images": case.images,
+            "labels": "known" if case.reveal_labels else "inferred",
+        }
+
+
+def plan(
+    name: str,
+    experiment: Experiment,
+    *,
+    images: int | None = None,
+    device: torch.device,
+    steps: int | None = None,
+    restarts: int | None = None,
+    reduced: bool,
+    dataset: str | None = None,
+    split: str = "train",
+    first: int | None = None,
+    only: Sequence[str] = (),
+    seed: int = 0,
+    weights: Path = Path("models"),
+) -> Plan:
+    """Fix everything before the first attack, so that what is missing is said at once.
+
+    Raises:
+        InvlibError: a setting is out of range, or images or weights are missing.
+    """
+    size = experiment.reduced if reduced else experiment.full
+    given = {"images": images, "steps": steps, "restarts": restarts}
+    for key, value in given.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{key} is {value}; expected at least 1")
+    size = replace(size, **{key: value for key, value in given.items() if value is not None})
+    source = _gallery.choose(dataset or experiment.dataset, split)
+    setup = Setup(steps=size.steps, restarts=size.restarts, reduced=reduced, slug=_gallery.slug(source))
+    cases = experiment.cases(setup)
+    wanted = _chosen(cases, only)
+    check(wanted, weights, name)
+    count = max(case.images for case in wanted) * size.images
+    gallery, begin = _gallery.load(source, split, first, count, device)
+    full = experiment.full
+    return Plan(
+        name=name,
+        experiment=experiment,
+        cases=wanted,
+        known={case.name: case for case in cases},
+        images=size.images,
+        first=begin,
+        seed=seed,
+        settings={
+            "dataset": source,
+            "split": split,
+            "steps": size.steps,
+            "restarts": size.restarts,
+            "seed": seed,
+            # Fewer steps than the full form has are a reduction too, whatever the networks.
+            "reduced": reduced or size.steps < full.steps or size.restarts < full.restarts,
+        },
+        gallery=gallery,
+        networks=Networks(weights, device, _gallery.normalization(source), _gallery.classes(source)),
+        device=device,
+    )
+
+
+def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), "two cases have one name"
+    for words in only:
+        if not any(words in name for name in names):
+            raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")
+    return [case for case in cases if not only or any(words in case.name for words in only)]
+
+
+def key(case: str, image: int, settings: dict[str, Any]) -> str:
+    """Return what no two rows of a record share: a hash of the case, the image and all settings."""
+    text = json.dumps([case, image, settings], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
