@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,31 @@ def test_the_missing_rows_alone_are_made(here, monkeypatch):
             assert {k: v for k, v in row.items() if k != "truth"} == {
                 k: v for k, v in expected.items() if k != "truth"
             }
+
+
+def test_exact_images_in_another_order_are_matched_and_found(tmp_path, monkeypatch, capsys):
+    class Exact(Guess):
+        def __call__(self, *args, **kwargs):
+            return replace(super().__call__(*args, **kwargs), images=data.samples("patches32", [1, 0])[0])
+
+    monkeypatch.chdir(tmp_path)
+    register(monkeypatch, pair=Exact(level=0.5))
+    assert cli.main(["experiment", "guess", "--images", "1", "--dataset", "patches32"]) == 0
+    (row,) = rows()
+    assert row["psnr"] == ["inf", "inf"]
+    assert row["reconstruction"] == row["truth"]
+    assert row["rank_ssim"] == row["rank_features"] == [1, 1]
+    assert row["labels_right"] == 2
+    assert "2 exact" in capsys.readouterr().out
+
+
+def test_labels_of_many_images_are_inferred(here):
+    argv = ["experiment", "multi", "--only", "ConvNet8, 4", "--steps", "1", "--images", "1"]
+    assert cli.main(argv) == 0
+    (row,) = rows("multi")
+    assert row["settings"]["labels"] == "inferred"
+    assert (len(row["psnr"]), row["sweep"], row["settings"]["num_classes"]) == (4, 4, 100)
+    assert row["labels_right"] == 4  # of an untrained network they are exact
 
 
 def test_more_images_go_on_from_fewer(here, monkeypatch):

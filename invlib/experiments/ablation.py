@@ -64,7 +64,7 @@ EXPERIMENT = Experiment(
     title="what each part of an attack buys, one change at a time",
     cases=cases,
     full=Size(images=20, steps=4800),
-    reduced=Size(images=4, steps=300),
+    reduced=Size(images=2, steps=400),
     notes=(
         "As published: cosine objective, Adam on the gradient's sign, total variation 1e-2, box, a step that "
         "falls tenfold at 3/8, 5/8 and 7/8.",
