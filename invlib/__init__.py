@@ -10,6 +10,7 @@ from invlib import errors, labels, metrics, objectives, optimizers, priors
 from invlib.analytic import fully_connected
 from invlib.capture import from_arrays, from_gradients, from_state_dicts, load_observation, save_observation
 from invlib.federated import FedAvg, FedSGD, observe
+from invlib.forward import ForwardMatching
 from invlib.matching import GradientMatching, deep_leakage, improved_deep_leakage, inverting_gradients
 from invlib.metrics import Report, evaluate
 from invlib.objectives import Layers
@@ -24,8 +25,10 @@ from invlib.observation import (
     Observation,
 )
 from invlib.optimizers import LBFGS, SGD, Adam, StepDecay
+from invlib.presets import best
 from invlib.reconstruction import Frames, Progress, Reconstruction
 from invlib.recursive import recursive_inversion
+from invlib.smoothing import Smoothing
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "Adam",
     "FedAvg",
     "FedSGD",
+    "ForwardMatching",
     "Frames",
     "GradientMatching",
     "Layers",
@@ -52,7 +56,9 @@ __all__ = [
     "Progress",
     "Reconstruction",
     "Report",
+    "Smoothing",
     "StepDecay",
+    "best",
     "deep_leakage",
     "errors",
     "evaluate",

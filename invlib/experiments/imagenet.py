@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from invlib.experiments._cases import Case, Experiment, Setup, Size
-from invlib.experiments._forward import ForwardMatching
+from invlib.forward import ForwardMatching
 
 # What ImageNet calls the embedded photographs: 812 space shuttle (behind the astronaut, for people are no
 # class of ImageNet), 281 tabby cat, 967 espresso, 657 missile.
