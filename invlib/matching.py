@@ -298,7 +298,7 @@ def inverting_gradients(
 
     Taught in: chapter 2
     """
-    return _preset(
+    return preset(
         GradientMatching(
             steps=steps, restarts=restarts, priors=((tv, priors.total_variation),) if tv else ()
         ),
@@ -315,7 +315,7 @@ def deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: object) -> 
 
     Taught in: chapter 2
     """
-    return _preset(
+    return preset(
         GradientMatching(
             objective=objectives.l2,
             optimizer=LBFGS(),
@@ -338,10 +338,17 @@ def improved_deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: ob
 
     Taught in: chapter 2
     """
-    return _preset(replace(deep_leakage(steps=steps, restarts=restarts), labels="auto"), settings)
+    return preset(replace(deep_leakage(steps=steps, restarts=restarts), labels="auto"), settings)
 
 
-def _preset(attack: GradientMatching, settings: Mapping[str, object]) -> GradientMatching:
+def preset(attack: GradientMatching, settings: Mapping[str, object]) -> GradientMatching:
+    """Return the attack with some settings replaced, whose names are checked first.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+
+    Taught in: chapter 2
+    """
     unknown = [name for name in settings if name not in GradientMatching.__dataclass_fields__]
     if unknown:
         raise ConfigError(

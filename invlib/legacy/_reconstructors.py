@@ -18,7 +18,7 @@ from invlib.federated import FedAvg, FedSGD
 from invlib.legacy._config import DEFAULT_CONFIG, attack, checked
 from invlib.legacy._models import local_training
 from invlib.matching import GradientMatching
-from invlib.matching import _preset as adapted
+from invlib.matching import preset as adapted
 from invlib.models.imagenet import pretrained
 from invlib.observation import ClientStep, Normalization, Observation, in_mode, trainable_parameters
 from invlib.priors import total_variation

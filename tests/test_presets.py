@@ -1,0 +1,110 @@
+"""The strongest attack: closed form where it applies, smoothed matching elsewhere, and what it says of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import invlib as iv
+from invlib.errors import ConfigError
+from invlib.smoothing import rounded
+from tests.conftest import random_batch
+
+
+def chain():
+    return iv.models.build("LeNetZhu", num_classes=5, image_size=8, seed=0)
+
+
+def kinked():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 5)
+        )
+
+
+def see(model, n=1):
+    x, y = random_batch(n)
+    return x, iv.observe(model, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+
+
+def test_a_chain_is_computed_and_not_searched():
+    x, seen = see(chain())
+    found = iv.best(steps=1)(chain(), seen)
+    assert found.status == "closed_form"
+    assert float(iv.metrics.psnr(found.images, x)) > 60
+
+
+def test_rounded_gradients_are_polished():
+    x, seen = see(chain())
+    update = {name: value.bfloat16().float() for name, value in seen.update.items()}
+    rough = replace(seen, update=update)
+    closed = iv.recursive_inversion()(chain(), rough)
+    found = iv.best(steps=200)(chain(), rough)
+    assert "polished" in found.note
+    assert found.score < closed.score
+    assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(closed.images, x))
+
+
+def test_noise_that_breaks_the_closed_form_leaves_matching():
+    _, seen = see(chain())
+    generator = torch.Generator().manual_seed(0)
+    update = {n: v + v.std() * torch.randn(v.shape, generator=generator) for n, v in seen.update.items()}
+    found = iv.best(steps=3)(chain(), replace(seen, update=update))
+    assert "matching" in found.note
+    assert found.status == "max_steps"
+
+
+def test_a_network_with_kinks_is_matched_with_rounded_ones():
+    x, seen = see(kinked())
+    found = iv.best(steps=150)(kinked(), seen)
+    assert "rounded" in found.note
+    assert found.evaluations == 152
+    grey = x.mean((2, 3), keepdim=True).expand_as(x)
+    assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(grey, x)) + 3
+    again = iv.best(steps=150)(kinked(), seen)
+    assert torch.equal(found.images, again.images)
+    # the score is that of the network as it is
+    measured = iv.GradientMatching().score(kinked(), seen, found.images, found.labels)
+    assert found.score == pytest.approx(measured, abs=1e-6)
+
+
+def test_rounding_reaches_functions_and_modules_and_ends():
+    x = torch.linspace(-8, 8, 33)
+    expected = F.softplus(x, beta=3.0)
+    with rounded(3.0):
+        for relu in (F.relu, torch.relu, nn.ReLU(), nn.ReLU(inplace=True), torch.Tensor.relu):
+            assert torch.equal(relu(x.clone()), expected)
+        assert torch.allclose(F.relu6(x), expected - F.softplus(x - 6, beta=3.0))
+    assert torch.equal(F.relu(x), x.clamp_min(0))
+    with rounded(None):
+        assert torch.equal(F.relu(x), x.clamp_min(0))
+
+
+def test_sharpness_runs_from_start_to_end():
+    smoothing = iv.Smoothing(start=2, end=50)
+    assert smoothing.sharpness(0, 11) == pytest.approx(2)
+    assert smoothing.sharpness(5, 11) == pytest.approx(10)
+    assert smoothing.sharpness(10, 11) == pytest.approx(50)
+    assert smoothing.sharpness(0, 1) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_sharpness_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match=r"Smoothing end is .*; expected a positive number"):
+        iv.Smoothing(end=value)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ConfigError, match="unknown setting 'restrts'"):
+        iv.best(restrts=2)
+
+
+def test_restarts_and_smoothing_go_together():
+    _, seen = see(kinked(), n=2)
+    found = iv.best(steps=4, restarts=3)(kinked(), seen)
+    assert found.trials.shape == (3, 2, 3, 8, 8)
+    alone = iv.best(steps=4, restarts=3, chunk=1)(kinked(), seen)
+    assert torch.allclose(found.trial_scores, alone.trial_scores, atol=1e-5)
