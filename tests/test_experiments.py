@@ -11,6 +11,7 @@ from invlib.experiments import _judge, _record
 from invlib.experiments._cases import describe
 from invlib.federated import FedAvg
 from invlib.matching import inverting_gradients
+from invlib.presets import best
 
 PLAIN = {"experiment": "table1", "case": "a", "image": 0, "key": "k"}
 
@@ -208,6 +209,8 @@ def test_settings_are_described_by_value_and_not_by_address():
     assert a != describe(inverting_gradients(steps=3))
     assert describe(FedAvg(lr=0.1, local_steps=2))["lr"] == 0.1
     assert describe(torch.ones(2)) != describe(torch.zeros(2))
+    assert describe(best(steps=3)) == describe(best(steps=3)) != describe(best(steps=4))
+    assert describe(best(steps=3, tv=0.5))["matching"]["priors"] == [[0.5, "total_variation"]]
     with pytest.raises(ConfigError, match="no name"):
         describe(inverting_gradients(loss=lambda a, b: a.sum()))
 

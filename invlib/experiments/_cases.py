@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
@@ -160,5 +161,8 @@ def describe(value: Any) -> Any:
         # Two lambdas have one name, and a setting that cannot be told from another is no setting.
         if "<lambda>" in value.__qualname__:
             raise ConfigError(f"{value.__qualname__} has no name; expected a named function as a setting")
+        enclosed = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
+        if enclosed:  # a function that another one made: it is what it was made with
+            return {"": str(value.__qualname__), **describe(enclosed)}
         return str(value.__qualname__)
     return repr(value)

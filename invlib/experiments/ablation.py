@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from invlib import objectives
-from invlib.experiments._attacks import ATTACKS, PUBLISHED, cosine_adam, squared_lbfgs
+from invlib.experiments._attacks import BEST, cosine_adam, squared_lbfgs
 from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
 from invlib.optimizers import SGD, Adam
+from invlib.presets import best
+from invlib.smoothing import Smoothing
 
 # A change of the published attack → the settings that it changes.
 _CHANGES: dict[str, dict[str, Any]] = {
@@ -19,7 +21,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "no box": {"box": False},
     "no total variation": {"tv": 0.0},
     "total variation 1e-4": {"tv": 1e-4},
-    "total variation 1e-1": {"tv": 1e-1},
+    "total variation 0.2": {"tv": 0.2},
+    "kinks rounded": {"smoothing": Smoothing()},
     "squared distance": {"objective": objectives.l2},
     "absolute distance": {"objective": objectives.l1},
     "layer-wise cosine": {"objective": objectives.layerwise_cosine},
@@ -36,9 +39,7 @@ def _attacks(setup: Setup) -> Iterator[tuple[str, Attack]]:
         cosine_adam(steps=each, restarts=_RESTARTS * setup.restarts),
     )
     yield "squared distance, L-BFGS, no box", squared_lbfgs(steps=setup.steps, restarts=setup.restarts)
-    for name, make in ATTACKS.items():
-        if name not in PUBLISHED:
-            yield name, make(steps=setup.steps, restarts=setup.restarts)
+    yield BEST, best(steps=setup.steps, restarts=setup.restarts)
 
 
 def cases(setup: Setup) -> list[Case]:
@@ -67,6 +68,7 @@ EXPERIMENT = Experiment(
     reduced=Size(images=2, steps=400),
     notes=(
         "As published: cosine objective, Adam on the gradient's sign, total variation 1e-2, box, a step that "
-        "falls tenfold at 3/8, 5/8 and 7/8.",
+        "falls tenfold at 3/8, 5/8 and 7/8. This project's best is the closed form where the network is a "
+        "chain of layers that can be undone, as LeNetZhu is, and else rounded kinks with total variation 0.2.",
     ),
 )

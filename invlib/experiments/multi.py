@@ -32,7 +32,7 @@ EXPERIMENT = Experiment(
     title="many images in one gradient, labels inferred",
     cases=cases,
     full=Size(images=2, steps=4800),
-    reduced=Size(images=2, steps=300),
+    reduced=Size(images=2, steps=600),
     axis="images in the gradient",
     log=True,
     notes=(
