@@ -69,6 +69,6 @@ EXPERIMENT = Experiment(
     notes=(
         "As published: cosine objective, Adam on the gradient's sign, total variation 1e-2, box, a step that "
         "falls tenfold at 3/8, 5/8 and 7/8. This project's best is the closed form where the network is a "
-        "chain of layers that can be undone, as LeNetZhu is, and else rounded kinks with total variation 0.2.",
+        "chain of layers that can be undone, as LeNetZhu is, else rounded kinks with total variation 0.2.",
     ),
 )

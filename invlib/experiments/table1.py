@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
     title="two published attacks and this project's best, on two networks, untrained and trained",
     cases=cases,
     full=Size(images=100, steps=4800),
-    reduced=Size(images=4, steps=600),
+    reduced=Size(images=4, steps=500),
     notes=(
         "Paper: Geiping et al. 2020, arXiv 2003.14053, table 1: 100 images of CIFAR-10, 4,800 steps, one "
         "restart.",
