@@ -107,6 +107,16 @@ def test_two_writers_are_refused_and_the_lock_ends_with_the_first(tmp_path):
     assert _record.read(path) == [PLAIN, PLAIN]
 
 
+def test_a_record_that_was_put_aside_before_the_lock_is_refused(tmp_path):
+    pytest.importorskip("fcntl")
+    path = write(tmp_path / "r.jsonl", [PLAIN])
+    with path.open("rb") as before:
+        path.rename(tmp_path / "r.jsonl.old")
+        write(path, [])
+        with pytest.raises(DataError, match="another process"):
+            _record._lock(before, path)
+
+
 def test_fresh_keeps_the_old_record(tmp_path):
     path = write(tmp_path / "r.jsonl", [PLAIN])
     with _record.opened(path, fresh=True) as record:
@@ -232,14 +242,14 @@ def test_table_is_made_of_the_record_alone(tmp_path):
     assert "1 to 2 clients a case, from patches32 (train), 5 network evaluations a restart" in table.caption
     assert "out of 60 candidates" in table.caption
     expected = (
-        "network   attack  PSNR in dB    paper         SSIM   found (SSIM)  found (features)  "
-        "grey   mean image  same class  evaluations  clients\n"
-        "--------  ------  ------------  ------------  -----  ------------  ----------------  "
-        "-----  ----------  ----------  -----------  -------\n"
-        "LeNetZhu  cosine  21.00 ± 1.00  18.00 ± 3.33  0.500  50%           0%                "
-        "10.00  11.50       –           7            2\n"
-        "LeNetZhu  l2      1 exact                     0.500  –             0%                "
-        "10.00  11.50       –           7            1"
+        "network   attack  PSNR in dB    paper         SSIM   by SSIM  by features  grey   mean   class  "
+        "evaluations  clients\n"
+        "--------  ------  ------------  ------------  -----  -------  -----------  -----  -----  -----  "
+        "-----------  -------\n"
+        "LeNetZhu  cosine  21.00 ± 1.00  18.00 ± 3.33  0.500  50%      0%           10.00  11.50  –      "
+        "7            2\n"
+        "LeNetZhu  l2      1 exact                     0.500  –        0%           10.00  11.50  –      "
+        "7            1"
     )
     assert str(table).split("\n\n")[1] == expected
 

@@ -17,7 +17,7 @@ from invlib.viz._figure import COLOURS, MARKERS, WIDTH, as_images, figure, show
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NAME_WIDTH = 2.4  # inches, for the names of the cases
+_NAME_WIDTH = 1.8  # inches, for the names of the cases
 _CURVE_HEIGHT = 3.0
 _MAX_SIDE = 0.9
 
@@ -42,12 +42,15 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int,
     experiment = experiments.get(rows[0]["experiment"])
     swept = experiment is not None and bool(experiment.axis) and any(r["sweep"] is not None for r in rows)
     picture_height = (len(found) + 1) * (side + 0.18)
-    result = plt.figure(figsize=(WIDTH, picture_height + (_CURVE_HEIGHT if swept else 0)))
+    width = WIDTH if swept else _NAME_WIDTH + len(numbers) * side
+    result = plt.figure(figsize=(width, picture_height + (_CURVE_HEIGHT if swept else 0)))
     if swept:
         assert experiment is not None
         parts: Any = result.subfigures(2, 1, height_ratios=[picture_height, _CURVE_HEIGHT])
         _curve(parts[1].subplots(), rows, experiment)
-    axes = (parts[0] if swept else result).subplots(len(found) + 1, len(numbers) + 1, squeeze=False)
+    axes = (parts[0] if swept else result).subplots(
+        len(found) + 1, len(numbers) + 1, squeeze=False, width_ratios=[_NAME_WIDTH, *[side] * len(numbers)]
+    )
     _label(axes[0, 0], "original")
     for column, number in enumerate(numbers, 1):
         show(axes[0, column], _array(truths[number]))

@@ -130,7 +130,11 @@ def _lock(file: IO[bytes], path: Path) -> None:
         return
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # Another process may have begun anew between opening and locking: this file is then its .old.
+        mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except BlockingIOError:
+        mine = False
+    if not mine:
         raise DataError(
             f"record {path} is being written by another process; wait for its end, or give another --out"
-        ) from error
+        )

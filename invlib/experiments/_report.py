@@ -77,8 +77,8 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) 
     names = list(dict.fromkeys(name for row in rows for name in row["columns"]))
     with_paper = any(row.get("paper") for row in rows)
     with_labels = any(row["settings"]["labels"] == "inferred" for row in rows)
-    headings = [*names, "PSNR in dB", *(["paper"] if with_paper else []), "SSIM", "found (SSIM)"]
-    headings += ["found (features)", "grey", "mean image", "same class"]
+    headings = [*names, "PSNR in dB", *(["paper"] if with_paper else []), "SSIM", "by SSIM"]
+    headings += ["by features", "grey", "mean", "class"]
     headings += [*(["labels right"] if with_labels else []), "evaluations", "clients"]
     lines = []
     for group in cases.values():
@@ -114,10 +114,10 @@ def _caption(rows: Sequence[Row], cases: dict[str, list[Row]], experiments: dict
         f"({settings['split']}), {settings['steps']} network evaluations a restart, "
         f"{settings['restarts']} restart{'s' if settings['restarts'] != 1 else ''}, "
         f"seed {settings['seed']}, on {', '.join(sorted({row['device'] for row in rows}))}.",
-        "PSNR: mean ± standard deviation over images. Found: how often the reconstruction picks its own "
-        f"original out of {_range(row['candidates'] for row in rows)} candidates, by SSIM and by the "
-        "features of another trained network. What needs no update at all, in dB: the best plain grey "
-        "image, the mean of the candidates, another image of the class.",
+        "PSNR: mean ± standard deviation over images. By SSIM, by features: how often the reconstruction "
+        f"picks its own original out of {_range(row['candidates'] for row in rows)} candidates, by SSIM and "
+        "by the features of another trained network. Grey, mean, class: the PSNR of what needs no update at "
+        "all, namely the best plain grey image, the mean of the candidates, another image of the class.",
         *(experiment.notes if experiment else ()),
     ]
     return " ".join(parts)
