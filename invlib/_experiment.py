@@ -6,7 +6,7 @@ import argparse
 import secrets
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from invlib.legacy import FedAvgReconstructor, GradientReconstructor
 from invlib.legacy._config import checked
 from invlib.legacy._models import local_training
 from invlib.metrics import Report
-from invlib.observation import NORMALIZATIONS, ClientStep, Normalization
+from invlib.observation import NORMALIZATIONS, ClientStep, Normalization, Observation
+from invlib.presets import best
 from invlib.reconstruction import Reconstruction
 
 _DTYPES = {
@@ -146,35 +147,18 @@ class Experiment:
         # --dtype is the attack's; the client computes in single precision.
         seen = observe(net.model.float(), truth, labels, client, normalization=net.normalization)
         model = net.model.to(_DTYPES[args.dtype])
-        chunk = args.chunk or (_CPU_CHUNK if self.device.type == "cpu" else None)
-        settings: dict[str, Any] = {} if self.config["indices"] == "batch" else {"chunk": chunk}
         quiet = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
         with quiet if args.deterministic else nullcontext():
-            inputs, stats = self._machine(model).reconstruct(
-                list(seen.update.values()),
-                None if args.soft_labels else labels,
-                img_shape=seen.image_shape,
-                dryrun=args.dryrun,
-                generator=self.generator,
-                progress=True,
-                keep="best",
-                **settings,
-            )
-        if stats["status"] == "non_finite":
+            if args.optim == "best":
+                reconstruction = self._best(model, seen)
+            else:
+                reconstruction = self._as_in_2020(model, seen, began)
+        if reconstruction.status == "non_finite":
             raise RecoveryError(
-                f"no restart has a finite score ({len(stats['trial_scores'])} ran in {args.dtype}); "
+                f"no restart has a finite score ({len(reconstruction.trial_scores)} ran in {args.dtype}); "
                 "expected at least one, as with --dtype float or a smaller --lr"
             )
-        images = net.normalization.decode(inputs.float()).clamp(0, 1)
-        reconstruction = Reconstruction(
-            images=images,
-            labels=None,
-            score=stats["opt"],
-            trial_scores=torch.tensor(stats["trial_scores"]),
-            trials=images[None],
-            status=stats["status"],
-            seconds=time.perf_counter() - began,
-        )
+        images = reconstruction.images
         report = metrics.evaluate(reconstruction, truth)
         images = images[list(report.order)]
         with torch.no_grad():
@@ -184,6 +168,38 @@ class Experiment:
             images=images,
             report=report,
             feature_mse=float((found - true).square().mean()),
+        )
+
+    def _best(self, model: nn.Module, seen: Observation) -> Reconstruction:
+        config = self.config
+        steps = 1 if self.args.dryrun else config["max_iterations"]
+        attack = best(steps=steps, restarts=config["restarts"], tv=config["total_variation"])
+        found = attack(model, seen, generator=self.generator, progress=True)
+        return replace(found, images=found.images.float())
+
+    def _as_in_2020(self, model: nn.Module, seen: Observation, began: float) -> Reconstruction:
+        args = self.args
+        chunk = args.chunk or (_CPU_CHUNK if self.device.type == "cpu" else None)
+        settings: dict[str, Any] = {} if self.config["indices"] == "batch" else {"chunk": chunk}
+        inputs, stats = self._machine(model).reconstruct(
+            list(seen.update.values()),
+            None if args.soft_labels else seen.labels,
+            img_shape=seen.image_shape,
+            dryrun=args.dryrun,
+            generator=self.generator,
+            progress=True,
+            keep="best",
+            **settings,
+        )
+        images = self.network.normalization.decode(inputs.float()).clamp(0, 1)
+        return Reconstruction(
+            images=images,
+            labels=None,
+            score=stats["opt"],
+            trial_scores=torch.tensor(stats["trial_scores"]),
+            trials=images[None],
+            status=stats["status"],
+            seconds=time.perf_counter() - began,
         )
 
     def _machine(self, model: nn.Module) -> GradientReconstructor:

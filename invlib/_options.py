@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from invlib.errors import ConfigError
 from invlib.legacy import DEFAULT_CONFIG
 from invlib.legacy._config import FILTERS, INITS, OPTIMIZERS, SCORINGS
 from invlib.legacy._costs import DISTANCES, SUBSETS, WEIGHTS
@@ -21,7 +22,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_variation": 1e-4,
         "lr_decay": False,
     },
+    "best": {**DEFAULT_CONFIG, "max_iterations": 1200, "total_variation": 0.1},
 }
+# What --optim best chooses by itself, so that a flag for it would go unheard.
+_CHOSEN = (
+    "cost_fn",
+    "indices",
+    "weights",
+    "optim",
+    "signed",
+    "boxed",
+    "lr",
+    "init",
+    "filter",
+    "scoring_choice",
+)
 # Config key → the name of its flag.
 _FLAGS = {key: key for key in DEFAULT_CONFIG if key != "lr_decay"} | {
     "optim": "optimizer",
@@ -59,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ours",
         choices=list(PRESETS),
         help="ours: cosine and signed Adam (Geiping et al. 2020), 4800 iterations; zhu: squared distance and "
-        "L-BFGS (Zhu et al. 2019), 300 iterations of 20",
+        "L-BFGS (Zhu et al. 2019), 300 iterations of 20; best: this project's strongest, 1200 iterations",
     )
     how.add_argument("--restarts", type=int, default=1)
     how.add_argument("--iterations", "--max_iterations", type=int, help="steps of each restart")
@@ -100,4 +115,12 @@ def _choices(names: Any) -> str:
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the 2020 config that the options describe."""
     given = {key: getattr(args, flag) for key, flag in _FLAGS.items()}
+    if args.optim == "best":
+        unheard = [f"--{_FLAGS[key]}" for key in _CHOSEN if given[key] is not None]
+        unheard += ["--soft_labels"] if args.soft_labels else []
+        if unheard:
+            raise ConfigError(
+                f"--optim best was given {', '.join(unheard)}; expected only --iterations, --restarts "
+                "and --tv of the attack's options (it chooses the others by itself)"
+            )
     return PRESETS[args.optim] | {key: value for key, value in given.items() if value is not None}

@@ -184,9 +184,13 @@ class LBFGS:
     Args:
         lr: the step size; 1 is the quasi-Newton step.
         max_iter: iterations in a step.
+        max_eval: evaluations in a step, up to the end of the line search that reaches it; None is a
+            quarter more than ``max_iter``.
         history_size: how many pairs approximate the curvature.
         line_search: ``"strong_wolfe"`` or None.
         signed: use the sign of the image's gradient (the 2020 code allows it; it defeats the curvature).
+        forget: begin every step without the curvature of the last one, for a cost that changes from step
+            to step, as it does with `invlib.Smoothing`.
 
     Raises:
         ConfigError: lr is not positive, or the line search is unknown.
@@ -198,9 +202,11 @@ class LBFGS:
 
     lr: float = 1.0
     max_iter: int = 20
+    max_eval: int | None = None
     history_size: int = 100
     line_search: str | None = None
     signed: bool = False
+    forget: bool = False
     together: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -225,11 +231,12 @@ class LBFGS:
             values,
             lr=self.lr * factor,
             max_iter=self.max_iter,
+            max_eval=self.max_eval,
             history_size=self.history_size,
             line_search_fn=self.line_search,
         )
         # The state lives with us, not in the torch object, so that a checkpoint holds all of it.
-        if "lbfgs" in state:
+        if "lbfgs" in state and not self.forget:
             optimizer.state[values[0]].update(state["lbfgs"])
 
         def closure() -> Tensor:
@@ -239,7 +246,8 @@ class LBFGS:
             return cost.sum()
 
         optimizer.step(closure)
-        state["lbfgs"] = dict(optimizer.state[values[0]])
+        if not self.forget:
+            state["lbfgs"] = dict(optimizer.state[values[0]])
         for value, variable in zip(values, variables, strict=True):
             value.grad = None
             project_(value, variable)

@@ -37,6 +37,30 @@ def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean
     return kernels.total_variation(inputs, reduction=reduction)
 
 
+def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
+    r"""Return total variation with its kink at zero rounded, for optimisers that need a smooth cost.
+
+    .. math:: \frac{1}{n_h}\sum \sqrt{(x_{i,j+1} - x_{i,j})^2 + \epsilon^2}
+              + \frac{1}{n_v}\sum \sqrt{(x_{i+1,j} - x_{i,j})^2 + \epsilon^2}
+
+    Args:
+        inputs: ``(N, C, H, W)``, in whatever units the attack works in.
+        width: :math:`\epsilon`, the difference below which a step between pixels counts less.
+
+    Raises:
+        ConfigError: width is not positive.
+
+    Source: Charbonnier et al. 1994, "Two deterministic half-quadratic regularization algorithms".
+
+    Taught in: chapter 3
+    """
+    if not width > 0:
+        raise ConfigError(f"rounded_total_variation width is {width}; expected a positive number")
+    across = inputs[..., 1:] - inputs[..., :-1]
+    down = inputs[..., 1:, :] - inputs[..., :-1, :]
+    return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), inputs.new_zeros(()))
+
+
 def l2_norm(inputs: Tensor) -> Tensor:
     """Return the mean square of the inputs, which pulls them to the data's mean.
 

@@ -206,6 +206,23 @@ def test_labels_can_be_found_too() -> None:
     assert (row["OPTIM"], row["cost_fn"]) == ("zhu", "l2")
 
 
+def test_the_strongest_attack_can_be_asked_for() -> None:
+    assert reconstruct_image.main([*SMALL, "--target_id", "-1", "--optim", "best"]) == 0
+    (row,) = rows("tables/table_exp_iv.csv")
+    assert row["OPTIM"] == "best"
+    assert float(row["psnr"]) > 60  # a chain of layers that can be undone: closed form
+    argv = ["--model", "ConvNet8", "--iterations", "2", "--device", "cpu", "--seed", "0", "--target_id", "-1"]
+    assert reconstruct_image.main([*argv, "--optim", "best", "--restarts", "2"]) == 0
+    assert float(rows("tables/table_exp_iv.csv")[1]["psnr"]) < 60
+
+
+def test_what_the_strongest_attack_does_not_hear_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*SMALL, "--target_id", "-1", "--optim", "best", "--cost_fn", "l2", "--soft_labels"]
+    assert reconstruct_image.main(argv) == 2
+    assert "--optim best was given --cost_fn, --soft_labels" in capsys.readouterr().err
+    assert not written()
+
+
 def test_dryrun_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert reconstruct_image.main([*SMALL, "--target_id", "-1", "--save_image", "--dryrun"]) == 0
     assert "dry run: nothing written" in capsys.readouterr().out
