@@ -22,7 +22,7 @@ class Smoothing:
 
     The gradient of a ReLU network hears of its closed units only through a step function, whose slope is
     zero: to gradient matching, moving the image never opens or closes a unit. While the attack walks, each
-    :math:`\max(0, x)` of the *candidate* is therefore
+    :math:`\max(0, x)` of the *candidate* (and each clip, as in ReLU6, likewise) is therefore
 
     .. math:: \tfrac1\beta \log(1 + e^{\beta x}), \qquad
               \beta_k = \beta_0\,(\beta_1 / \beta_0)^{k / (K - 1)},
@@ -60,6 +60,7 @@ class Smoothing:
 # and none is changed.
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _RELU6 = {F.relu6}
+_CLIP = {F.hardtanh, F.hardtanh_}  # what nn.ReLU6 calls
 
 
 class _Rounded(TorchFunctionMode):
@@ -73,9 +74,14 @@ class _Rounded(TorchFunctionMode):
         if func in _RELU:
             return F.softplus(args[0], beta=self.sharpness)
         if func in _RELU6:
-            low, high = args[0], args[0] - 6
-            return F.softplus(low, beta=self.sharpness) - F.softplus(high, beta=self.sharpness)
+            return self.clipped(args[0], 0.0, 6.0)
+        if func in _CLIP:
+            return self.clipped(*args[:3], **{k: v for k, v in (kwargs or {}).items() if k != "inplace"})
         return func(*args, **(kwargs or {}))
+
+    def clipped(self, x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+        above = F.softplus(x - min_val, beta=self.sharpness) - F.softplus(x - max_val, beta=self.sharpness)
+        return above + min_val
 
 
 @contextmanager

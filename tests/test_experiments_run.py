@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from invlib import cli, data, experiments, models, training
+from invlib import cli, data, errors, experiments, models, training
 from invlib.experiments import Case, Experiment, Size, _record
 from invlib.experiments._gallery import Gallery
 from invlib.experiments._networks import Networks
@@ -410,3 +410,12 @@ def test_a_case_may_name_its_classes_and_its_normalisation(here, monkeypatch):
     assert cli.main(["experiment", "guess"]) == 0
     assert seen == [([17], UNIT), ([1], UNIT)]
     assert rows()[0]["settings"]["classes"] == {"0": 17}
+
+
+def test_a_record_can_be_kept_without_pictures(here, monkeypatch):
+    register(monkeypatch, dark=Guess(level=0.2))
+    assert cli.main(["experiment", "guess", "--images", "2", "--no-pictures"]) == 0
+    assert [(row["truth"], row["reconstruction"]) for row in rows()] == [(None, None)] * 2
+    assert "PSNR" in str(experiments.table("results/guess.jsonl"))
+    with pytest.raises(errors.DataError, match="no pictures; expected at least one attack made without"):
+        experiments.figure("results/guess.jsonl")

@@ -77,7 +77,11 @@ def test_rounding_reaches_functions_and_modules_and_ends():
     with rounded(3.0):
         for relu in (F.relu, torch.relu, nn.ReLU(), nn.ReLU(inplace=True), torch.Tensor.relu):
             assert torch.equal(relu(x.clone()), expected)
-        assert torch.allclose(F.relu6(x), expected - F.softplus(x - 6, beta=3.0))
+        for clip in (F.relu6, nn.ReLU6()):
+            assert torch.allclose(clip(x), expected - F.softplus(x - 6, beta=3.0))
+        assert torch.allclose(
+            F.hardtanh(x), F.softplus(x + 1, beta=3.0) - F.softplus(x - 1, beta=3.0) - 1, atol=1e-6
+        )
     assert torch.equal(F.relu(x), x.clamp_min(0))
     with rounded(None):
         assert torch.equal(F.relu(x), x.clamp_min(0))

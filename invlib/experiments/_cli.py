@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("the record")
     files.add_argument("--out", type=Path, help="default: results/NAME.jsonl")
     files.add_argument("--figure", type=Path, metavar="FILE", help="draw the record too, as .png or .svg")
+    files.add_argument(
+        "--no-pictures",
+        action="store_true",
+        help="keep numbers alone, where the images or exact copies of them may not be passed on",
+    )
     begin = files.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on where the record ends (the default)")
     begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
@@ -82,7 +87,7 @@ def cli(args: argparse.Namespace) -> int:
     print(f"{args.name}, {form} form: {len(plan.cases)} cases, {plan.images} clients")
     # At once: the progress bar that follows is written to another stream.
     print(f"images: {source} ({args.split}) from {plan.first} on; device {device}", flush=True)
-    made = _run.run(plan, path, fresh=args.fresh)
+    made = _run.run(plan, path, fresh=args.fresh, pictures=not args.no_pictures)
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
     if args.figure is not None:

@@ -36,7 +36,9 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int,
 
     truths, found = _pictures(rows)
     if not truths:
-        raise DataError(f"record {source} has no images; expected at least one attack")
+        raise DataError(
+            f"record {source} has no pictures; expected at least one attack made without --no-pictures"
+        )
     numbers, names = sorted(truths)[:columns], _names(rows)
     side = min(_MAX_SIDE, (WIDTH - _NAME_WIDTH) / len(numbers))
     experiment = experiments.get(rows[0]["experiment"])
@@ -75,6 +77,8 @@ def _pictures(rows: Sequence[Row]) -> tuple[dict[int, Tensor], dict[str, dict[in
         if row.get("truth"):
             for k, image in enumerate(unpng(row["truth"], count)):
                 truths[row["image"] + k] = image
+        if not row["reconstruction"]:
+            continue
         images = unpng(row["reconstruction"], count)
         here = found.setdefault(row["case"], {})
         for k in range(count):

@@ -25,13 +25,15 @@ from invlib.experiments._record import Record, Row
 from invlib.federated import observe
 
 
-def run(plan: Plan, path: Path, *, fresh: bool = False, progress: bool = True) -> int:
+def run(plan: Plan, path: Path, *, fresh: bool = False, pictures: bool = True, progress: bool = True) -> int:
     """Run what the record lacks, and return how many attacks that were.
 
     Args:
         plan: what is to be run.
         path: the record.
         fresh: begin a new record; the old one is kept beside it.
+        pictures: keep the originals and what became of them in the record, for the figure. An image that may
+            not be passed on must not be kept, and no exact reconstruction of it either.
         progress: show a progress bar.
 
     Raises:
@@ -57,7 +59,9 @@ def run(plan: Plan, path: Path, *, fresh: bool = False, progress: bool = True) -
         for case, first in tasks:
             bar.set_postfix_str(f"{clock.left()}now {case.name}")
             row = _attack(plan, case, first, settings[case.name])
-            row["truth"] = None if _has_truth(record, row) else _judge.png(_truth(plan, case, first)[0])
+            new = pictures and not _has_truth(record, row)
+            row["truth"] = _judge.png(_truth(plan, case, first)[0]) if new else None
+            row["reconstruction"] = row["reconstruction"] if pictures else None
             record.append(row)
             clock.ended(case.name, row["seconds"])
             bar.update()
