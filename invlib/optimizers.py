@@ -189,8 +189,6 @@ class LBFGS:
         history_size: how many pairs approximate the curvature.
         line_search: ``"strong_wolfe"`` or None.
         signed: use the sign of the image's gradient (the 2020 code allows it; it defeats the curvature).
-        forget: begin every step without the curvature of the last one, for a cost that changes from step
-            to step, as it does with `invlib.Smoothing`.
 
     Raises:
         ConfigError: lr is not positive, or the line search is unknown.
@@ -206,7 +204,6 @@ class LBFGS:
     history_size: int = 100
     line_search: str | None = None
     signed: bool = False
-    forget: bool = False
     together: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -236,7 +233,7 @@ class LBFGS:
             line_search_fn=self.line_search,
         )
         # The state lives with us, not in the torch object, so that a checkpoint holds all of it.
-        if "lbfgs" in state and not self.forget:
+        if "lbfgs" in state:
             optimizer.state[values[0]].update(state["lbfgs"])
 
         def closure() -> Tensor:
@@ -246,8 +243,7 @@ class LBFGS:
             return cost.sum()
 
         optimizer.step(closure)
-        if not self.forget:
-            state["lbfgs"] = dict(optimizer.state[values[0]])
+        state["lbfgs"] = dict(optimizer.state[values[0]])
         for value, variable in zip(values, variables, strict=True):
             value.grad = None
             project_(value, variable)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from invlib import objectives, priors
+from invlib.errors import ConfigError
 from invlib.matching import GradientMatching, preset
 from invlib.observation import Observation
 from invlib.optimizers import LBFGS
@@ -19,22 +20,25 @@ from invlib.smoothing import Smoothing
 # Distances of directions: at the first there is nothing left to polish, beyond the second the closed form
 # failed (noise was added, say, or equations are missing) and a start from noise is better.
 _EXACT, _USABLE = 1e-6, 0.1
-_ITERATIONS = 20  # of L-BFGS in a step of the polish
+_STAGE = 50  # evaluations at one sharpness: with fewer, line searches eat them
+_POLISH = 20  # iterations between two looks of the polish at the box
 
 
 def best(
-    *, steps: int = 2400, restarts: int = 1, tv: float = 0.2, **settings: object
+    *, steps: int = 1200, restarts: int = 1, tv: float = 0.1, **settings: object
 ) -> Callable[..., Reconstruction]:
     """Return the strongest attack that this project has, chosen by what the server saw.
 
     A single image behind a chain of layers that can be undone, such as LeNetZhu, is computed in closed form
     by `invlib.recursive_inversion`, and polished by L-BFGS on the squared distance where rounding left an
-    error. Everything else is matched by direction with signed Adam, as in `invlib.inverting_gradients`, but
-    on a network whose kinks are round at first (`invlib.smoothing.Smoothing`) and with a
-    stronger total variation. The reconstruction's ``note`` says which of the two it was.
+    error. Everything else is matched by direction, as in `invlib.inverting_gradients`, but on a network
+    whose kinks are round at first (`invlib.Smoothing`). That makes the cost smooth enough for L-BFGS, which
+    gets farther with each evaluation than signed Adam does. Total variation is taken in its smooth form,
+    `invlib.priors.rounded_total_variation`. The reconstruction's ``note`` says which of the two it was.
 
     Args:
-        steps: how many steps at most; each is one evaluation for each restart.
+        steps: how many evaluations of the network's gradient each restart may use; a line search may end a
+            few later. The sharpness changes every 50.
         restarts: how many starting points.
         tv: the weight of total variation.
         settings: any other setting of `invlib.GradientMatching`, for the matching.
@@ -51,12 +55,20 @@ def best(
 
     Taught in: chapter 3
     """
-    smooth: dict[str, object] = {"smoothing": Smoothing(), **settings}
+    if steps < 1:
+        raise ConfigError(f"best steps is {steps}; expected at least 1")
+    stages = max(1, steps // _STAGE)
     matching = preset(
         GradientMatching(
-            steps=steps, restarts=restarts, priors=((tv, priors.total_variation),) if tv else ()
+            optimizer=_quasi_newton(steps // stages),
+            steps=stages,
+            decay=None,
+            restarts=restarts,
+            smoothing=Smoothing(),
+            priors=((tv, priors.rounded_total_variation),) if tv else (),
+            record_every=1,
         ),
-        smooth,
+        settings,
     )
 
     def attack(
@@ -73,23 +85,32 @@ def best(
             if found.score <= _EXACT:
                 return found
             if found.score <= _USABLE:
-                return _polished(found, model, observation, matching)
+                return _polished(found, model, observation, matching, steps)
         found = matching(model, observation, generator=generator, callback=callback, progress=progress)
         return replace(found, note="gradient matching on a network whose kinks are rounded on the way")
 
     return attack
 
 
+def _quasi_newton(evaluations: int) -> LBFGS:
+    # The curvature is kept from one sharpness to the next: it changes little, and learning it anew costs.
+    return LBFGS(max_iter=evaluations, max_eval=evaluations, history_size=50, line_search="strong_wolfe")
+
+
 def _polished(
-    found: Reconstruction, model: nn.Module, observation: Observation, matching: GradientMatching
+    found: Reconstruction,
+    model: nn.Module,
+    observation: Observation,
+    matching: GradientMatching,
+    steps: int,
 ) -> Reconstruction:
     """Go on from a closed form that rounding or missing equations left inexact."""
     polish = GradientMatching(
         objective=objectives.l2,
-        optimizer=LBFGS(max_iter=_ITERATIONS, line_search="strong_wolfe"),
+        optimizer=_quasi_newton(min(_POLISH, steps)),
         decay=None,
         init=found.images,
-        steps=max(1, matching.steps // _ITERATIONS),
+        steps=max(1, steps // _POLISH),
         loss=matching.loss,
     )
     better = polish(model, observation)

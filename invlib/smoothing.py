@@ -42,7 +42,7 @@ class Smoothing:
     Taught in: chapter 3
     """
 
-    start: float = 2.0
+    start: float = 4.0
     end: float = 60.0
 
     def __post_init__(self) -> None:

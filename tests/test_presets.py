@@ -61,7 +61,7 @@ def test_a_network_with_kinks_is_matched_with_rounded_ones():
     x, seen = see(kinked())
     found = iv.best(steps=150)(kinked(), seen)
     assert "rounded" in found.note
-    assert found.evaluations == 152
+    assert found.evaluations <= 175  # three stages, whose last line searches may go on
     grey = x.mean((2, 3), keepdim=True).expand_as(x)
     assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(grey, x)) + 3
     again = iv.best(steps=150)(kinked(), seen)
@@ -104,6 +104,8 @@ def test_a_sharpness_that_is_none_is_refused(value):
 def test_unknown_settings_are_named():
     with pytest.raises(ConfigError, match="unknown setting 'restrts'"):
         iv.best(restrts=2)
+    with pytest.raises(ConfigError, match="best steps is 0; expected at least 1"):
+        iv.best(steps=0)
 
 
 def test_restarts_and_smoothing_go_together():

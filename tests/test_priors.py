@@ -81,3 +81,16 @@ def test_median_filter_is_scipys(size):
 def test_median_filter_refuses_even_sizes(size):
     with pytest.raises(ConfigError, match=f"size is {size}; expected an odd"):
         priors.median_filter(torch.zeros(1, 1, 4, 4), size)
+
+
+def test_rounded_total_variation_is_total_variation_but_for_small_steps():
+    x = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sharp = priors.total_variation(x)
+    assert float(priors.rounded_total_variation(x, width=1e-8)) == pytest.approx(float(sharp), rel=1e-9)
+    flat = torch.zeros(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    value = priors.rounded_total_variation(flat, width=0.1)
+    assert float(value.detach()) == pytest.approx(0.2)  # both directions, at the width itself
+    assert not torch.autograd.grad(value, flat)[0].any()  # no kink: the slope at zero is zero
+    assert torch.autograd.gradcheck(lambda t: priors.rounded_total_variation(t), x.requires_grad_(True))
+    with pytest.raises(ConfigError, match="rounded_total_variation width is 0; expected a positive number"):
+        priors.rounded_total_variation(x, width=0)
