@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_variation": 1e-4,
         "lr_decay": False,
     },
-    "best": {**DEFAULT_CONFIG, "max_iterations": 1200, "total_variation": 0.1},
+    "best": {**DEFAULT_CONFIG, "max_iterations": 1200, "total_variation": 0.125},
 }
 # What --optim best chooses by itself, so that a flag for it would go unheard.
 _CHOSEN = (

@@ -10,6 +10,7 @@ from torch import nn
 
 from invlib import objectives, priors
 from invlib.errors import ConfigError
+from invlib.labels import infer
 from invlib.matching import GradientMatching, preset
 from invlib.observation import Observation
 from invlib.optimizers import LBFGS
@@ -25,7 +26,7 @@ _POLISH = 20  # iterations between two looks of the polish at the box
 
 
 def best(
-    *, steps: int = 1200, restarts: int = 1, tv: float = 0.1, **settings: object
+    *, steps: int = 1200, restarts: int = 1, tv: float = 0.125, **settings: object
 ) -> Callable[..., Reconstruction]:
     """Return the strongest attack that this project has, chosen by what the server saw.
 
@@ -40,7 +41,8 @@ def best(
         steps: how many evaluations of the network's gradient each restart may use; a line search may end a
             few later. The sharpness changes every 50.
         restarts: how many starting points.
-        tv: the weight of total variation.
+        tv: the weight of total variation, in units of the objective of a noise image: all gradients of a
+            fresh network point nearly the same way, so that its objectives are small throughout.
         settings: any other setting of `invlib.GradientMatching`, for the matching.
 
     Returns:
@@ -65,11 +67,12 @@ def best(
             decay=None,
             restarts=restarts,
             smoothing=Smoothing(),
-            priors=((tv, priors.rounded_total_variation),) if tv else (),
             record_every=1,
         ),
         settings,
     )
+    if not tv >= 0:
+        raise ConfigError(f"best tv is {tv}; expected at least 0")
 
     def attack(
         model: nn.Module,
@@ -86,10 +89,26 @@ def best(
                 return found
             if found.score <= _USABLE:
                 return _polished(found, model, observation, matching, steps)
-        found = matching(model, observation, generator=generator, callback=callback, progress=progress)
-        return replace(found, note="gradient matching on a network whose kinks are rounded on the way")
+        weight = tv * _unit(matching, model, observation)
+        weighed = replace(matching, priors=(*matching.priors, (weight, priors.rounded_total_variation)))
+        found = weighed(model, observation, generator=generator, callback=callback, progress=progress)
+        return replace(
+            found,
+            evaluations=found.evaluations + 1,
+            note="gradient matching on a network whose kinks are rounded on the way",
+        )
 
     return attack
+
+
+def _unit(matching: GradientMatching, model: nn.Module, observation: Observation) -> float:
+    """Return the objective of a noise image, always the same one."""
+    shape = (observation.num_images, *observation.image_shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    some = next(model.parameters())
+    images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
+    labels = infer(model, observation).labels if observation.labels is None else observation.labels
+    return matching.score(model, observation, images, labels.to(some.device))
 
 
 def _quasi_newton(evaluations: int) -> LBFGS:

@@ -114,3 +114,19 @@ def test_restarts_and_smoothing_go_together():
     assert found.trials.shape == (3, 2, 3, 8, 8)
     alone = iv.best(steps=4, restarts=3, chunk=1)(kinked(), seen)
     assert torch.allclose(found.trial_scores, alone.trial_scores, atol=1e-5)
+
+
+def test_total_variation_counts_in_units_of_a_noise_image():
+    _, seen = see(kinked())
+    grain = [
+        float(iv.priors.total_variation(iv.best(steps=50, tv=tv)(kinked(), seen).images)) for tv in (0.0, 1e4)
+    ]
+    assert grain[1] < 0.2 * grain[0]
+    # With ten times the objective the unit is ten times as large, and the balance is as it was.
+    noise = iv.best(steps=20)(kinked(), seen)
+    tenfold = iv.best(steps=20, objective=lambda *updates: 10 * iv.objectives.cosine(*updates))(
+        kinked(), seen
+    )
+    assert tenfold.score == pytest.approx(10 * noise.score, rel=0.2)
+    with pytest.raises(ConfigError, match="best tv is -1; expected at least 0"):
+        iv.best(tv=-1)
