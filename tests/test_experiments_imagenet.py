@@ -1,11 +1,14 @@
-"""The experiment on photographs of 224 pixels: its forms, and what it needs."""
+"""The experiment on photographs of 224 pixels: its forms, what it needs, and its record."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import invlib as iv
 from invlib import cli, experiments
+from invlib.experiments import _judge, _report
 
 
 def test_the_reduced_form_needs_no_connection() -> None:
@@ -32,3 +35,17 @@ def test_without_the_package_the_command_names_the_extra(
     assert cli.main(command) == 2
     assert "pip install invlib[imagenet]" in capsys.readouterr().err
     assert out.read_bytes() == b""
+
+
+def test_the_record_tells_of_the_pictures_it_holds() -> None:
+    rows = _report.read("imagenet")
+    photographs, _ = iv.data.samples("photos224")
+    for row in rows:
+        found, truth = (_judge.unpng(row[name], 1) for name in ("reconstruction", "truth"))
+        photograph = photographs[row["image"]][None]
+        assert torch.equal((truth * 255).round(), (photograph * 255).round())
+        assert float(iv.metrics.psnr(found, photograph)) == pytest.approx(row["psnr"][0], abs=0.05)
+        assert float(iv.metrics.ssim(found, photograph)) == pytest.approx(row["ssim"][0], abs=0.01)
+        grey = photograph.mean().expand_as(photograph)
+        assert row["floors"][0]["grey"] == pytest.approx(float(iv.metrics.psnr(grey, photograph)), abs=0.01)
+        assert row["settings"]["steps"] + 1 == row["evaluations"]
