@@ -120,7 +120,8 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> C
         inputs = inputs.reshape(1, *observation.image_shape).to(some)
         images = observation.normalization.decode(inputs).clamp(0, 1)
         labels = observation.labels if observation.labels is not None else infer(model, observation).labels
-        score = GradientMatching().score(model, observation, images, labels.to(some.device))
+        # rounding may leave the cosine a little above one
+        score = max(0.0, GradientMatching().score(model, observation, images, labels.to(some.device)))
         what = "exact" if score <= tolerance else "approximate"
         return Reconstruction(
             images=images,

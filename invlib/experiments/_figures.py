@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _NAME_WIDTH = 1.8  # inches, for the names of the cases
 _CURVE_HEIGHT = 3.0
-_MAX_SIDE = 0.9
+# Inches: of small pictures, and of photographs, whose detail a small one would hide.
+_MAX_SIDE, _MAX_SIDE_OF_PHOTOGRAPHS, _PHOTOGRAPH = 0.9, 2.6, 64
 
 
 @figure
@@ -40,7 +41,9 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int,
             f"record {source} has no pictures; expected at least one attack made without --no-pictures"
         )
     numbers, names = sorted(truths)[:columns], _names(rows)
-    side = min(_MAX_SIDE, (WIDTH - _NAME_WIDTH) / len(numbers))
+    large = min(truths[numbers[0]].shape[-2:]) >= _PHOTOGRAPH
+    most = _MAX_SIDE_OF_PHOTOGRAPHS if large else _MAX_SIDE
+    side = min(most, (WIDTH - _NAME_WIDTH) / len(numbers))
     experiment = experiments.get(rows[0]["experiment"])
     swept = experiment is not None and bool(experiment.axis) and any(r["sweep"] is not None for r in rows)
     picture_height = (len(found) + 1) * (side + 0.18)
