@@ -220,7 +220,7 @@ def test_settings_are_described_by_value_and_not_by_address():
     assert describe(FedAvg(lr=0.1, local_steps=2))["lr"] == 0.1
     assert describe(torch.ones(2)) != describe(torch.zeros(2))
     assert describe(best(steps=3)) == describe(best(steps=3)) != describe(best(steps=4))
-    assert describe(best(steps=3, tv=0.5))["matching"]["priors"] == [[0.5, "rounded_total_variation"]]
+    assert describe(best(steps=3, tv=0.5))["tv"] == 0.5
     with pytest.raises(ConfigError, match="no name"):
         describe(inverting_gradients(loss=lambda a, b: a.sum()))
 
