@@ -266,6 +266,14 @@ def test_table_for_notebooks_escapes_its_words(tmp_path):
     assert text.count("<tr>") == 2
 
 
+def test_table_for_notebooks_says_once_what_is_the_same_in_every_row(tmp_path):
+    path = write(tmp_path / "r.jsonl", [row(), row("LeNetZhu, l2", psnr=(30.0,))])
+    text = experiments.table(path)._repr_html_()
+    assert "In every row: network LeNetZhu, SSIM 0.500" in text
+    assert "<th>network</th>" not in text
+    assert "<th>attack</th><th>PSNR in dB</th>" in text
+
+
 def test_inferred_labels_are_counted(tmp_path):
     one = row(psnr=(20.0, 21.0), ranks=(1, 1), labels_right=1)
     one["settings"]["labels"] = "inferred"

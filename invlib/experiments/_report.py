@@ -43,13 +43,25 @@ class Table:
         return "\n".join([*textwrap.wrap(self.caption, _WIDTH), "", *text])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(word)}</th>" for word in self.columns)
+        # A column that says the same in every row is said once below, which keeps the table in the page.
+        same = [
+            k
+            for k in range(len(self.columns))
+            if len(self.rows) > 1 and len({row[k] for row in self.rows}) == 1
+        ]
+        kept = [k for k in range(len(self.columns)) if k not in same]
+        head = "".join(f"<th>{html.escape(self.columns[k])}</th>" for k in kept)
         body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(word)}</td>' for word in row)}</tr>" for row in self.rows
+            f"<tr>{''.join(f'<td>{html.escape(row[k])}</td>' for k in kept)}</tr>" for row in self.rows
         )
+        alike = ", ".join(f"{self.columns[k]} {self.rows[0][k]}" for k in same)
+        below = f"{self.caption} In every row: {alike}." if same else self.caption
+        # The page's own width for the words; what is wider scrolls by itself and not with the page.
         return (
-            f"<table><caption>{html.escape(self.caption)}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            '<div style="overflow-x: auto" tabindex="0">'
+            f'<table class="table" style="font-size: 0.8em"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+            f'<p style="font-size: 0.85em">{html.escape(below)}</p>'
         )
 
 
