@@ -187,6 +187,9 @@ class LBFGS:
         max_eval: evaluations in a step, up to the end of the line search that reaches it; None is a
             quarter more than ``max_iter``.
         history_size: how many pairs approximate the curvature.
+        tolerance_grad: a step ends where no slope is larger than this.
+        tolerance_change: a step ends where cost or values change by less than this. Torch's tolerances, the
+            defaults, are large beside the costs of networks whose gradients all point nearly the same way.
         line_search: ``"strong_wolfe"`` or None.
         signed: use the sign of the image's gradient (the 2020 code allows it; it defeats the curvature).
 
@@ -202,6 +205,8 @@ class LBFGS:
     max_iter: int = 20
     max_eval: int | None = None
     history_size: int = 100
+    tolerance_grad: float = 1e-7
+    tolerance_change: float = 1e-9
     line_search: str | None = None
     signed: bool = False
     together: bool = field(default=False, init=False)
@@ -230,6 +235,8 @@ class LBFGS:
             max_iter=self.max_iter,
             max_eval=self.max_eval,
             history_size=self.history_size,
+            tolerance_grad=self.tolerance_grad,
+            tolerance_change=self.tolerance_change,
             line_search_fn=self.line_search,
         )
         # The state lives with us, not in the torch object, so that a checkpoint holds all of it.

@@ -12,15 +12,16 @@ from invlib import objectives, priors
 from invlib.errors import ConfigError
 from invlib.labels import infer
 from invlib.matching import GradientMatching, preset
-from invlib.observation import Observation
+from invlib.observation import Observation, in_mode
 from invlib.optimizers import LBFGS
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.recursive import is_chain, recursive_inversion
-from invlib.smoothing import Smoothing
+from invlib.smoothing import Smoothing, rounded
 
 # Distances of directions: at the first there is nothing left to polish, beyond the second the closed form
 # failed (noise was added, say, or equations are missing) and a start from noise is better.
 _EXACT, _USABLE = 1e-6, 0.1
+_SHARPENINGS = 16  # at most: a factor of two each
 _STAGE = 50  # evaluations at one sharpness: with fewer, line searches eat them
 _POLISH = 20  # iterations between two looks of the polish at the box
 
@@ -34,7 +35,8 @@ def best(
     by `invlib.recursive_inversion`, and polished by L-BFGS on the squared distance where rounding left an
     error. Everything else is matched by direction, as in `invlib.inverting_gradients`, but on a network
     whose kinks are round at first (`invlib.Smoothing`). That makes the cost smooth enough for L-BFGS, which
-    gets farther with each evaluation than signed Adam does. Total variation is taken in its smooth form,
+    gets farther with each evaluation than signed Adam does. How round they are at first is measured: no
+    rounder than turns the update as far as another image would. Total variation is taken in its smooth form,
     `invlib.priors.rounded_total_variation`. The reconstruction's ``note`` says which of the two it was.
 
     Args:
@@ -89,31 +91,63 @@ def best(
                 return found
             if found.score <= _USABLE:
                 return _polished(found, model, observation, matching, steps)
-        weight = tv * _unit(matching, model, observation)
-        weighed = replace(matching, priors=(*matching.priors, (weight, priors.rounded_total_variation)))
-        found = weighed(model, observation, generator=generator, callback=callback, progress=progress)
+        unit, bent = _noise_distances(matching, model, observation)
+        rounding, asked = matching.smoothing, 1
+        if rounding is not None and "smoothing" not in settings:
+            while (asked := asked + 1) < _SHARPENINGS and bent(rounding.start) > unit:
+                rounding = Smoothing(start=2 * rounding.start, end=2 * rounding.end)
+        terms = (*matching.priors, (tv * unit, priors.rounded_total_variation))
+        search = replace(matching, priors=terms, smoothing=rounding)
+        found = search(model, observation, generator=generator, callback=callback, progress=progress)
         return replace(
             found,
-            evaluations=found.evaluations + 1,
+            evaluations=found.evaluations + asked,
             note="gradient matching on a network whose kinks are rounded on the way",
         )
 
     return attack
 
 
-def _unit(matching: GradientMatching, model: nn.Module, observation: Observation) -> float:
-    """Return the objective of a noise image, always the same one."""
+def _noise_distances(
+    matching: GradientMatching, model: nn.Module, observation: Observation
+) -> tuple[float, Callable[[float], float]]:
+    """Return the objective of a noise image, and how far rounding of some sharpness turns its update.
+
+    Rounding that turns the update farther than another image does would hide the image altogether: a fresh
+    network whose activations shrink from layer to layer needs far sharper kinks than a trained one.
+    """
     shape = (observation.num_images, *observation.image_shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     some = next(model.parameters())
     images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
+    inputs = observation.normalization.encode(images)
     labels = infer(model, observation).labels if observation.labels is None else observation.labels
-    return matching.score(model, observation, images, labels.to(some.device))
+    labels = labels.to(some.device)
+
+    def update(sharpness: float | None) -> list[torch.Tensor]:
+        with in_mode(model, training=observation.training_mode), rounded(sharpness):
+            sent = observation.protocol(model, inputs, labels, loss=matching.loss)
+        return [tensor.detach() for tensor in sent.values()]
+
+    plain = update(None)
+
+    def bent(sharpness: float) -> float:
+        return float(objectives.cosine(update(sharpness), plain))
+
+    return matching.score(model, observation, images, labels), bent
 
 
 def _quasi_newton(evaluations: int) -> LBFGS:
     # The curvature is kept from one sharpness to the next: it changes little, and learning it anew costs.
-    return LBFGS(max_iter=evaluations, max_eval=evaluations, history_size=50, line_search="strong_wolfe")
+    # No tolerance: on a fresh ConvNet8 torch's own would end the search where it begins.
+    return LBFGS(
+        max_iter=evaluations,
+        max_eval=evaluations,
+        history_size=50,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search="strong_wolfe",
+    )
 
 
 def _polished(

@@ -130,3 +130,12 @@ def test_total_variation_counts_in_units_of_a_noise_image():
     assert tenfold.score == pytest.approx(10 * noise.score, rel=0.2)
     with pytest.raises(ConfigError, match="best tv is -1; expected at least 0"):
         iv.best(tv=-1)
+
+
+def test_rounding_is_sharp_enough_for_a_network_whose_activations_shrink():
+    faint = iv.models.build("ConvNet8", num_classes=5, image_size=16, seed=0)
+    x, y = random_batch(1, side=16)
+    seen = iv.observe(faint, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+    found = iv.best(steps=200)(faint, seen)
+    blunt = iv.best(steps=200, smoothing=iv.Smoothing())(faint, seen)
+    assert found.score < 0.5 * blunt.score
