@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from invlib import presets
 from invlib.errors import ConfigError
 from invlib.legacy import DEFAULT_CONFIG
 from invlib.legacy._config import FILTERS, INITS, OPTIMIZERS, SCORINGS
@@ -22,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_variation": 1e-4,
         "lr_decay": False,
     },
-    "best": {**DEFAULT_CONFIG, "max_iterations": 1200, "total_variation": 0.125},
+    "best": {**DEFAULT_CONFIG, "max_iterations": presets.STEPS, "total_variation": presets.TV},
 }
 # What --optim best chooses by itself, so that a flag for it would go unheard.
 _CHOSEN = (

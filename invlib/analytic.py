@@ -139,13 +139,13 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
 
 
 # The slope of an activation, from its output alone: all that a recovered layer input tells.
-_SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Identity: lambda _, a: torch.ones_like(a),
     nn.ReLU: lambda _, a: (a > 0).to(a.dtype),
     nn.LeakyReLU: lambda m, a: torch.where(a > 0, torch.ones_like(a), torch.full_like(a, m.negative_slope)),  # type: ignore[arg-type]
     nn.Sigmoid: lambda _, a: a * (1 - a),
     nn.Tanh: lambda _, a: 1 - a.square(),
-    nn.Softplus: lambda _, a: 1 - torch.exp(-a),
+    nn.Softplus: lambda m, a: 1 - torch.exp(-m.beta * a),  # type: ignore[operator]
 }
 
 
@@ -179,7 +179,7 @@ def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
     for name, module, _ in ran:
         if isinstance(module, nn.Linear):
             stages.append(_Stage(name=name, layer=module, activation=nn.Identity()))
-        elif stages and type(module) in _SLOPES:
+        elif stages and type(module) in SLOPES:
             if not isinstance(module, nn.Identity):
                 stages[-1] = _Stage(name=stages[-1].name, layer=stages[-1].layer, activation=module)
         elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
@@ -233,7 +233,7 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
         delta, inputs = _unbiased_head(model, observation, stages[-1])
     for k in range(top, 0, -1):
         below = stages[k - 1]
-        slope = _SLOPES[type(below.activation)](below.activation, inputs)
+        slope = SLOPES[type(below.activation)](below.activation, inputs)
         delta = (stages[k].layer.weight.detach().T @ delta) * slope
         if not delta.any():
             raise RecoveryError(f"the gradient behind {below.name!r} is all zero; expected an active unit")

@@ -18,6 +18,7 @@ from invlib.errors import ConfigError
 from invlib.federated import FedSGD
 from invlib.labels import infer
 from invlib.observation import Observation, forward, in_mode, trainable_parameters
+from invlib.optimizers import Adam, Variable
 from invlib.reconstruction import History, Reconstruction
 
 
@@ -111,22 +112,25 @@ class ForwardMatching:
         inputs = torch.zeros(problem.shape)
         if trial:
             inputs = torch.randn(problem.shape, generator=generator)
-        inputs = inputs.to(problem.low).clamp(problem.low, problem.high).requires_grad_()
-        walker = torch.optim.Adam([inputs], lr=self.lr)
+        inputs = inputs.to(problem.low).clamp(problem.low, problem.high)
+        image = Variable(name="images", low=problem.low, high=problem.high)
+        walker = Adam(lr=self.lr, signed=True)
+        state = walker.init([inputs])
         trace: dict[int, float] = {}
         for step in range(self.steps):
             part = step / self.steps
-            walker.param_groups[0]["lr"] = self.lr * math.cos(part * math.pi / 2)
-            objective, slope = problem.slope(inputs.detach())
-            if step % 10 == 0:
-                trace[step] = float(objective)
             weight = self.tv[0] * (self.tv[1] / self.tv[0]) ** part
-            (rough,) = torch.autograd.grad(priors.total_variation(inputs), inputs)
-            inputs.grad = (slope + weight * rough).sign()
-            walker.step()
-            with torch.no_grad():
-                inputs.clamp_(problem.low, problem.high)
-        return inputs.detach(), trace
+
+            def evaluate(
+                values: list[Tensor], step: int = step, weight: float = weight
+            ) -> tuple[Tensor, list[Tensor]]:
+                objective, slope = problem.slope(values[0])
+                if step % 10 == 0:
+                    trace[step] = float(objective)
+                return objective, [slope + weight * grad(priors.total_variation)(values[0])]
+
+            walker.step([inputs], [image], state, evaluate, math.cos(part * math.pi / 2))
+        return inputs, trace
 
 
 class _Problem:

@@ -10,13 +10,16 @@ from torch import nn
 
 from invlib import objectives, priors
 from invlib.errors import ConfigError
+from invlib.federated import observe
 from invlib.labels import infer
 from invlib.matching import GradientMatching, preset
-from invlib.observation import Observation, in_mode
+from invlib.observation import Observation
 from invlib.optimizers import LBFGS
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.recursive import is_chain, recursive_inversion
 from invlib.smoothing import Smoothing, rounded
+
+STEPS, TV = 1200, 0.125  # what `best` takes where nothing else is said
 
 # Distances of directions: at the first there is nothing left to polish, beyond the second the closed form
 # failed (noise was added, say, or equations are missing) and a start from noise is better.
@@ -27,7 +30,7 @@ _POLISH = 20  # iterations between two looks of the polish at the box
 
 
 def best(
-    *, steps: int = 1200, restarts: int = 1, tv: float = 0.125, **settings: object
+    *, steps: int = STEPS, restarts: int = 1, tv: float = TV, **settings: object
 ) -> Callable[..., Reconstruction]:
     """Return the strongest attack that this project has, chosen by what the server saw.
 
@@ -45,7 +48,8 @@ def best(
         restarts: how many starting points.
         tv: the weight of total variation, in units of the objective of a noise image: all gradients of a
             fresh network point nearly the same way, so that its objectives are small throughout.
-        settings: any other setting of `invlib.GradientMatching`, for the matching.
+        settings: any other setting of `invlib.GradientMatching`, for the matching; an optimiser of one's own
+            takes one step at each sharpness.
 
     Returns:
         An attack ``(model, observation, *, generator=None, callback=None, progress=False)``. It raises
@@ -91,50 +95,56 @@ def best(
                 return found
             if found.score <= _USABLE:
                 return _polished(found, model, observation, matching, steps)
-        unit, bent = _noise_distances(matching, model, observation)
-        rounding, asked = matching.smoothing, 1
-        if rounding is not None and "smoothing" not in settings:
-            while (asked := asked + 1) < _SHARPENINGS and bent(rounding.start) > unit:
-                rounding = Smoothing(start=2 * rounding.start, end=2 * rounding.end)
-        terms = (*matching.priors, (tv * unit, priors.rounded_total_variation))
-        search = replace(matching, priors=terms, smoothing=rounding)
+        unit, smoothing, asked = _noise(matching, model, observation)
+        search = replace(
+            matching,
+            priors=(*matching.priors, (tv * unit, priors.rounded_total_variation)),
+            smoothing=matching.smoothing if "smoothing" in settings else smoothing,
+        )
         found = search(model, observation, generator=generator, callback=callback, progress=progress)
+        kinks = "as they are" if search.smoothing is None else "rounded on the way"
         return replace(
             found,
             evaluations=found.evaluations + asked,
-            note="gradient matching on a network whose kinks are rounded on the way",
+            note=f"gradient matching on a network whose kinks are {kinks}",
         )
 
     return attack
 
 
-def _noise_distances(
+def _noise(
     matching: GradientMatching, model: nn.Module, observation: Observation
-) -> tuple[float, Callable[[float], float]]:
-    """Return the objective of a noise image, and how far rounding of some sharpness turns its update.
+) -> tuple[float, Smoothing, int]:
+    """Return the objective of a noise image, how round kinks may be, and how many evaluations that took.
 
-    Rounding that turns the update farther than another image does would hide the image altogether: a fresh
+    Rounding that turns an update farther than another image does would hide the image altogether: a fresh
     network whose activations shrink from layer to layer needs far sharper kinks than a trained one.
     """
     shape = (observation.num_images, *observation.image_shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     some = next(model.parameters())
     images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
-    inputs = observation.normalization.encode(images)
     labels = infer(model, observation).labels if observation.labels is None else observation.labels
     labels = labels.to(some.device)
-
-    def update(sharpness: float | None) -> list[torch.Tensor]:
-        with in_mode(model, training=observation.training_mode), rounded(sharpness):
-            sent = observation.protocol(model, inputs, labels, loss=matching.loss)
-        return [tensor.detach() for tensor in sent.values()]
-
-    plain = update(None)
-
-    def bent(sharpness: float) -> float:
-        return float(objectives.cosine(update(sharpness), plain))
-
-    return matching.score(model, observation, images, labels), bent
+    unit = matching.score(model, observation, images, labels)
+    of_noise = observe(
+        model,
+        images,
+        labels,
+        observation.protocol,
+        normalization=observation.normalization,
+        training_mode=observation.training_mode,
+        loss=matching.loss,
+    )
+    smoothing, asked = Smoothing(), 2
+    for _ in range(_SHARPENINGS):
+        asked += 1
+        with rounded(smoothing.start):
+            turned = matching.score(model, of_noise, images, labels)
+        if turned <= unit:
+            break
+        smoothing = Smoothing(start=2 * smoothing.start, end=2 * smoothing.end)
+    return unit, smoothing, asked
 
 
 def _quasi_newton(evaluations: int) -> LBFGS:

@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
-from invlib.analytic import layer_input
+from invlib.analytic import SLOPES, layer_input
 from invlib.errors import RecoveryError
 from invlib.federated import FedAvg, FedSGD
 from invlib.labels import infer
@@ -26,35 +26,17 @@ from invlib.reconstruction import Reconstruction
 _Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inverse:
-    """An activation undone: what went in, and the slope there, both from what came out."""
-
-    input: Callable[[nn.Module, Tensor], Tensor]
-    slope: Callable[[nn.Module, Tensor], Tensor]
-
-
-def _leaky(module: nn.Module, a: Tensor) -> Tensor:
-    assert isinstance(module, nn.LeakyReLU)
-    return torch.where(a > 0, 1.0, module.negative_slope)
-
-
 # Rounding may have pushed an output on the border of what the activation can give, whose inverse is infinite.
 _EDGE = 1e-7
-_INVERSES: dict[type[nn.Module], _Inverse] = {
-    nn.Identity: _Inverse(input=lambda _, a: a, slope=lambda _, a: torch.ones_like(a)),
-    nn.Sigmoid: _Inverse(input=lambda _, a: a.logit(_EDGE), slope=lambda _, a: (a * (1 - a)).clamp_min(0)),
-    nn.Tanh: _Inverse(
-        input=lambda _, a: a.clamp(_EDGE - 1, 1 - _EDGE).atanh(),
-        slope=lambda _, a: (1 - a.square()).clamp_min(0),
-    ),
-    nn.Softplus: _Inverse(
-        input=lambda _, a: a.clamp_min(_EDGE).expm1().log(),
-        slope=lambda _, a: -(-a.clamp_min(0)).expm1(),
-    ),
-    nn.LeakyReLU: _Inverse(input=lambda m, a: a / _leaky(m, a), slope=_leaky),
+# What went into an activation, from what came out.
+_INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+    nn.Identity: lambda _, a: a,
+    nn.Sigmoid: lambda _, a: a.logit(_EDGE),
+    nn.Tanh: lambda _, a: a.clamp(_EDGE - 1, 1 - _EDGE).atanh(),
+    nn.Softplus: lambda m, a: (m.beta * a.clamp_min(_EDGE)).expm1().log() / m.beta,  # type: ignore[operator]
+    nn.LeakyReLU: lambda m, a: a / SLOPES[nn.LeakyReLU](m, a),
     # What a closed ReLU hides has slope 0, and so no equation.
-    nn.ReLU: _Inverse(input=lambda _, a: a, slope=lambda _, a: (a > 0).to(a)),
+    nn.ReLU: lambda _, a: a,
 }
 
 
@@ -216,8 +198,9 @@ def _image(stages: list[_Stage], observation: Observation, iterations: int) -> T
     a = layer_input(gradients[f"{head.name}.weight"], gradients[f"{head.name}.bias"]).inputs
     behind = _double(head.layer.weight).T @ delta
     for stage in reversed(stages[:-1]):
-        inverse = _INVERSES[type(stage.activation)]
-        z, slope = inverse.input(stage.activation, a), inverse.slope(stage.activation, a)
+        kind = type(stage.activation)
+        # rounding may leave an output a little beyond its border, where the slope has the wrong sign
+        z, slope = _INVERSES[kind](stage.activation, a), SLOPES[kind](stage.activation, a).clamp_min(0)
         delta = behind.flatten() * slope
         if not delta.any():
             raise RecoveryError(f"the gradient behind {stage.name!r} is all zero; expected an active unit")

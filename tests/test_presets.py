@@ -139,3 +139,10 @@ def test_rounding_is_sharp_enough_for_a_network_whose_activations_shrink():
     found = iv.best(steps=200)(faint, seen)
     blunt = iv.best(steps=200, smoothing=iv.Smoothing())(faint, seen)
     assert found.score < 0.5 * blunt.score
+
+
+def test_the_note_says_whether_kinks_were_rounded():
+    _, seen = see(kinked())
+    assert "as they are" in iv.best(steps=2, smoothing=None)(kinked(), seen).note
+    # another objective has another unit, in which rounding is measured too
+    assert "rounded" in iv.best(steps=2, objective=iv.objectives.l2)(kinked(), seen).note

@@ -32,7 +32,9 @@ def see(model, n=1, protocol=None, reveal=True, dtype=torch.float64):
     return x, seen
 
 
-@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.Softplus, lambda: nn.LeakyReLU(0.2)])
+@pytest.mark.parametrize(
+    "activation", [nn.Sigmoid, nn.Tanh, nn.Softplus, lambda: nn.Softplus(beta=3.0), lambda: nn.LeakyReLU(0.2)]
+)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_a_chain_gives_its_image_away(activation, dilation):
     x, seen = see(net(activation, dilation=dilation))
