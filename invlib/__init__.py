@@ -13,6 +13,7 @@ from invlib.federated import FedAvg, FedSGD, observe
 from invlib.forward import ForwardMatching
 from invlib.matching import GradientMatching, deep_leakage, improved_deep_leakage, inverting_gradients
 from invlib.metrics import Report, evaluate
+from invlib.natural import NaturalImages
 from invlib.objectives import Layers
 from invlib.observation import (
     CIFAR10,
@@ -51,6 +52,7 @@ __all__ = [
     "Frames",
     "GradientMatching",
     "Layers",
+    "NaturalImages",
     "Normalization",
     "Observation",
     "Progress",

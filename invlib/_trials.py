@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class Problem:
     variables: list[Variable]
     labels: Tensor | None
     classes: int
+    inputs: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
@@ -50,12 +52,21 @@ class Problem:
             return self.labels
         return F.softmax(logits, -1).expand(inputs.shape[0], -1)
 
-    def cost(self, inputs: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the cost of one guess, and its objective beside it."""
+    def cost(
+        self, place: Tensor, logits: Tensor | None = None, *, fade: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cost of one guess, and its objective beside it.
+
+        Args:
+            place: where the optimiser stands: normalised images, or their coordinates.
+            logits: of soft labels, where they are optimised.
+            fade: a factor of the priors' weights.
+        """
+        inputs = self.inputs(place)
         objective = self.objective(self.update(inputs, self.targets(inputs, logits)), self.target)
         total = objective
         for weight, prior in self.priors:
-            total = total + weight * prior(inputs)
+            total = total + fade * weight * prior(inputs)
         return total, objective
 
     def score(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
@@ -119,7 +130,8 @@ class _Group:
     def evaluate(self, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return cost and gradient of every restart, and keep the best point that was measured."""
         argnums = tuple(range(len(values)))
-        differentiate = torch.func.grad_and_value(self.problem.cost, argnums=argnums, has_aux=True)
+        cost_now = partial(self.problem.cost, fade=self.fade())
+        differentiate = torch.func.grad_and_value(cost_now, argnums=argnums, has_aux=True)
         with rounded(self.sharpness()):
             if len(self.rows) == 1:
                 # One restart needs no vmap, which would turn its convolutions into grouped ones for nothing.
@@ -129,8 +141,9 @@ class _Group:
             else:
                 gradients, (cost, objective) = torch.func.vmap(differentiate, randomness="different")(*values)
         cost, objective = cost.detach(), objective.detach()
-        # Costs of different sharpness do not compare: there, the latest point counts as the best.
-        better = cost < self.best_cost if self.attack.smoothing is None else torch.isfinite(cost)
+        # Costs of different sharpness or weights do not compare: there, the latest point counts as the best.
+        compare = self.attack.smoothing is None and self.attack.fading == 1
+        better = cost < self.best_cost if compare else torch.isfinite(cost)
         self.best_cost = torch.where(better, cost, self.best_cost)
         self.best_objective = torch.where(better, objective, self.best_objective)
         for best, value in zip(self.best, values, strict=True):
@@ -143,6 +156,10 @@ class _Group:
         """Return how sharp the kinks of the network are at this step; None where they are as they are."""
         smoothing, steps = self.attack.smoothing, self.attack.steps
         return None if smoothing is None or self.step >= steps else smoothing.sharpness(self.step, steps)
+
+    def fade(self) -> float:
+        """Return the part of the priors' weights that counts at this step."""
+        return float(self.attack.fading ** min(self.step / max(self.attack.steps - 1, 1), 1.0))
 
     def advance(self) -> None:
         attack = self.attack
@@ -191,7 +208,7 @@ class _Group:
     def leader(self) -> Tensor:
         """Return the best images so far of the restart that leads, in [0, 1]."""
         leader = torch.where(torch.isfinite(self.best_cost), self.best_cost, torch.inf).argmin()
-        return self.problem.decode(self.best[0][leader]).clamp(0, 1)
+        return self.problem.decode(self.problem.inputs(self.best[0][leader])).clamp(0, 1)
 
     def kept(self) -> list[Tensor]:
         return self.best if self.attack.keep == "best" else self.values

@@ -16,6 +16,7 @@ from invlib import objectives, priors
 from invlib._trials import Problem, Trials, Variable, run_trials
 from invlib.errors import ConfigError
 from invlib.labels import infer
+from invlib.natural import NaturalImages
 from invlib.objectives import Layers, Objective
 from invlib.observation import Loss, Observation, in_mode, num_classes, trainable_parameters
 from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay
@@ -51,6 +52,10 @@ class GradientMatching:
         loss: the client's loss ``(logits, labels) -> scalar``.
         smoothing: how round the network's kinks are on the way; None leaves them as they are. With it,
             each restart keeps its last iterate.
+        fading: the part of the priors' weights that is left at the last step, towards which they fall
+            geometrically; 1 keeps them. Below that too, each restart keeps its last iterate.
+        coordinates: walk in the coordinates of natural images instead of pixels: ``"randn"`` and ``"zeros"``
+            draw them, and a step knows no box (only the images that are given back are in it).
         median_every: apply a 3×3 median filter every so many steps.
         keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
         tolerance: stop when an objective falls to this.
@@ -78,6 +83,8 @@ class GradientMatching:
     labels: Literal["auto", "optimize", "optimize_shared"] = "auto"
     loss: Loss = F.cross_entropy
     smoothing: Smoothing | None = None
+    fading: float = 1.0
+    coordinates: NaturalImages | None = None
     median_every: int | None = None
     keep: Literal["best", "last"] = "best"
     tolerance: float | None = None
@@ -98,6 +105,13 @@ class GradientMatching:
                 raise ConfigError(
                     f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
                 )
+        if not 0 < self.fading <= 1:
+            raise ConfigError(f"GradientMatching fading is {self.fading}; expected a number in (0, 1]")
+        if self.coordinates is not None and self.median_every is not None:
+            raise ConfigError(
+                f"GradientMatching median_every is {self.median_every}; expected None where coordinates are "
+                "given, for a median filter works on pixels"
+            )
         if isinstance(self.init, str) and self.init not in ("randn", "rand", "zeros"):
             raise ConfigError(
                 f"GradientMatching init is {self.init!r}; "
@@ -152,7 +166,8 @@ class GradientMatching:
         target = [observation.update[name].to(some) for name in params]
         indices, weights = self.layers.choose(target)
         low, high = observation.normalization.box(dtype=some.dtype, device=some.device)
-        images = Variable(name="images", low=low, high=high) if self.box else Variable(name="images")
+        boxed = self.box and self.coordinates is None
+        images = Variable(name="images", low=low, high=high) if boxed else Variable(name="images")
         classes = num_classes(model, observation.image_shape)
         optimized = self.labels != "auto"
         if optimized:
@@ -174,6 +189,11 @@ class GradientMatching:
             )
             return [found[names[i]] for i in indices]
 
+        def inputs(place: Tensor) -> Tensor:
+            if self.coordinates is None:
+                return place
+            return observation.normalization.encode(self.coordinates.images(place))
+
         return Problem(
             update=update,
             objective=_weighted(self.objective, weights),
@@ -182,6 +202,7 @@ class GradientMatching:
             variables=[images, Variable(name="labels")] if optimized else [images],
             labels=labels,
             classes=classes,
+            inputs=inputs,
             decode=observation.normalization.decode,
             encode=observation.normalization.encode,
             shape=(observation.num_images, *observation.image_shape),
@@ -198,7 +219,11 @@ class GradientMatching:
                     f"GradientMatching init has shape {tuple(self.init.shape)}; "
                     f"expected {shape[1:]} or {shape}"
                 )
-            images = observation.normalization.encode(self.init).expand(shape).clone()
+            images = self.init.expand(shape).clone()
+            if self.coordinates is None:
+                images = observation.normalization.encode(images)
+            else:
+                images = self.coordinates.coordinates(images)
         elif self.init == "zeros":
             images = torch.zeros(shape)
         elif self.init == "rand":
@@ -254,8 +279,7 @@ def _weighted(
 
 def _finish(problem: Problem, trials: Trials, observation: Observation, began: float) -> Reconstruction:
     """Measure every restart anew on the images that are given back, and choose by that score."""
-    inputs = trials.values[0]
-    images = problem.decode(inputs).clamp(0, 1)
+    images = problem.decode(problem.inputs(trials.values[0])).clamp(0, 1)
     logits = trials.values[1] if len(trials.values) > 1 else None
     scores = torch.stack(
         [

@@ -6,20 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from invlib import objectives, priors
 from invlib.errors import ConfigError
 from invlib.federated import observe
 from invlib.labels import infer
 from invlib.matching import GradientMatching, preset
+from invlib.natural import NaturalImages
 from invlib.observation import Observation
 from invlib.optimizers import LBFGS
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.recursive import is_chain, recursive_inversion
 from invlib.smoothing import Smoothing, rounded
 
-STEPS, TV = 1200, 0.125  # what `best` takes where nothing else is said
+STEPS, TV, NATURAL = 1200, 0.1, 1.0  # what `best` takes where nothing else is said
+_FADING = 0.03  # what is left of both at the end, when the kinks are sharp and the objective can be trusted
+_FAINT = 0.1  # of white noise: a start near grey that is another one for each image and restart
 
 # Distances of directions: at the first there is nothing left to polish, beyond the second the closed form
 # failed (noise was added, say, or equations are missing) and a start from noise is better.
@@ -30,26 +33,35 @@ _POLISH = 20  # iterations between two looks of the polish at the box
 
 
 def best(
-    *, steps: int = STEPS, restarts: int = 1, tv: float = TV, **settings: object
+    *, steps: int = STEPS, restarts: int = 1, tv: float = TV, natural: float = NATURAL, **settings: object
 ) -> Callable[..., Reconstruction]:
     """Return the strongest attack that this project has, chosen by what the server saw.
 
     A single image behind a chain of layers that can be undone, such as LeNetZhu, is computed in closed form
     by `invlib.recursive_inversion`, and polished by L-BFGS on the squared distance where rounding left an
-    error. Everything else is matched by direction, as in `invlib.inverting_gradients`, but on a network
-    whose kinks are round at first (`invlib.Smoothing`). That makes the cost smooth enough for L-BFGS, which
-    gets farther with each evaluation than signed Adam does. How round they are at first is measured: no
-    rounder than turns the update as far as another image would. Total variation is taken in its smooth form,
-    `invlib.priors.rounded_total_variation`. The reconstruction's ``note`` says which of the two it was.
+    error. Everything else is matched by direction, as in `invlib.inverting_gradients`, but
+
+    - on a network whose kinks are round at first (`invlib.Smoothing`), which makes the cost smooth enough for
+      L-BFGS. How round they are at first is measured: no rounder than turns the update as far as another
+      image would;
+    - in the coordinates of natural images (`invlib.NaturalImages`), from near plain grey, where L-BFGS finds
+      what is large in an image before what is fine;
+    - with the prior of those coordinates and total variation
+      (`invlib.priors.rounded_total_variation`), which weigh much while the kinks are round and the objective
+      is only roughly right, and fade as they sharpen.
+
+    The reconstruction's ``note`` says which of the two it was.
 
     Args:
         steps: how many evaluations of the network's gradient each restart may use; a line search may end a
             few later. The sharpness changes every 50.
         restarts: how many starting points.
-        tv: the weight of total variation, in units of the objective of a noise image: all gradients of a
-            fresh network point nearly the same way, so that its objectives are small throughout.
+        tv: the weight of total variation at the start, in units of the objective of a noise image: all
+            gradients of a fresh network point nearly the same way, so that its objectives are small
+            throughout.
+        natural: the weight of the natural prior at the start, in the same unit.
         settings: any other setting of `invlib.GradientMatching`, for the matching; an optimiser of one's own
-            takes one step at each sharpness.
+            takes so many steps.
 
     Returns:
         An attack ``(model, observation, *, generator=None, callback=None, progress=False)``. It raises
@@ -65,7 +77,8 @@ def best(
     """
     if steps < 1:
         raise ConfigError(f"best steps is {steps}; expected at least 1")
-    stages = max(1, steps // _STAGE)
+    # An optimiser that asks once a step can have another sharpness at each.
+    stages = steps if "optimizer" in settings else max(1, steps // _STAGE)
     matching = preset(
         GradientMatching(
             optimizer=_quasi_newton(steps // stages),
@@ -73,12 +86,15 @@ def best(
             decay=None,
             restarts=restarts,
             smoothing=Smoothing(),
+            fading=_FADING,
+            coordinates=NaturalImages(),
             record_every=1,
         ),
         settings,
     )
-    if not tv >= 0:
-        raise ConfigError(f"best tv is {tv}; expected at least 0")
+    for name, weight in (("tv", tv), ("natural", natural)):
+        if not weight >= 0:
+            raise ConfigError(f"best {name} is {weight}; expected at least 0")
 
     def attack(
         model: nn.Module,
@@ -96,9 +112,15 @@ def best(
             if found.score <= _USABLE:
                 return _polished(found, model, observation, matching, steps)
         unit, smoothing, asked = _noise(matching, model, observation)
+        generator = generator or torch.Generator().manual_seed(0)
         search = replace(
             matching,
-            priors=(*matching.priors, (tv * unit, priors.rounded_total_variation)),
+            priors=(
+                *matching.priors,
+                (natural * unit, (matching.coordinates or NaturalImages()).prior(observation.normalization)),
+                (tv * unit, priors.rounded_total_variation),
+            ),
+            init=matching.init if "init" in settings else _faint(matching, observation, generator),
             smoothing=matching.smoothing if "smoothing" in settings else smoothing,
         )
         found = search(model, observation, generator=generator, callback=callback, progress=progress)
@@ -110,6 +132,13 @@ def best(
         )
 
     return attack
+
+
+def _faint(matching: GradientMatching, observation: Observation, generator: torch.Generator) -> Tensor:
+    """Draw starts near plain grey."""
+    shape = (matching.restarts, observation.num_images, *observation.image_shape)
+    noise = _FAINT * torch.randn(shape, generator=generator)
+    return (matching.coordinates or NaturalImages()).images(noise)
 
 
 def _noise(

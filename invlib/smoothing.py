@@ -43,7 +43,7 @@ class Smoothing:
     """
 
     start: float = 4.0
-    end: float = 60.0
+    end: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):

@@ -341,3 +341,59 @@ def test_a_reconstruction_says_what_it_is(tiny, seen):
     text = repr(iv.GradientMatching(steps=1, restarts=2)(tiny, seen))
     assert "images 1×3×8×8" in text
     assert "2 restart(s)" in text
+
+
+def constant(inputs):
+    return 1 + 0 * inputs.sum()
+
+
+def test_priors_fade_geometrically(tiny, seen):
+    attack = iv.GradientMatching(steps=5, priors=((2.0, constant),), fading=1e-4, record_every=1)
+    history = attack(tiny, seen).history
+    weights = (history.cost - history.objective)[:5, 0]
+    torch.testing.assert_close(weights, torch.tensor([2.0, 0.2, 2e-2, 2e-3, 2e-4]), rtol=1e-3, atol=1e-6)
+    kept = replace(attack, fading=1.0)(tiny, seen).history
+    torch.testing.assert_close(kept.cost - kept.objective, torch.full((6, 1), 2.0))
+    with pytest.raises(ConfigError, match=r"GradientMatching fading is 0.0; expected a number in \(0, 1\]"):
+        iv.GradientMatching(fading=0.0)
+
+
+def test_coordinates_of_natural_images(tiny, seen):
+    natural = iv.NaturalImages(mean=0.3)
+    first = []
+
+    def watch(progress):
+        first.append(progress.images())
+
+    plain = iv.GradientMatching(steps=6, init="zeros", coordinates=natural)
+    rec = plain(tiny, seen, callback=watch)
+    torch.testing.assert_close(first[0], torch.full_like(first[0], 0.3))
+    assert rec.score < plain.score(tiny, seen, first[0], seen.labels)
+    assert rec.images.min() >= 0
+    assert rec.images.max() <= 1
+    # A start is handed over as an image, whatever the coordinates.
+    start = torch.rand(rec.images.shape, generator=seeded())
+    first.clear()
+    replace(plain, init=start)(tiny, seen, callback=watch)
+    torch.testing.assert_close(first[0], start, atol=1e-5, rtol=0)
+    # Without falloff, correlation and contrast they are a rotation: squared Euclidean steps do not see it.
+    rotation = iv.NaturalImages(falloff=0.0, correlation=0.0, mean=0.5, contrast=1.0)
+    unit = replace(seen, normalization=iv.UNIT)
+    walk = iv.GradientMatching(
+        steps=4, optimizer=iv.SGD(lr=0.1, momentum=0.0), decay=None, box=False, init=start, keep="last"
+    )
+    torch.testing.assert_close(
+        replace(walk, coordinates=rotation)(tiny, unit).images, walk(tiny, unit).images, atol=1e-5, rtol=0
+    )
+    with pytest.raises(ConfigError, match="median_every is 2; expected None where coordinates are given"):
+        iv.GradientMatching(coordinates=natural, median_every=2)
+
+
+def test_restarts_together_in_coordinates():
+    net = build_tiny(torch.float64)
+    seen = see(net, 2)
+    attack = iv.GradientMatching(steps=5, restarts=3, priors=TV, coordinates=iv.NaturalImages(), fading=0.1)
+    together = attack(net, seen, generator=seeded())
+    torch.testing.assert_close(
+        together.trials, replace(attack, chunk=1)(net, seen, generator=seeded()).trials
+    )
