@@ -65,7 +65,7 @@ lab: $(STAMP)
 
 check-site: $(STAMP)
 	@test -f $(SITE) || { echo "There is no built book yet: run make book first."; exit 1; }
-	@$(BIN)/python tests/site/check_site.py _build/html
+	@$(BIN)/python -m tests.site.check_site _build/html
 
 clean:
 	@rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage dist

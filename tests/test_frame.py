@@ -1,9 +1,11 @@
 """The frame around the chapters: what the README, the table of contents and the commands promise is there."""
 
+import hashlib
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -85,14 +87,12 @@ def test_version_is_the_same_everywhere():
     assert f"## {version}" in read("CHANGELOG.md")
 
 
-def test_vendored_files_are_unmodified():
-    import hashlib
-
-    folder = ROOT / "book" / "_static"
-    sums = re.findall(r"^([0-9a-f]{64})  (\S+)$", (folder / "VENDORED.md").read_text(), flags=re.MULTILINE)
-    assert len(sums) == 4
+@pytest.mark.parametrize(("folder", "count"), [("book/_static", 4), ("tests/site/vendor", 1)])
+def test_vendored_files_are_unmodified(folder, count):
+    sums = re.findall(r"^([0-9a-f]{64})  (\S+)$", read(f"{folder}/VENDORED.md"), flags=re.MULTILINE)
+    assert len(sums) == count
     for expected, name in sums:
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, name
+        assert hashlib.sha256((ROOT / folder / name).read_bytes()).hexdigest() == expected, name
 
 
 def test_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
