@@ -10,7 +10,7 @@ PORT   ?= 8000
 SOURCES := $(shell find invlib data -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CACHE   := _build/.computed-with
 
-.PHONY: help book test lint types unit read lab check-site clean
+.PHONY: help book test lint types unit read lab check-site check-runs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make read        serve the built book on http://127.0.0.1:$(PORT)"
 	@echo "make lab         open the chapters in JupyterLab"
 	@echo "make check-site  open every built page in Chromium and look for faults"
+	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
 	@echo "make clean       remove what was built (not .venv)"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -66,6 +67,10 @@ lab: $(STAMP)
 check-site: $(STAMP)
 	@test -f $(SITE) || { echo "There is no built book yet: run make book first."; exit 1; }
 	@$(BIN)/python -m tests.site.check_site _build/html
+
+# As in `book`: another number of threads may round another way.
+check-runs: $(STAMP)
+	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.site.check_runs _build
 
 clean:
 	@rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage dist

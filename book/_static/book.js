@@ -41,9 +41,20 @@ if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined
   DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 }
 
+// The gallery leads to a figure and to the code that drew it.
+function unfoldCode() {
+  if (location.search !== "?code" || !location.hash) return;
+  const figure = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const code = figure?.closest(".cell")?.querySelector("details");
+  if (!code) return;
+  code.open = true;
+  code.scrollIntoView();
+}
+
 // By now the page's deferred scripts have run, MathJax among them; the sliders come later, when all is loaded.
 document.addEventListener("DOMContentLoaded", () => {
   nameControls();
+  unfoldCode();
   const late = () => {
     nameSliders();
     unnameIcons();
