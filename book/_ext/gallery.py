@@ -27,7 +27,7 @@ class Gallery(SphinxDirective):
 
 def card(app: Sphinx, docname: str, name: str, mark: gallery) -> nodes.container | None:
     """Copy one figure's picture and caption and link both to the page that makes it."""
-    page, anchor, _ = app.env.get_domain("std").anonlabels.get(name, ("", "", ""))
+    page, anchor = app.env.get_domain("std").anonlabels.get(name, ("", ""))
     tree = app.env.get_doctree(page) if page else nodes.document("", "")
     figure = next((node for node in tree.findall(nodes.figure) if anchor in node["ids"]), None)
     image = next(iter(figure.findall(nodes.image)), None) if figure is not None else None

@@ -55,6 +55,20 @@ def documented(name: str) -> object:
     return None
 
 
+def first_sentence(thing: object) -> list[nodes.Node]:
+    """Return the first paragraph of a docstring, its formulas as formulas and its code as code."""
+    text = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+    found: list[nodes.Node] = []
+    for part in re.split(r"(:math:`[^`]*`|`+[^`]*`+)", text):
+        if part.startswith(":math:"):
+            found.append(nodes.math("", part.removeprefix(":math:").strip("`")))
+        elif part.startswith("`"):
+            found.append(nodes.literal("", part.strip("`")))
+        else:
+            found.append(nodes.Text(part))
+    return found
+
+
 def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Put the index where the mark is."""
     for mark in list(doctree.findall(taught_index)):
@@ -71,11 +85,10 @@ def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             title += make_refnode(app.builder, docname, page, None, [link])
             items = nodes.bullet_list()
             for name, entry in entries:
-                first = inspect.getdoc(documented(name)).split("\n\n")[0].replace("\n", " ")
                 code = nodes.literal("", name.removeprefix("invlib."))
                 line = nodes.paragraph()
                 line += make_refnode(app.builder, docname, entry.docname, entry.node_id, [code])
-                line += nodes.Text(f" — {first.replace('`', '')}")
+                line += [nodes.Text(" — "), *first_sentence(documented(name))]
                 items += nodes.list_item("", line)
             blocks += [title, items]
         mark.replace_self(blocks)
