@@ -1,6 +1,7 @@
 """The frame around the chapters: what the README, the table of contents and the commands promise is there."""
 
 import hashlib
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -111,6 +112,20 @@ def test_pins_satisfy_what_the_package_asks_for():
     ]
     for requirement in map(Requirement, wanted):
         assert pins[requirement.name] in requirement.specifier, requirement
+
+
+def test_every_public_name_says_which_chapter_teaches_it():
+    import invlib
+
+    public = {name: getattr(invlib, name) for name in invlib.__all__}
+    public |= {f"viz.{name}": getattr(invlib.viz, name) for name in invlib.viz.__all__}
+    del public["viz.style"]  # the figures call it; no chapter does
+    chapters = {path.name[0] for path in (ROOT / "chapters").glob("*.ipynb")}
+    for name, thing in public.items():
+        if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, Exception)):
+            taught = re.search(r"^Taught in: chapter (\d)$", inspect.getdoc(thing) or "", flags=re.MULTILINE)
+            assert taught, name
+            assert taught[1] in chapters, name
 
 
 def test_version_is_the_same_everywhere():

@@ -67,6 +67,14 @@ class TestFiles:
         assert files.check_links(root) == []
 
 
+def test_downloads(site):
+    root = site(one='<a href="../_sources/one.ipynb">notebook</a>', two="no link")
+    assert files.check_downloads(root, ["one", "two", "three"]) == [
+        "two.html: no link to download the notebook",
+        "three.html: the chapter has no page",
+    ]
+
+
 class TestRunTimes:
     def table(self, site, *rows):
         return site(times=TABLE.format("".join(ROW.format(*row) for row in rows))) / "times.html"
@@ -176,3 +184,14 @@ class TestBrowser:
         root = site(search='<ul id="search-results"></ul>')
         assert "does not find 'Chapter'" in browser.check_search(window, root, "gradient", "Chapter")[0]
         assert "no search page" in browser.check_search(window, root / "gone", "gradient", "Chapter")[0]
+
+    @pytest.mark.parametrize(("state", "faults"), [("open", 0), ("", 1)])
+    def test_gallery(self, window, site, monkeypatch, state, faults):
+        monkeypatch.setattr(browser, "PATIENCE", 2000)
+        root = site(
+            a=f'<div class="gallery-card"><a href="b.html#fig"><img src="{PIXEL}" alt="one pixel"></a></div>',
+            b=f'<div class="cell"><details {state}><summary>Code</summary><p class="cell_input">draw()</p>'
+            f'</details><figure id="fig"><img src="{PIXEL}" alt="one pixel"></figure></div>',
+        )
+        assert len(browser.check_gallery(window, root / "a.html", root)) == faults
+        assert browser.check_gallery(window, root / "gone.html", root) == ["there is no gallery"]

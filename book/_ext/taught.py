@@ -22,6 +22,8 @@ class TaughtIndex(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Leave a mark: the library's pages may not have been read yet."""
+        # The page will hold formulas, for which Sphinx loads MathJax only where it has read some.
+        self.env.get_domain("math").data["has_equations"][self.env.docname] = True
         return [taught_index("")]
 
 

@@ -51,10 +51,12 @@ function unfoldCode() {
   code.scrollIntoView();
 }
 
+// Not sooner: while it loads, the page itself scrolls to the figure.
+window.addEventListener("load", () => setTimeout(unfoldCode));
+
 // By now the page's deferred scripts have run, MathJax among them; the sliders come later, when all is loaded.
 document.addEventListener("DOMContentLoaded", () => {
   nameControls();
-  unfoldCode();
   const late = () => {
     nameSliders();
     unnameIcons();

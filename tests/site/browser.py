@@ -171,6 +171,20 @@ def check_search(context: BrowserContext, root: Path, term: str, expected: str) 
     return [f"search: {fault}" for fault in visit.faults]
 
 
+def check_gallery(context: BrowserContext, path: Path, root: Path) -> list[str]:
+    """Follow the first picture of the gallery and return a fault unless the code that drew it can be read."""
+    if not path.is_file():
+        return ["there is no gallery"]
+    visit = Visit(context, path, root)
+    try:
+        visit.page.locator(".gallery-card a:has(img)").first.click(timeout=PATIENCE)
+        visit.page.locator(".cell:has(figure:target) .cell_input").wait_for(timeout=PATIENCE)
+    except TimeoutError:
+        visit.faults.append(f"its first picture leads to {visit.page.url}, where no code is unfolded")
+    visit.close()
+    return [f"gallery: {fault}" for fault in visit.faults]
+
+
 def open_window(playwright: Playwright, chromium: str) -> BrowserContext:
     """Start the browser and return a window of it that has no network."""
     return playwright.chromium.launch(executable_path=chromium, args=FLAGS).new_context(offline=True)

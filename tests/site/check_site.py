@@ -7,7 +7,8 @@ or anchor that leads nowhere, no image without a description, no formula that ca
 scrolling at 360 and 1280 pixels; every slider has a name and changes its picture.
 Every page that was written (not the listings of source code): axe finds nothing serious or critical in the
 light and in the dark theme, and no figure is cut when the page is printed.
-The book: its search finds a known term, and its run times are within the budget.
+The book: its search finds a known term, its gallery leads to unfolded code, its chapters can be downloaded as
+notebooks, and its run times are within the budget.
 
 Uses Debian's Chromium or the one that the environment variable CHROMIUM names.
 """
@@ -40,6 +41,7 @@ def main() -> int:
     pages = files.pages(root)
     faults = files.check_links(root)
     chapters = [f"chapters/{path.stem}" for path in sorted(CHAPTERS.glob("*.ipynb"))]
+    faults += files.check_downloads(root, chapters)
     slow, seconds = files.check_run_times(root / "book" / "runtimes.html", chapters)
     faults += slow
     sliders = thorough = 0
@@ -52,6 +54,7 @@ def main() -> int:
             sliders += visit.sliders
             thorough += not listing
         faults += browser.check_search(window, root, *SEARCH)
+        faults += browser.check_gallery(window, root / "book" / "gallery.html", root)
         window.browser.close()
     for fault in faults:
         print(fault)

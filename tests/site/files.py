@@ -97,3 +97,15 @@ def check_run_times(page: Path, chapters: list[str]) -> tuple[list[str], dict[st
     if (total := sum(seconds.values())) > BOOK_SECONDS:
         faults.append(f"{page.name}: the book took {total:.0f} s; the budget is {BOOK_SECONDS} s in all")
     return faults, seconds
+
+
+def check_downloads(root: Path, chapters: list[str]) -> list[str]:
+    """Return a fault for each chapter whose page has no link to its notebook."""
+    faults = []
+    for chapter in chapters:
+        page = root / f"{chapter}.html"
+        if not page.is_file():
+            faults.append(f"{chapter}.html: the chapter has no page")
+        elif not any(link.endswith(f"{chapter}.ipynb") for link in read(page).links):
+            faults.append(f"{chapter}.html: no link to download the notebook")
+    return faults
