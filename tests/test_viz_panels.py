@@ -133,6 +133,19 @@ def test_stop_ends_the_run_and_keeps_what_was_found(photos, networks, sent):
     assert not run.disabled
 
 
+def test_an_attack_without_steps_shows_its_picture(photos, networks, sent):
+    def attack(steps, restarts):
+        return lambda model, observation, *, generator, callback: iv.fully_connected()(model, observation)
+
+    panel = made(photos, networks, sent[1], attack)
+    *_, run, _, _, said = parts(panel)
+    run.click()
+    wait()
+    assert "closed_form" in said.value
+    assert panel.children[1].value.count("<img") == 2
+    assert re.search(r"\d+\.\d dB", panel.children[1].value)
+
+
 def test_an_error_is_shown_and_the_panel_can_run_again(photos, networks, sent):
     def refuse(model, n):
         raise ObservationError("no such client")

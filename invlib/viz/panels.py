@@ -140,10 +140,10 @@ def panel(
             said.value = f"score {found.score:.3g}, {quality}, {found.status}, {found.seconds:.1f} s"
             if len(frames.images) > 1:
                 last = min(len(frames.images), MAX_FRAMES) - 1
-                whole.children = (
-                    controls,
-                    scrubber(frames, label=label, alt=alt, original=original, start=last),
-                )
+                shown = scrubber(frames, label=label, alt=alt, original=original, start=last)
+                whole.children = (controls, shown)
+            else:  # a closed form, or a search that ended where it began
+                screen.value = page(as_images(found.images), alt, quality, truth)
         except Exception as error:  # a thread's error is seen by nobody unless it is shown
             said.value = f"{type(error).__name__}: {error}"
         finally:
