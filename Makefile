@@ -9,6 +9,9 @@ PORT   ?= 8000
 # What a chapter's numbers depend on besides its own cells: a change here makes every chapter run again.
 SOURCES := $(shell find invlib data -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CACHE   := _build/.computed-with
+# What every page looks like: a change here makes all pages anew, without running the chapters.
+LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
+PAGES   := _build/.looks-like
 
 .PHONY: help book test lint types unit read lab check-site check-runs clean
 .DEFAULT_GOAL := help
@@ -40,8 +43,13 @@ $(CACHE): $(SOURCES) $(STAMP)
 	@mkdir -p _build
 	@touch $@
 
+# Sphinx knows when a page's text changes, not when the style sheet, the script or our directives do.
+$(PAGES): $(LOOKS) $(CACHE)
+	@rm -rf _build/html _build/.doctrees
+	@touch $@
+
 # The networks of the chapters are so small that a second thread only gets in the way.
-book: $(CACHE)
+book: $(PAGES)
 	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-book build . --toc book/_toc.yml -W -n --keep-going
 	@echo "The book is at $(CURDIR)/$(SITE)"
 

@@ -43,7 +43,7 @@ if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined
 
 // The gallery leads to a figure and to the code that drew it.
 function unfoldCode() {
-  if (location.search !== "?code" || !location.hash) return;
+  if (!new URLSearchParams(location.search).has("code") || !location.hash) return;
   const figure = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   const code = figure?.closest(".cell")?.querySelector("details");
   if (!code) return;
