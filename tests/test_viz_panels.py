@@ -133,14 +133,14 @@ def test_stop_ends_the_run_and_keeps_what_was_found(photos, networks, sent):
     assert not run.disabled
 
 
-def test_an_attack_without_steps_shows_its_picture(photos, networks, sent):
-    def attack(steps, restarts):
-        return lambda model, observation, *, generator, callback: iv.fully_connected()(model, observation)
-
-    panel = made(photos, networks, sent[1], attack)
-    *_, run, _, _, said = parts(panel)
+def test_a_closed_form_has_no_steps_and_shows_its_picture(photos, networks, sent):
+    panel = made(photos, networks, sent[1], iv.fully_connected, steps=None)
+    image, _, run, _, bar, said = parts(panel)
+    image.value = 2
     run.click()
     wait()
+    assert sent[0] == [(networks["narrow"], 2)]
+    assert bar.value == bar.max
     assert "closed_form" in said.value
     assert panel.children[1].value.count("<img") == 2
     assert re.search(r"\d+\.\d dB", panel.children[1].value)

@@ -28,8 +28,8 @@ def panel(
     images: Tensor,
     networks: Mapping[str, nn.Module],
     send: Callable[[nn.Module, int], Observation],
-    attack: Callable[[int, int], Callable[..., Reconstruction]],
-    steps: int,
+    attack: Callable[..., Callable[..., Reconstruction]],
+    steps: int | None,
     restarts: int = 1,
     names: Sequence[str] | None = None,
     label: str = "step",
@@ -45,8 +45,9 @@ def panel(
         images: `(N, C, H, W)` in [0, 1], the images to choose from.
         networks: the networks to choose from, by name.
         send: makes what the server sees of a network's step on image number n.
-        attack: makes the attack from a number of steps and of restarts.
-        steps: the number of steps that is filled in.
+        attack: makes the attack from a number of steps and of restarts; from nothing where steps is None.
+        steps: the number of steps that is filled in; None for a closed form, which has neither steps nor
+            restarts and takes no callback.
         restarts: the number of restarts that is filled in.
         names: what each of the N images is called; numbers where not given.
         label: what the attack's steps are called.
@@ -85,7 +86,7 @@ def panel(
     if not networks:
         raise ConfigError("networks is empty; expected at least one network by name")
     for name, number in (("steps", steps), ("restarts", restarts)):
-        if number < 1:
+        if number is not None and number < 1:
             raise ConfigError(f"{name} must be at least 1, got {number}")
 
     style = {"description_width": "initial"}
@@ -97,11 +98,12 @@ def panel(
     network = widgets.Dropdown(options=list(networks.items()), description="network", style=style)
     narrow = widgets.Layout(width="10em")
     step_count = widgets.BoundedIntText(
-        steps, min=1, max=100_000, description=f"{label}s", style=style, layout=narrow
+        steps or 1, min=1, max=100_000, description=f"{label}s", style=style, layout=narrow
     )
     restart_count = widgets.BoundedIntText(
         restarts, min=1, max=64, description="restarts", style=style, layout=narrow
     )
+    counts = [] if steps is None else [step_count, restart_count]
     run = widgets.Button(description="Run", button_style="primary")
     stop = widgets.Button(description="Stop", disabled=True)
     bar = widgets.IntProgress(description="", bar_style="info", layout=widgets.Layout(width="12em"))
@@ -109,7 +111,7 @@ def panel(
     wrap = widgets.Layout(flex_flow="row wrap")
     controls = widgets.VBox(
         [
-            widgets.HBox([image, network, step_count, restart_count], layout=wrap),
+            widgets.HBox([image, network, *counts], layout=wrap),
             widgets.HBox([run, stop, bar, said], layout=wrap),
         ]
     )
@@ -118,10 +120,10 @@ def panel(
     whole = widgets.VBox([controls, recorded])
     stopping = threading.Event()
 
-    def work(n: int, net: nn.Module, count: int, starts: int) -> None:
+    def work(n: int, net: nn.Module, *numbers: int) -> None:
         original = images[n : n + 1]
         truth = as_images(original)
-        frames = Frames(every=max(1, count // (MAX_FRAMES - 1)))
+        frames = Frames(every=max(1, bar.max // (MAX_FRAMES - 1)))
         screen = widgets.HTML(layout=widgets.Layout(width="100%"))
         whole.children = (controls, screen)
 
@@ -135,14 +137,16 @@ def panel(
 
         try:
             generator = torch.Generator().manual_seed(0)
-            found = attack(count, starts)(net, send(net, n), generator=generator, callback=watch)
+            told = {"callback": watch} if numbers else {}
+            found = attack(*numbers)(net, send(net, n), generator=generator, **told)
             quality = ", ".join(decibels(as_images(found.images), truth))
             said.value = f"score {found.score:.3g}, {quality}, {found.status}, {found.seconds:.1f} s"
             if len(frames.images) > 1:
                 last = min(len(frames.images), MAX_FRAMES) - 1
                 shown = scrubber(frames, label=label, alt=alt, original=original, start=last)
                 whole.children = (controls, shown)
-            else:  # a closed form, or a search that ended where it began
+            else:  # a closed form, or a search that was stopped where it began
+                bar.value = bar.value if numbers else bar.max
                 screen.value = page(as_images(found.images), alt, quality, truth)
         except Exception as error:  # a thread's error is seen by nobody unless it is shown
             said.value = f"{type(error).__name__}: {error}"
@@ -153,7 +157,7 @@ def panel(
         stopping.clear()
         run.disabled, stop.disabled = True, False
         bar.value, bar.max, said.value = 0, step_count.value, "running"
-        choice = (image.value, network.value, step_count.value, restart_count.value)
+        choice = (image.value, network.value, *(count.value for count in counts))
         threading.Thread(target=work, args=choice, name=THREAD, daemon=True).start()
 
     run.on_click(start)
