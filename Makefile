@@ -9,8 +9,11 @@ PORT   ?= 8000
 # What a chapter's numbers depend on besides its own cells: a change here makes every chapter run again.
 SOURCES := $(shell find invlib data -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CACHE   := _build/.computed-with
+# What every page looks like: a change here makes all pages anew, without running the chapters.
+LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
+PAGES   := _build/.looks-like
 
-.PHONY: help book test lint types unit read lab check-site clean
+.PHONY: help book test lint types unit read lab check-site check-runs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +22,7 @@ help:
 	@echo "make read        serve the built book on http://127.0.0.1:$(PORT)"
 	@echo "make lab         open the chapters in JupyterLab"
 	@echo "make check-site  open every built page in Chromium and look for faults"
+	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
 	@echo "make clean       remove what was built (not .venv)"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -39,8 +43,13 @@ $(CACHE): $(SOURCES) $(STAMP)
 	@mkdir -p _build
 	@touch $@
 
+# Sphinx knows when a page's text changes, not when the style sheet, the script or our directives do.
+$(PAGES): $(LOOKS) $(CACHE)
+	@rm -rf _build/html _build/.doctrees
+	@touch $@
+
 # The networks of the chapters are so small that a second thread only gets in the way.
-book: $(CACHE)
+book: $(PAGES)
 	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-book build . --toc book/_toc.yml -W -n --keep-going
 	@echo "The book is at $(CURDIR)/$(SITE)"
 
@@ -65,7 +74,11 @@ lab: $(STAMP)
 
 check-site: $(STAMP)
 	@test -f $(SITE) || { echo "There is no built book yet: run make book first."; exit 1; }
-	@$(BIN)/python tests/site/check_site.py _build/html
+	@$(BIN)/python -m tests.site.check_site _build/html
+
+# As in `book`: another number of threads may round another way.
+check-runs: $(STAMP)
+	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.site.check_runs _build
 
 clean:
 	@rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage dist

@@ -79,6 +79,8 @@ class Progress:
         images: a function giving the best images so far ``(N, C, H, W)`` in [0, 1] of the best running
             restart; nothing is copied from the device until it is called.
         cost: a function giving the lowest cost so far.
+
+    Taught in: chapter 2
     """
 
     step: int

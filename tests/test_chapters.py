@@ -17,6 +17,19 @@ SECTIONS = {
     "further reading": r"^#+ .*\bfurther reading\b",
 }
 
+HEADER = {
+    "objectives": r":::\{admonition\} What you will be able to do\n:class: tip\n(- .+\n){3,}",
+    "prerequisites": r"^\*\*You need\*\* \S",
+    "run time": r"^\*\*Run time\*\*: about \d+ s on a 2-core CPU\.",
+    "data": r"^\*\*Data\*\*: \S",
+}
+BOXES = {
+    "pitfalls": r"^:::\{admonition\} Pitfalls\n:class: warning\n(- .+\n){3,}",
+    "defences": r"^:::\{admonition\} What defends against this.*\n:class: important\n",
+}
+# Other spellings of the book's words.
+MISSPELT = r"honest but curious server|gradient-matching|label-inference|Fed-?(?:avg|sgd)|Fed-(?:Avg|SGD)"
+
 pytestmark = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
@@ -57,6 +70,58 @@ def test_has_section(path, section):
     assert re.search(SECTIONS[section], prose(path), flags=re.MULTILINE | re.IGNORECASE), section
 
 
+@pytest.mark.parametrize("part", HEADER)
+def test_begins_with(path, part):
+    first = "".join(notebook(path)["cells"][0]["source"])
+    assert re.search(HEADER[part], first, flags=re.MULTILINE), part
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_has_box(path, box):
+    assert re.search(BOXES[box], prose(path), flags=re.MULTILINE), box
+
+
+def test_run_time_is_within_the_budget_and_the_same_on_the_front_page(path):
+    said = int(re.search(r"\*\*Run time\*\*: about (\d+) s", prose(path))[1])
+    assert said <= 90
+    front = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
+    card = re.search(rf":link: \.\./chapters/{path.stem}\n.*?\nComputes in about (\d+) s", front, re.DOTALL)
+    assert int(card[1]) == said
+
+
+def test_has_a_slider(path):
+    sources = ["".join(cell["source"]) for cell in cells(path, "code")]
+    assert any(re.search(r"viz\.(?:scrubber|wipe|panel)\(", source) for source in sources)
+
+
+def test_ends_with_reading_that_is_cited(path):
+    last = "".join(notebook(path)["cells"][-1]["source"])
+    assert last.startswith("## Further reading")
+    assert len(re.findall(r"^- .*\{cite:t\}", last, flags=re.MULTILINE)) >= 3
+
+
+def test_words_have_one_spelling(path):
+    assert not re.findall(MISSPELT, prose(path))
+
+
+def test_solutions_are_code_that_runs_with_the_chapter(path):
+    # The build runs every cell and stops at an error, but for cells with one of these tags.
+    excused = {"skip-execution", "raises-exception"}
+    text, between, solved = notebook(path)["cells"], False, []
+    for cell in text:
+        source = "".join(cell["source"])
+        if "{solution-start}" in source:
+            between = True
+            solved.append(0)
+        elif "{solution-end}" in source:
+            between = False
+        elif between and cell["cell_type"] == "code":
+            solved[-1] += 1
+            assert not excused & set(cell["metadata"].get("tags", []))
+    assert len(solved) >= 3
+    assert all(solved), "a solution has no code"
+
+
 def test_exercises_have_folded_solutions(path):
     text = prose(path)
     exercises = re.findall(r"^`{3,}\{exercise[^}]*\}.*?^:label: (\S+)", text, flags=re.MULTILINE | re.DOTALL)
@@ -79,7 +144,7 @@ def test_figures_have_alt_text(path):
 def test_sliders_have_alt_text(path):
     for cell in cells(path, "code"):
         source = "".join(cell["source"])
-        for call in re.findall(r"viz\.(?:scrubber|wipe)\(", source):
+        for call in re.findall(r"viz\.(?:scrubber|wipe|panel)\(", source):
             assert "alt=" in source, f"{call}... has no alt="
 
 

@@ -1,9 +1,12 @@
 """The frame around the chapters: what the README, the table of contents and the commands promise is there."""
 
+import hashlib
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -38,17 +41,52 @@ def test_table_of_contents_lists_every_page_once():
 
 def test_commands_in_the_prose_exist():
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.MULTILINE))
-    for page in ("README.md", "book/index.md"):
+    for page in ("README.md", "book/index.md", "CONTRIBUTING.md"):
         named = set(re.findall(r"(?:^|`)make ([a-z-]+)", read(page), flags=re.MULTILINE))
         assert named, page
         assert named <= targets, f"{page} names commands that the Makefile does not have: {named - targets}"
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", read("README.md")) if not link.startswith("http")]
-    assert links
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "book/_static/VENDORED.md"])
+def test_links_of_pages_outside_the_book_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", read(page)) if not link.startswith("http")]
     for link in links:
-        assert (ROOT / link.split("#")[0]).exists(), link
+        assert ((ROOT / page).parent / link.split("#")[0]).exists(), link
+
+
+def test_files_that_the_recipes_name_exist():
+    named = re.findall(r"`((?:invlib|tests|book|data|chapters)/[\w./-]*)`", read("CONTRIBUTING.md"))
+    assert len(named) >= 10
+    for name in named:
+        assert (ROOT / name).exists() or name == "chapters/5_name.ipynb", name
+
+
+def test_hooks_before_a_commit_run_what_the_machine_runs():
+    hooks = {
+        hook["id"]: hook
+        for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+        for hook in repo["hooks"]
+    }
+    assert {repo["repo"] for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]} == {"local"}
+    assert all(hook["language"] == "system" for hook in hooks.values()), "a hook would download something"
+    for tool in ("ruff check", "ruff format --check", "mypy"):
+        assert f"$(BIN)/{tool}" in read("Makefile")
+        assert any(f".venv/bin/{tool}" in hook["entry"] for hook in hooks.values())
+    for name in re.findall(r"tests/\w+\.py", " ".join(hook["entry"] for hook in hooks.values())):
+        assert (ROOT / name).exists(), name
+
+
+def test_citation_names_the_book_and_the_paper():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["title"] == yaml.safe_load(read("_config.yml"))["title"]
+    assert citation["license"] == "MIT"
+    assert re.match(r"1\.2\.\d", citation["cff-version"])
+    for entry in [citation, *citation["references"]]:
+        assert entry["title"]
+        assert all(
+            "name" in author or {"family-names", "given-names"} <= set(author) for author in entry["authors"]
+        )
+    assert "MIT License" in read("LICENSE")
 
 
 def test_every_module_has_a_page():
@@ -76,6 +114,20 @@ def test_pins_satisfy_what_the_package_asks_for():
         assert pins[requirement.name] in requirement.specifier, requirement
 
 
+def test_every_public_name_says_which_chapter_teaches_it():
+    import invlib
+
+    public = {name: getattr(invlib, name) for name in invlib.__all__}
+    public |= {f"viz.{name}": getattr(invlib.viz, name) for name in invlib.viz.__all__}
+    del public["viz.style"]  # the figures call it; no chapter does
+    chapters = {path.name[0] for path in (ROOT / "chapters").glob("*.ipynb")}
+    for name, thing in public.items():
+        if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, Exception)):
+            taught = re.search(r"^Taught in: chapter (\d)$", inspect.getdoc(thing) or "", flags=re.MULTILINE)
+            assert taught, name
+            assert taught[1] in chapters, name
+
+
 def test_version_is_the_same_everywhere():
     import invlib
 
@@ -85,14 +137,12 @@ def test_version_is_the_same_everywhere():
     assert f"## {version}" in read("CHANGELOG.md")
 
 
-def test_vendored_files_are_unmodified():
-    import hashlib
-
-    folder = ROOT / "book" / "_static"
-    sums = re.findall(r"^([0-9a-f]{64})  (\S+)$", (folder / "VENDORED.md").read_text(), flags=re.MULTILINE)
-    assert len(sums) == 4
+@pytest.mark.parametrize(("folder", "count"), [("book/_static", 4), ("tests/site/vendor", 1)])
+def test_vendored_files_are_unmodified(folder, count):
+    sums = re.findall(r"^([0-9a-f]{64})  (\S+)$", read(f"{folder}/VENDORED.md"), flags=re.MULTILINE)
+    assert len(sums) == count
     for expected, name in sums:
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, name
+        assert hashlib.sha256((ROOT / folder / name).read_bytes()).hexdigest() == expected, name
 
 
 def test_ten_lines_of_the_readme_run(tmp_path, monkeypatch):

@@ -6,7 +6,19 @@ Images are `(N, C, H, W)` in [0, 1].
 
 from invlib.viz._figure import style
 from invlib.viz.curves import bars, convergence, lines
+from invlib.viz.panels import panel
 from invlib.viz.pictures import compare, filmstrip, grid
 from invlib.viz.sliders import scrubber, wipe
 
-__all__ = ["bars", "compare", "convergence", "filmstrip", "grid", "lines", "scrubber", "style", "wipe"]
+__all__ = [
+    "bars",
+    "compare",
+    "convergence",
+    "filmstrip",
+    "grid",
+    "lines",
+    "panel",
+    "scrubber",
+    "style",
+    "wipe",
+]

@@ -67,16 +67,10 @@ def scrubber(
             f"{name}: {', '.join(decibels(picture, reference))}"
             for name, picture in zip(labels, pictures, strict=True)
         ]
-    pages = []
-    for name, caption, picture in zip(labels, captions, pictures, strict=True):
-        panels = [_panel(picture, f"{alt}, {name}", caption, width)]
-        if reference is not None:
-            panels.append(_panel(reference, f"original of the {alt}", "original", width))
-        # Single images stand side by side and shrink with the page; batches are wide and stand stacked.
-        direction = "row" if len(picture) == 1 else "column"
-        pages.append(
-            f'<div style="display: flex; flex-direction: {direction}; gap: 8px">{"".join(panels)}</div>'
-        )
+    pages = [
+        page(picture, f"{alt}, {name}", caption, reference, width)
+        for name, caption, picture in zip(labels, captions, pictures, strict=True)
+    ]
     return _slider(pages, label, start)
 
 
@@ -122,6 +116,16 @@ def wipe(
         text = f"{share:.0%} original, {1 - share:.0%} reconstruction"
         pages.append(_panel(mixed, f"{alt}: left {text}", text, width))
     return _slider(pages, "original", places // 2)
+
+
+def page(picture: np.ndarray, alt: str, caption: str, original: np.ndarray | None, width: int = 192) -> str:
+    """Return images `(N, H, W, C)` with their caption as HTML, with the original beside them where given."""
+    panels = [_panel(picture, alt, caption, width)]
+    if original is not None:
+        panels.append(_panel(original, f"original of the {alt.split(',')[0]}", "original", width))
+    # Single images stand side by side and shrink with the page; batches are wide and stand stacked.
+    direction = "row" if len(picture) == 1 else "column"
+    return f'<div style="display: flex; flex-direction: {direction}; gap: 8px">{"".join(panels)}</div>'
 
 
 def _panel(images: np.ndarray, alt: str, caption: str, width: int) -> str:
