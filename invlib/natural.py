@@ -89,7 +89,7 @@ class NaturalImages:
 
     def _amplitude(self, like: Tensor) -> Tensor:
         i, j = (torch.arange(n, dtype=like.dtype, device=like.device) for n in like.shape[-2:])
-        amplitude = torch.pow(1 + i[:, None].square() + j.square(), -self.falloff / 2)
+        amplitude = torch.pow(i[:, None].square() + j.square() + 1, -self.falloff / 2)
         return amplitude / amplitude.square().mean().sqrt()
 
     def _coloured(self, images: Tensor, power: float) -> Tensor:
