@@ -96,7 +96,7 @@ class NaturalImages:
         """Multiply the channels by a power of C, which has two eigenvalues: of their mean and of the rest."""
         mean = images.mean(-3, keepdim=True)
         shared, rest = 1 + (images.shape[-3] - 1) * self.correlation, 1 - self.correlation
-        return shared**power * mean + rest**power * (images - mean)
+        return math.pow(shared, power) * mean + math.pow(rest, power) * (images - mean)
 
 
 def _transforms(like: Tensor) -> tuple[Tensor, Tensor]:
