@@ -146,3 +146,32 @@ def test_the_note_says_whether_kinks_were_rounded():
     assert "as they are" in iv.best(steps=2, smoothing=None)(kinked(), seen).note
     # another objective has another unit, in which rounding is measured too
     assert "rounded" in iv.best(steps=2, objective=iv.objectives.l2)(kinked(), seen).note
+
+
+def test_the_natural_prior_counts_and_its_weight_is_checked():
+    natural = iv.NaturalImages()
+    _, seen = see(kinked())
+    unlike = [
+        float(natural.coordinates(iv.best(steps=50, tv=0, natural=weight)(kinked(), seen).images).var())
+        for weight in (0.0, 1e4)
+    ]
+    assert unlike[1] < 0.2 * unlike[0]
+    with pytest.raises(ConfigError, match="best natural is -1; expected at least 0"):
+        iv.best(natural=-1)
+
+
+def test_parts_can_be_left_out_one_by_one():
+    _, seen = see(kinked())
+    whole = iv.best(steps=100)(kinked(), seen)
+    for part in ({"coordinates": None}, {"fading": 1.0}, {"init": "randn"}, {"natural": 0.0}):
+        assert not torch.equal(iv.best(steps=100, **part)(kinked(), seen).images, whole.images)
+    # An optimiser that asks once a step gets as many steps as there are evaluations.
+    adam = iv.best(steps=60, optimizer=iv.Adam(signed=True))(kinked(), seen)
+    assert 60 <= adam.evaluations <= 70
+
+
+def test_images_of_one_label_do_not_start_alike():
+    _, seen = see(kinked(), n=2)
+    alike = replace(seen, labels=torch.zeros(2, dtype=torch.int64))
+    found = iv.best(steps=1)(kinked(), alike)
+    assert not torch.allclose(found.images[0], found.images[1], atol=1e-3)
