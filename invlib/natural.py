@@ -21,13 +21,13 @@ class NaturalImages:
     about as :math:`1/f`. Their colour channels vary together. An image :math:`x` in [0, 1] is therefore
     written as
 
-    .. math:: x = \mu + \sigma\, (D_H \otimes D_W)^\top\, a\, C^{1/2} z, \qquad
-              a_{ij} \propto (1 + i^2 + j^2)^{-\gamma/2}, \quad C = (1 - \rho) I + \rho\, 1 1^\top
+    .. math:: x = \mu + \sigma\, (D_H \otimes D_W)^\top\, s\, \Sigma^{1/2} \zeta, \qquad
+              s_{ij} \propto (1 + i^2 + j^2)^{-\gamma/2}, \quad \Sigma = (1 - \rho) I + \rho\, 1 1^\top
 
-    with the discrete cosine transforms :math:`D`, and :math:`a` scaled to mean square 1. If photographs were
-    Gaussian, :math:`z` would be white noise. To an optimiser, the mean square of :math:`z` is the simplest of
-    priors, and a step of one size in all coordinates is large where images vary much and small where they
-    hardly do.
+    with the discrete cosine transforms :math:`D`, and :math:`s` scaled to mean square 1. If photographs were
+    Gaussian, :math:`\zeta` would be white noise. To an optimiser, the mean square of :math:`\zeta` is the
+    simplest of priors, and a step of one size in all coordinates is large where images vary much and small
+    where they hardly do.
 
     Args:
         falloff: :math:`\gamma`; 1 for photographs, 0 treats all frequencies alike.
@@ -93,7 +93,7 @@ class NaturalImages:
         return amplitude / amplitude.square().mean().sqrt()
 
     def _coloured(self, images: Tensor, power: float) -> Tensor:
-        """Multiply the channels by a power of C, which has two eigenvalues: of their mean and of the rest."""
+        """Multiply the channels by a power of Σ, which has two eigenvalues: for their mean and the rest."""
         mean = images.mean(-3, keepdim=True)
         shared, rest = 1 + (images.shape[-3] - 1) * self.correlation, 1 - self.correlation
         return math.pow(shared, power) * mean + math.pow(rest, power) * (images - mean)
