@@ -313,6 +313,20 @@ def test_figure_of_a_sweep_has_its_curve_and_floor(tmp_path):
     curve = next(a for a in figure.axes if a.get_ylabel() == "PSNR in dB")
     assert curve.get_xlabel() == "images in the gradient"
     assert [list(line.get_ydata()) for line in curve.lines] == [[30.0, 20.0], [10.0, 10.0]]
+    bare = [{**r, "truth": None, "reconstruction": None} for r in rows]
+    alone = experiments.curve(write(tmp_path / "bare.jsonl", bare)).axes[0]
+    assert [list(line.get_ydata()) for line in alone.lines] == [[30.0, 20.0], [10.0, 10.0]]
+    pictures = experiments.figure(tmp_path / "r.jsonl", curve=False)
+    assert not [a for a in pictures.axes if a.get_ylabel()]
+    with pytest.raises(DataError, match="sweeps 0 settings"):
+        experiments.curve(write(tmp_path / "plain.jsonl", [row()]))
+
+
+def test_a_figure_of_many_cases_fits_on_a_sheet(tmp_path):
+    rows = [row(f"LeNetZhu, case {k}", truth=None if k else row()["truth"]) for k in range(12)]
+    width, height = experiments.figure(write(tmp_path / "r.jsonl", rows)).get_size_inches()
+    assert height <= 9.01
+    assert width <= 7
 
 
 def test_every_experiment_has_cases_with_different_names_in_both_forms():

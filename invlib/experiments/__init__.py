@@ -57,15 +57,16 @@ def table(record: str | os.PathLike[str]) -> Table:
     return _report.build(_report.read(record), EXPERIMENTS, str(record))
 
 
-def figure(record: str | os.PathLike[str], *, columns: int = 4) -> Figure:
+def figure(record: str | os.PathLike[str], *, columns: int = 4, curve: bool = True) -> Figure:
     """Draw the originals and what each case made of them, and the PSNR over a setting that is swept.
 
     Args:
         record: as for `table`.
         columns: how many images.
+        curve: whether the PSNR is drawn below the pictures where a setting is swept.
 
     Raises:
-        DataError: the record is missing, broken or empty.
+        DataError: the record is missing, broken or empty, or has no pictures.
         ConfigError: columns is not positive.
 
     Taught in: chapter 3
@@ -74,4 +75,20 @@ def figure(record: str | os.PathLike[str], *, columns: int = 4) -> Figure:
 
     if columns < 1:
         raise ConfigError(f"columns is {columns}; expected at least 1")
-    return _figures.build(_report.read(record), EXPERIMENTS, columns, str(record))
+    return _figures.build(_report.read(record), EXPERIMENTS, columns, str(record), curve)
+
+
+def curve(record: str | os.PathLike[str]) -> Figure:
+    """Draw the PSNR over the setting that an experiment sweeps.
+
+    Args:
+        record: as for `table`; it needs no pictures.
+
+    Raises:
+        DataError: the record is missing, broken or empty, or sweeps no setting.
+
+    Taught in: chapter 3
+    """
+    from invlib.experiments import _figures
+
+    return _figures.build_curve(_report.read(record), EXPERIMENTS, str(record))

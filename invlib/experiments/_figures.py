@@ -21,10 +21,15 @@ _NAME_WIDTH = 1.8  # inches, for the names of the cases
 _CURVE_HEIGHT = 3.0
 # Inches: of small pictures, and of photographs, whose detail a small one would hide.
 _MAX_SIDE, _MAX_SIDE_OF_PHOTOGRAPHS, _PHOTOGRAPH = 0.9, 2.6, 64
+_CAPTION = 0.18  # inches, under each picture
+_TALLEST = 9.0  # inches: a sheet of paper has to hold the figure and its caption
+_SMALLEST = 0.4
 
 
 @figure
-def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int, source: str) -> Figure:
+def build(
+    rows: Sequence[Row], experiments: dict[str, Experiment], columns: int, source: str, curve: bool = True
+) -> Figure:
     """Draw the originals, what each case made of them, and where a setting is swept what became of the PSNR.
 
     Args:
@@ -32,6 +37,7 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int,
         experiments: for the name of the swept setting.
         columns: how many images.
         source: the record, for messages.
+        curve: whether the PSNR is wanted.
     """
     import matplotlib.pyplot as plt
 
@@ -43,14 +49,14 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int,
     numbers, names = sorted(truths)[:columns], _names(rows)
     large = min(truths[numbers[0]].shape[-2:]) >= _PHOTOGRAPH
     most = _MAX_SIDE_OF_PHOTOGRAPHS if large else _MAX_SIDE
-    side = min(most, (WIDTH - _NAME_WIDTH) / len(numbers))
-    experiment = experiments.get(rows[0]["experiment"])
-    swept = experiment is not None and bool(experiment.axis) and any(r["sweep"] is not None for r in rows)
-    picture_height = (len(found) + 1) * (side + 0.18)
+    experiment = _swept(rows, experiments) if curve else None
+    swept = experiment is not None
+    row = (_TALLEST - (_CURVE_HEIGHT if swept else 0)) / (len(found) + 1)
+    side = min(most, (WIDTH - _NAME_WIDTH) / len(numbers), max(_SMALLEST, row - _CAPTION))
+    picture_height = (len(found) + 1) * (side + _CAPTION)
     width = WIDTH if swept else _NAME_WIDTH + len(numbers) * side
     result = plt.figure(figsize=(width, picture_height + (_CURVE_HEIGHT if swept else 0)))
-    if swept:
-        assert experiment is not None
+    if experiment is not None:
         parts: Any = result.subfigures(2, 1, height_ratios=[picture_height, _CURVE_HEIGHT])
         _curve(parts[1].subplots(), rows, experiment)
     axes = (parts[0] if swept else result).subplots(
@@ -69,6 +75,28 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], columns: int,
             show(axes[line, column], _array(picture))
             axes[line, column].set_xlabel("exact" if psnr == float("inf") else f"{psnr:.1f} dB", fontsize=7)
     return result
+
+
+@figure
+def build_curve(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) -> Figure:
+    """Draw what became of the PSNR over the swept setting, which needs no pictures."""
+    import matplotlib.pyplot as plt
+
+    experiment = _swept(rows, experiments)
+    if experiment is None:
+        raise DataError(
+            f"record {source} sweeps 0 settings; expected one, as fedavg, multi or architecture do"
+        )
+    result, axes = plt.subplots(figsize=(WIDTH, _CURVE_HEIGHT))
+    _curve(axes, rows, experiment)
+    return result
+
+
+def _swept(rows: Sequence[Row], experiments: dict[str, Experiment]) -> Experiment | None:
+    experiment = experiments.get(rows[0]["experiment"])
+    if experiment is None or not experiment.axis or all(row["sweep"] is None for row in rows):
+        return None
+    return experiment
 
 
 def _pictures(rows: Sequence[Row]) -> tuple[dict[int, Tensor], dict[str, dict[int, tuple[Tensor, float]]]]:
