@@ -15,7 +15,19 @@ from invlib.experiments import _report, ablation, architecture, fedavg, imagenet
 from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
 from invlib.experiments._report import Table
 
-__all__ = ["EXPERIMENTS", "Attack", "Case", "Experiment", "Setup", "Size", "Table", "figure", "get", "table"]
+__all__ = [
+    "EXPERIMENTS",
+    "Attack",
+    "Case",
+    "Experiment",
+    "Setup",
+    "Size",
+    "Table",
+    "curve",
+    "figure",
+    "get",
+    "table",
+]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,8 +22,8 @@ _CURVE_HEIGHT = 3.0
 # Inches: of small pictures, and of photographs, whose detail a small one would hide.
 _MAX_SIDE, _MAX_SIDE_OF_PHOTOGRAPHS, _PHOTOGRAPH = 0.9, 2.6, 64
 _CAPTION = 0.18  # inches, under each picture
-_TALLEST = 9.0  # inches: a sheet of paper has to hold the figure and its caption
-_SMALLEST = 0.4
+_TALLEST = 6.8  # inches: a sheet of paper has to hold the figure and its caption
+_SMALLEST = 0.3
 
 
 @figure
