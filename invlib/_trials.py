@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from invlib import engines
 from invlib.errors import ConfigError
 from invlib.optimizers import Variable
 from invlib.priors import Prior, median_filter
 from invlib.reconstruction import Callback, History, Progress, Status
-from invlib.smoothing import rounded
 
 if TYPE_CHECKING:
     from invlib.matching import GradientMatching
@@ -32,9 +33,10 @@ CHECKPOINT_SECONDS = 30.0
 class Problem:
     """What is minimised, with everything fixed but the guess."""
 
-    update: Callable[[Tensor, Tensor], list[Tensor]]
+    update: Callable[..., list[Tensor]]
     objective: Callable[[list[Tensor], list[Tensor]], Tensor]
     target: list[Tensor]
+    params: dict[str, Tensor]
     priors: tuple[tuple[float, Prior], ...]
     variables: list[Variable]
     labels: Tensor | None
@@ -44,6 +46,8 @@ class Problem:
     encode: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     like: Tensor
+    stackable: bool
+    recompute: bool
     fingerprint: str
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
@@ -53,7 +57,12 @@ class Problem:
         return F.softmax(logits, -1).expand(inputs.shape[0], -1)
 
     def cost(
-        self, place: Tensor, logits: Tensor | None = None, *, fade: float = 1.0
+        self,
+        place: Tensor,
+        logits: Tensor | None = None,
+        *,
+        fade: engines.Fade = 1.0,
+        params: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the cost of one guess, and its objective beside it.
 
@@ -61,12 +70,34 @@ class Problem:
             place: where the optimiser stands: normalised images, or their coordinates.
             logits: of soft labels, where they are optimised.
             fade: a factor of the priors' weights.
+            params: the parameters; None takes the model's.
         """
         inputs = self.inputs(place)
-        objective = self.objective(self.update(inputs, self.targets(inputs, logits)), self.target)
+        objective = self.objective(self.update(inputs, self.targets(inputs, logits), params), self.target)
         total = objective
         for weight, prior in self.priors:
             total = total + fade * weight * prior(inputs)
+        return total, objective
+
+    def costs(
+        self, values: list[Tensor], *, fade: engines.Fade, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return `cost` for a stack of guesses, with a stack of parameters for each."""
+
+        def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return torch.func.vmap(function, randomness="different")
+
+        inputs = mapped(self.inputs)(values[0])
+        # A client takes the dimension of its images first, so that it can cut minibatches from it.
+        images = inputs.transpose(0, 1)
+        targets = self.targets(images, None) if len(values) == 1 else mapped(self.targets)(inputs, values[1])
+        if len(values) > 1:
+            targets = targets.transpose(0, 1)
+        update = self.update(images, targets, params)
+        objective = mapped(lambda *parts: self.objective(list(parts), self.target))(*update)
+        total = objective
+        for weight, prior in self.priors:
+            total = total + fade * weight * mapped(prior)(inputs)
         return total, objective
 
     def score(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
@@ -76,22 +107,25 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """Where every restart ended, and which of them ran at all."""
+    """Where every restart ended, which of them ran at all, and what ran them."""
 
     values: list[Tensor]
     ran: Tensor
     status: Status
     history: History
     evaluations: int
+    engine: str
 
 
 _SAVED = (
+    "rows",
     "values",
     "best",
     "best_cost",
     "best_objective",
     "state",
     "step",
+    "ended",
     "improved_at",
     "last_best",
     "evaluations",
@@ -103,9 +137,16 @@ _SAVED = (
 class _Group:
     """The restarts that run together: their values, the best of each, and what was recorded."""
 
-    def __init__(self, attack: GradientMatching, problem: Problem, rows: range, starts: list[Tensor]) -> None:
-        self.attack, self.problem, self.rows = attack, problem, rows
-        self.values = [start[rows.start : rows.stop].clone() for start in starts]
+    def __init__(
+        self,
+        attack: GradientMatching,
+        problem: Problem,
+        measure: engines.Measure,
+        rows: list[int],
+        starts: list[Tensor],
+    ) -> None:
+        self.attack, self.problem, self.measure, self.rows = attack, problem, measure, rows
+        self.values = [start[rows].clone() for start in starts]
         self.best = [v.clone() for v in self.values]
         self.best_cost = torch.full(
             (len(rows),), torch.inf, dtype=problem.like.dtype, device=problem.like.device
@@ -113,6 +154,7 @@ class _Group:
         self.best_objective = self.best_cost.clone()
         self.state: dict[str, Any] = attack.optimizer.init(self.values)
         self.step = 0
+        self.ended: Status | None = None
         self.improved_at = 0
         self.last_best: Tensor | None = None
         self.evaluations = 0
@@ -127,20 +169,27 @@ class _Group:
         for name in _SAVED:
             setattr(self, name, saved[name])
 
+    def part(self, places: list[int]) -> _Group:
+        """Return a group of some of these restarts, which stands where this one does."""
+        count, index = len(self.rows), torch.tensor(places, device=self.problem.like.device)
+
+        def take(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.index_select(0, index.to(value.device)) if value.shape[:1] == (count,) else value
+            if isinstance(value, list):
+                return [take(v) for v in value]
+            return {k: take(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        group = copy.copy(self)
+        for name in _SAVED:
+            setattr(group, name, take(getattr(self, name)))
+        group.rows = [self.rows[k] for k in places]
+        group.latest = None
+        return group
+
     def evaluate(self, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return cost and gradient of every restart, and keep the best point that was measured."""
-        argnums = tuple(range(len(values)))
-        cost_now = partial(self.problem.cost, fade=self.fade())
-        differentiate = torch.func.grad_and_value(cost_now, argnums=argnums, has_aux=True)
-        with rounded(self.sharpness()):
-            if len(self.rows) == 1:
-                # One restart needs no vmap, which would turn its convolutions into grouped ones for nothing.
-                gradients, (cost, objective) = differentiate(*[v[0] for v in values])
-                gradients = [g[None] for g in gradients]
-                cost, objective = cost[None], objective[None]
-            else:
-                gradients, (cost, objective) = torch.func.vmap(differentiate, randomness="different")(*values)
-        cost, objective = cost.detach(), objective.detach()
+        cost, objective, gradients = self.measure(values, self.sharpness(), self.fade())
         # Costs of different sharpness or weights do not compare: there, the latest point counts as the best.
         compare = self.attack.smoothing is None and self.attack.fading == 1
         better = cost < self.best_cost if compare else torch.isfinite(cost)
@@ -150,7 +199,7 @@ class _Group:
             best.copy_(torch.where(better.view(-1, *[1] * (value.ndim - 1)), value, best))
         self.latest = (cost, objective)
         self.evaluations += len(self.rows)
-        return cost, [g.detach() for g in gradients]
+        return cost, gradients
 
     def sharpness(self) -> float | None:
         """Return how sharp the kinks of the network are at this step; None where they are as they are."""
@@ -185,9 +234,12 @@ class _Group:
         return evaluate
 
     def record(self) -> None:
+        """Record the latest cost of all restarts; those that are not of this group have none."""
         assert self.latest is not None
-        self.costs.append(self.latest[0])
-        self.objectives.append(self.latest[1])
+        for column, values in zip((self.costs, self.objectives), self.latest, strict=True):
+            row = values.new_full((self.attack.restarts,), torch.nan)
+            row[self.rows] = values
+            column.append(row)
 
     def finish(self) -> None:
         """Measure where the last step led, so that it too can be the best."""
@@ -196,14 +248,19 @@ class _Group:
 
     def stopped(self) -> bool:
         """Say whether early stopping applies; this waits for the device."""
-        tolerance, patience = self.attack.tolerance, self.attack.patience
-        if tolerance is not None and bool((self.best_objective <= tolerance).any()):
+        if self.tolerable():
             return True
+        patience = self.attack.patience
         if patience is None:
             return False
         if self.last_best is None or bool((self.best_cost < self.last_best).any()):
             self.improved_at, self.last_best = self.step, self.best_cost.clone()
         return self.step - self.improved_at >= patience
+
+    def tolerable(self) -> bool:
+        """Say whether a restart is as good as was asked for, so that no other has to run."""
+        tolerance = self.attack.tolerance
+        return tolerance is not None and bool((self.best_objective <= tolerance).any())
 
     def leader(self) -> Tensor:
         """Return the best images so far of the restart that leads, in [0, 1]."""
@@ -224,51 +281,159 @@ def run_trials(
     checkpoint: Path | None,
 ) -> Trials:
     """Run all restarts, group by group, and return where each ended."""
-    size = 1 if not attack.optimizer.together else (attack.chunk or attack.restarts)
+    together = attack.optimizer.together
+    size = 1 if not together else (attack.chunk or attack.restarts)
+    engine, why = engines.choose(
+        attack.engine,
+        problem,
+        restarts=size,
+        together=together,
+        sharpening=attack.smoothing is not None,
+        fading=attack.fading != 1,
+    )
+    measure = engines.measure(engine, problem)
+    everyone = list(range(attack.restarts))
     groups = [
-        _Group(attack, problem, range(a, min(a + size, attack.restarts)), starts)
+        _Group(attack, problem, measure, everyone[a : a + size], starts)
         for a in range(0, attack.restarts, size)
     ]
     fingerprint = f"{problem.fingerprint}\nstarts {[float(s.double().norm()) for s in starts]}"
-    keeper = _Checkpoint(checkpoint, fingerprint, groups)
+    race = _Race(attack, groups)
+    keeper = _Checkpoint(checkpoint, fingerprint, race)
     keeper.load()
-    status: Status = "max_steps"
-    total = attack.steps * len(groups)
-    done = sum(g.step for g in groups)
-    with tqdm(total=total, initial=done, disable=not progress, desc="gradient matching", unit="step") as bar:
+    total = sum((rung - before) * left for before, rung, left in race.plan())
+    with tqdm(
+        total=total, initial=race.done(), disable=not progress, desc="gradient matching", unit="step"
+    ) as bar:
         try:
-            for group in groups:
-                ended = _run_group(group, callback, bar, keeper)
-                if ended == "converged":
-                    status = "converged"
-                    if attack.tolerance is not None and bool(
-                        (group.best_objective <= attack.tolerance).any()
-                    ):
-                        break
-                elif ended == "interrupted":
-                    status = "interrupted"
-                    break
+            status = race.run(callback, bar, keeper)
         except KeyboardInterrupt:
             status = "interrupted"
     if status == "interrupted":
         keeper.save()
     else:
         keeper.remove()
+    fallback = getattr(measure, "fallback", "")
     return Trials(
-        values=[torch.cat(parts) for parts in zip(*[g.kept() for g in groups], strict=True)],
-        ran=torch.tensor([g.evaluations > 0 for g in groups for _ in g.rows]),
+        values=race.kept(),
+        ran=race.ran(),
         status=status,
-        history=_history(attack, groups),
-        evaluations=sum(g.evaluations for g in groups),
+        history=_history(attack, race.all()),
+        evaluations=race.evaluations(),
+        engine=f"eager steps, for they cannot be captured: {fallback}" if fallback else f"{engine}: {why}",
     )
 
 
-def _run_group(group: _Group, callback: Callback | None, bar: tqdm, keeper: _Checkpoint) -> Status:
+def rungs(steps: int, restarts: int, prune: bool) -> list[tuple[int, int]]:
+    """Return up to which step how many restarts run: without pruning all of them to the end.
+
+    With it, the worse half goes at every tenth of the run, until one is left for the rest.
+    """
+    found, left, tenth = [], restarts, 1
+    while prune and left > 1 and tenth < 10:
+        found.append((max(1, round(steps * tenth / 10)), left))
+        left, tenth = math.ceil(left / 2), tenth + 1
+    return [*found, (steps, left)]
+
+
+class _Race:
+    """All groups of restarts, the ones still running and those that fell behind."""
+
+    def __init__(self, attack: GradientMatching, groups: list[_Group]) -> None:
+        self.attack, self.groups, self.fallen = attack, groups, list[_Group]()
+
+    def all(self) -> list[_Group]:
+        return [*self.groups, *self.fallen]
+
+    def plan(self) -> list[tuple[int, int, int]]:
+        """Return from which step to which how many groups run, at most."""
+        found, before = [], 0
+        for rung, left in rungs(self.attack.steps, self.attack.restarts, self.attack.prune):
+            found.append((before, rung, min(left, len(self.groups))))
+            before = rung
+        return found
+
+    def done(self) -> int:
+        return sum(group.step for group in self.all())
+
+    def run(self, callback: Callback | None, bar: tqdm, keeper: _Checkpoint) -> Status:
+        for rung, left in rungs(self.attack.steps, self.attack.restarts, self.attack.prune):
+            self.prune(left)
+            place = 0
+            while place < len(self.groups):
+                group = self.groups[place]
+                try:
+                    ended = _run_group(group, rung, callback, bar, keeper, first=place == 0)
+                except torch.OutOfMemoryError as error:
+                    self.groups[place : place + 1] = _halves(group, error)
+                    continue
+                place += 1
+                if ended == "interrupted":
+                    return ended
+                if ended == "converged" and group.tolerable():
+                    return ended
+        return "converged" if any(group.ended == "converged" for group in self.groups) else "max_steps"
+
+    def prune(self, left: int) -> None:
+        """Let the best of the running restarts go on, by the lowest cost that each has reached."""
+        if left >= sum(len(group.rows) for group in self.groups):
+            return
+        cost = torch.cat([group.best_cost for group in self.groups])
+        order = torch.where(torch.isfinite(cost), cost, torch.inf).argsort(stable=True).tolist()
+        chosen = set(order[:left])
+        first, groups = 0, list[_Group]()
+        for group in self.groups:
+            places = range(len(group.rows))
+            staying = [k for k in places if first + k in chosen]
+            going = [k for k in places if first + k not in chosen]
+            first += len(places)
+            if not staying or not going:
+                (groups if staying else self.fallen).append(group)
+                continue
+            # What was recorded and counted so far stays with those that go on.
+            behind = group.part(going)
+            behind.costs, behind.objectives, behind.evaluations = [], [], 0
+            self.fallen.append(behind)
+            groups.append(group.part(staying))
+        self.groups = groups
+
+    def kept(self) -> list[Tensor]:
+        rows = torch.tensor([row for group in self.all() for row in group.rows]).argsort()
+        parts = zip(*[group.kept() for group in self.all()], strict=True)
+        return [torch.cat(part)[rows.to(part[0].device)] for part in parts]
+
+    def ran(self) -> Tensor:
+        ran = torch.zeros(self.attack.restarts, dtype=torch.bool)
+        for group in self.all():
+            ran[group.rows] = group.step > 0
+        return ran
+
+    def evaluations(self) -> int:
+        return sum(group.evaluations for group in self.all())
+
+
+def _halves(group: _Group, error: torch.OutOfMemoryError) -> list[_Group]:
+    """Split a group that does not fit in memory; each half goes on where the whole one stood."""
+    count = len(group.rows)
+    if count == 1:
+        raise error
+    del error  # it holds the frames of the step that failed, and with them its memory
+    if group.problem.like.is_cuda:
+        torch.cuda.empty_cache()
+    first, second = (group.part(list(part)) for part in (range(count // 2), range(count // 2, count)))
+    second.costs, second.objectives, second.evaluations = [], [], 0
+    return [first, second]
+
+
+def _run_group(
+    group: _Group, rung: int, callback: Callback | None, bar: tqdm, keeper: _Checkpoint, *, first: bool
+) -> Status:
     steps = group.attack.steps
-    ended: Status = "max_steps"
-    for _ in range(group.step, steps):
+    for _ in range(group.step, rung):
+        if group.ended is not None:
+            break
         if callback is not None and group.step == 0:
-            callback(_progress(group))
+            callback(_progress(group, first))
         group.advance()
         bar.update(1)
         if group.step == steps:
@@ -277,27 +442,26 @@ def _run_group(group: _Group, callback: Callback | None, bar: tqdm, keeper: _Che
             if not bar.disable:
                 bar.set_postfix(cost=f"{group.best_cost.min().item():.4g}", refresh=False)
             if group.stopped():
-                ended = "converged"
+                group.ended = "converged"
         keeper.save_now_and_then()
-        if callback is not None and callback(_progress(group)):
-            ended = "interrupted"
-        if ended != "max_steps":
-            break
-    return ended
+        if callback is not None and callback(_progress(group, first)):
+            return "interrupted"
+    return group.ended or "max_steps"
 
 
-def _progress(group: _Group) -> Progress:
+def _progress(group: _Group, first: bool) -> Progress:
     return Progress(
         step=group.step,
         steps=group.attack.steps,
-        restarts=group.rows,
+        restarts=tuple(group.rows),
+        first=first,
         images=lambda: group.leader().clone(),
         cost=lambda: float(group.best_cost.min()),
     )
 
 
 def _history(attack: GradientMatching, groups: list[_Group]) -> History:
-    """Line up what the groups recorded; a group that stopped early repeats nothing and is padded by NaN."""
+    """Line up what the groups recorded; a restart that fell behind or stopped early is padded by NaN."""
     rows = max(len(g.costs) for g in groups)
     if rows == 0:
         return History()
@@ -306,29 +470,34 @@ def _history(attack: GradientMatching, groups: list[_Group]) -> History:
     if longest.step == attack.steps:
         steps[-1] = attack.steps
 
-    def column(recorded: list[Tensor], width: int) -> Tensor:
-        pad = torch.full((rows - len(recorded), width), torch.nan)
-        return torch.cat([torch.stack(recorded).cpu().to(pad), pad]) if recorded else pad
+    def table(columns: list[list[Tensor]]) -> Tensor:
+        found = torch.full((rows, attack.restarts), torch.nan, dtype=groups[0].problem.like.dtype)
+        for column in columns:
+            for k, recorded in enumerate(column):
+                found[k] = torch.where(torch.isnan(found[k]), recorded.cpu(), found[k])
+        return found
 
     return History(
         steps=steps,
-        cost=torch.cat([column(g.costs, len(g.rows)) for g in groups], 1),
-        objective=torch.cat([column(g.objectives, len(g.rows)) for g in groups], 1),
+        cost=table([g.costs for g in groups]),
+        objective=table([g.objectives for g in groups]),
     )
 
 
 class _Checkpoint:
     """The state of all groups in one file, written beside and renamed."""
 
-    def __init__(self, path: Path | None, fingerprint: str, groups: list[_Group]) -> None:
-        self.path, self.fingerprint, self.groups = path, fingerprint, groups
+    def __init__(self, path: Path | None, fingerprint: str, race: _Race) -> None:
+        self.path, self.fingerprint, self.race = path, fingerprint, race
         self.saved_at = time.monotonic()
 
     def load(self) -> None:
         if self.path is None or not self.path.exists():
             return
         try:
-            saved = torch.load(self.path, map_location=self.groups[0].problem.like.device, weights_only=True)
+            saved = torch.load(
+                self.path, map_location=self.race.groups[0].problem.like.device, weights_only=True
+            )
         except Exception as error:
             raise ConfigError(
                 f"checkpoint {self.path} cannot be read ({error}); remove it to start anew"
@@ -338,14 +507,22 @@ class _Checkpoint:
                 f"checkpoint {self.path} is of another run (other settings or another observation); "
                 "remove it or name another file"
             )
-        for group, state in zip(self.groups, saved["groups"], strict=True):
-            group.restore(state)
+        some = self.race.groups[0]
+        for name in ("groups", "fallen"):
+            restored = [copy.copy(some) for _ in saved[name]]
+            for group, state in zip(restored, saved[name], strict=True):
+                group.restore(state)
+            setattr(self.race, name, restored)
 
     def save(self) -> None:
         if self.path is None:
             return
         beside = self.path.with_name(self.path.name + ".part")
-        state = {"fingerprint": self.fingerprint, "groups": [g.snapshot() for g in self.groups]}
+        state = {
+            "fingerprint": self.fingerprint,
+            "groups": [g.snapshot() for g in self.race.groups],
+            "fallen": [g.snapshot() for g in self.race.fallen],
+        }
         torch.save(state, beside)
         os.replace(beside, self.path)
         self.saved_at = time.monotonic()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from invlib.engines.gradients import LossOf, descend, gradient
 from invlib.errors import ConfigError, ObservationError
 from invlib.observation import (
     ClientStep,
@@ -55,7 +56,7 @@ class FedSGD:
         params = dict(trainable_parameters(model) if params is None else params)
         if on_step is not None:
             on_step(params, inputs)
-        return _gradient(model, params, buffers, inputs, labels, loss)
+        return gradient(_loss_of(model, buffers, loss), params, inputs, labels)
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
         """Return the update itself: it is already the mean gradient."""
@@ -139,8 +140,7 @@ class FedAvg:
         for rows in self.batches(inputs.shape[0]):
             if on_step is not None:
                 on_step(now, inputs[rows])
-            gradient = _gradient(model, now, buffers, inputs[rows], labels[rows], loss)
-            now = {name: p - self.lr * gradient[name] for name, p in now.items()}
+            now = descend(_loss_of(model, buffers, loss), now, inputs[rows], labels[rows], self.lr)
         return {name: now[name] - start[name] for name in start}
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
@@ -148,18 +148,8 @@ class FedAvg:
         return update / (-self.lr * len(self.batches(num_images)))
 
 
-def _gradient(
-    model: nn.Module,
-    params: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor] | None,
-    inputs: Tensor,
-    labels: Tensor,
-    loss: Loss,
-) -> dict[str, Tensor]:
-    gradient: dict[str, Tensor] = torch.func.grad(lambda p: loss(forward(model, p, buffers, inputs), labels))(
-        dict(params)
-    )
-    return gradient
+def _loss_of(model: nn.Module, buffers: Mapping[str, Tensor] | None, loss: Loss) -> LossOf:
+    return lambda params, inputs, labels: loss(forward(model, params, buffers, inputs), labels)
 
 
 def observe(

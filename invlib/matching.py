@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib import objectives, priors
+from invlib import engines, objectives, priors
 from invlib._trials import Problem, Trials, Variable, run_trials
+from invlib.engines import Engine
 from invlib.errors import ConfigError
+from invlib.federated import FedAvg, FedSGD
 from invlib.labels import infer
 from invlib.natural import NaturalImages
 from invlib.objectives import Layers, Objective
@@ -23,6 +25,8 @@ from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay
 from invlib.priors import Prior
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.smoothing import Smoothing
+
+MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than half the time again
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
 
@@ -60,7 +64,15 @@ class GradientMatching:
         keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
         tolerance: stop when an objective falls to this.
         patience: stop when no restart improved its cost for so many steps.
-        chunk: how many restarts run together; None takes all.
+        chunk: how many restarts run together; None takes all. Those that do not fit in memory are halved.
+        prune: successive halving: the worse half of the restarts stops at every tenth of the run, until one
+            is left. Of 32 restarts that is a fifth of the work.
+        engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
+            ``"compiled"``, all together in one compiled function, which takes half a minute to compile;
+            ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
+        recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
+            hardly more memory than one of a single step, and half as much time again; None does so from 10
+            local steps on.
         record_every: record the cost every so many steps.
 
     Raises:
@@ -90,6 +102,9 @@ class GradientMatching:
     tolerance: float | None = None
     patience: int | None = None
     chunk: int | None = None
+    prune: bool = False
+    engine: Engine = "auto"
+    recompute: bool | None = None
     record_every: int = 10
 
     def __post_init__(self) -> None:
@@ -105,6 +120,7 @@ class GradientMatching:
                 raise ConfigError(
                     f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
                 )
+        engines.check(self.engine)
         if not 0 < self.fading <= 1:
             raise ConfigError(f"GradientMatching fading is {self.fading}; expected a number in (0, 1]")
         if self.coordinates is not None and self.median_every is not None:
@@ -178,12 +194,12 @@ class GradientMatching:
             labels = infer(model, observation).labels
         names = list(params)
 
-        def update(inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        def update(inputs: Tensor, targets: Tensor, values: dict[str, Tensor] | None = None) -> list[Tensor]:
             found = observation.protocol(
                 model,
                 inputs,
                 targets,
-                params=params,
+                params=params if values is None else values,
                 buffers={name: b.detach() for name, b in model.named_buffers()},
                 loss=self.loss,
             )
@@ -198,6 +214,7 @@ class GradientMatching:
             update=update,
             objective=_weighted(self.objective, weights),
             target=[target[i] for i in indices],
+            params=params,
             priors=self.priors,
             variables=[images, Variable(name="labels")] if optimized else [images],
             labels=labels,
@@ -207,6 +224,8 @@ class GradientMatching:
             encode=observation.normalization.encode,
             shape=(observation.num_images, *observation.image_shape),
             like=some,
+            stackable=isinstance(observation.protocol, (FedSGD, FedAvg)),
+            recompute=_recomputes(self.recompute, observation),
             fingerprint="\n".join(map(_stable, [self, observation.protocol, labels, target])),
         )
 
@@ -269,6 +288,12 @@ def _stable(value: object) -> str:
     return str(getattr(value, "__qualname__", repr(value)))
 
 
+def _recomputes(asked: bool | None, observation: Observation) -> bool:
+    if asked is not None or not isinstance(observation.protocol, FedAvg):
+        return bool(asked)
+    return len(observation.protocol.batches(observation.num_images)) >= MANY_LOCAL_STEPS
+
+
 def _weighted(
     objective: Objective, weights: list[float] | None
 ) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
@@ -301,6 +326,7 @@ def _finish(problem: Problem, trials: Trials, observation: Observation, began: f
         seconds=time.perf_counter() - began,
         evaluations=trials.evaluations + images.shape[0],
         history=trials.history,
+        engine=trials.engine,
     )
 
 

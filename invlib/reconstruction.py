@@ -44,6 +44,7 @@ class Reconstruction:
         seconds: wall-clock time.
         evaluations: how often the network's gradient was computed, over all restarts.
         history: how the cost fell.
+        engine: what ran the steps, and why that was chosen; empty for attacks that have none.
         note: what the attack has to say about its result, in a sentence; may be empty.
 
     Taught in: chapter 2
@@ -58,6 +59,7 @@ class Reconstruction:
     seconds: float
     evaluations: int = 0
     history: History = field(default_factory=History)
+    engine: str = ""
     note: str = ""
 
     def __repr__(self) -> str:
@@ -76,6 +78,7 @@ class Progress:
         step: steps done, counted from 1; 0 is the start.
         steps: steps there will be.
         restarts: which restarts are running, counted from 0.
+        first: whether they are the first of those that run one group after another.
         images: a function giving the best images so far ``(N, C, H, W)`` in [0, 1] of the best running
             restart; nothing is copied from the device until it is called.
         cost: a function giving the lowest cost so far.
@@ -85,9 +88,10 @@ class Progress:
 
     step: int
     steps: int
-    restarts: range
+    restarts: tuple[int, ...]
     images: Callable[[], Tensor]
     cost: Callable[[], float]
+    first: bool = True
 
 
 Callback = Callable[[Progress], bool | None]
@@ -124,8 +128,6 @@ class Frames:
     def __call__(self, progress: Progress) -> None:
         """Record a frame where one is due."""
         # Restarts that do not fit together run one group after another; the first group is what is shown.
-        if progress.restarts.start == 0 and (
-            progress.step % self.every == 0 or progress.step == progress.steps
-        ):
+        if progress.first and (progress.step % self.every == 0 or progress.step == progress.steps):
             self.steps.append(progress.step)
             self.images.append(progress.images().cpu())

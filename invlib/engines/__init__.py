@@ -1,0 +1,176 @@
+"""What runs the step of an attack: the same cost and gradient, computed in the way that is fastest here.
+
+``eager`` takes one restart after another on torch's tape. ``batched`` takes all of them at once: the forward
+pass is mapped over restarts, and the graph of stacked tensors is differentiated as one. ``compiled`` traces
+that step as one function and compiles it. ``graphed`` captures it as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from invlib.engines.gradients import Way, way
+from invlib.errors import ConfigError, DeviceError
+from invlib.smoothing import rounded
+
+if TYPE_CHECKING:
+    from invlib._trials import Problem
+
+__all__ = ["Engine", "Fade", "Measure", "check", "choose", "measure"]
+
+Engine = Literal["auto", "eager", "batched", "compiled", "graphed"]
+Fade = float | Tensor
+Measure = Callable[[list[Tensor], float | None, Fade], tuple[Tensor, Tensor, list[Tensor]]]
+"""Give the cost ``(R,)``, the objective ``(R,)`` and the cost's gradients, at places ``(R, ...)``, a
+sharpness of the network's kinks, and a factor of the priors' weights."""
+
+LARGE = 2_000_000  # parameters: beyond, one restart keeps a CPU busy, and a stack of them only takes memory
+
+
+def check(engine: str) -> None:
+    """Raise `ConfigError` where there is no such engine."""
+    if engine not in get_args(Engine):
+        raise ConfigError(f"GradientMatching engine is {engine!r}; expected one of {get_args(Engine)}")
+
+
+def choose(
+    asked: Engine, problem: Problem, *, restarts: int, together: bool, sharpening: bool, fading: bool
+) -> tuple[Engine, str]:
+    """Return the engine to run, and why.
+
+    Args:
+        asked: the setting.
+        problem: what is minimised.
+        restarts: how many there are.
+        together: the optimiser takes them together.
+        sharpening: the network's kinks sharpen from step to step.
+        fading: the priors' weights fall from step to step.
+
+    Raises:
+        ConfigError: the engine asked for cannot run these settings.
+        DeviceError: it cannot run on this device.
+    """
+    device = problem.like.device
+    if asked == "auto":
+        # A captured step has one sharpness; an optimiser that takes restarts together asks once at each.
+        if device.type == "cuda" and problem.stackable and not (sharpening and together):
+            return "graphed", "a GPU, whose launches a captured step does away with"
+        if restarts == 1 or not together:
+            return "eager", "one restart at a time"
+        size = sum(p.numel() for p in problem.params.values())
+        if size > LARGE and device.type == "cpu":
+            return "eager", f"{size:,} parameters, with which one restart keeps a CPU busy"
+        return "batched", f"{restarts} restarts of a network of {size:,} parameters"
+    if asked == "compiled" and (sharpening or fading):
+        raise ConfigError(
+            "engine='compiled' needs a cost that stays the same, but smoothing or fading changes it from "
+            "step to step; use engine='auto'"
+        )
+    if asked in ("compiled", "graphed") and not problem.stackable:
+        raise ConfigError(
+            f"engine={asked!r} needs a client of invlib, FedSGD or FedAvg, to trace; use engine='auto'"
+        )
+    if asked == "graphed" and device.type != "cuda":
+        raise DeviceError(f"engine='graphed' needs a CUDA device, got {device}; use engine='auto'")
+    return asked, "asked for"
+
+
+def measure(engine: Engine, problem: Problem) -> Measure:
+    """Return the function that an engine makes of a problem."""
+    if engine == "eager":
+        return functools.partial(_eager, problem, _leaves(problem))
+    if engine == "batched":
+        return _batched(problem)
+    if engine == "compiled":
+        from invlib.engines.compiled import compiled
+
+        return compiled(problem, _batched(problem))
+    from invlib.engines.graphed import graphed
+
+    return graphed(_batched(problem))
+
+
+def _eager(
+    problem: Problem, params: dict[str, Tensor], values: list[Tensor], sharpness: float | None, fade: Fade
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    found = [
+        _on_tape(
+            lambda now: problem.cost(*now, fade=fade, params=params),
+            [v[r] for v in values],
+            sharpness,
+            problem,
+        )
+        for r in range(values[0].shape[0])
+    ]
+    costs, objectives, slopes = zip(*found, strict=True)
+    return (
+        torch.stack(costs),
+        torch.stack(objectives),
+        [torch.stack(parts) for parts in zip(*slopes, strict=True)],
+    )
+
+
+def _batched(problem: Problem) -> Measure:
+    if not problem.stackable:
+        return functools.partial(_mapped, problem)
+    stacks = functools.lru_cache(maxsize=1)(functools.partial(_stacked, problem))
+
+    def evaluate(
+        values: list[Tensor], sharpness: float | None, fade: Fade
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        restarts = values[0].shape[0]
+        if restarts == 1:
+            # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
+            return _eager(problem, _leaves(problem), values, sharpness, fade)
+        params = stacks(restarts)
+        return _on_tape(
+            lambda now: problem.costs(now, fade=fade, params=params), values, sharpness, problem, "stacked"
+        )
+
+    return evaluate
+
+
+def _on_tape(
+    cost_of: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
+    values: list[Tensor],
+    sharpness: float | None,
+    problem: Problem,
+    name: Literal["tape", "stacked"] = "tape",
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Evaluate a cost and its gradient with torch's tape, whatever the caller's grad mode is."""
+    now = [v.detach().requires_grad_() for v in values]
+    with torch.enable_grad(), way(Way(name=name, recompute=problem.recompute)):
+        with rounded(sharpness):
+            cost, objective = cost_of(now)
+        slopes = torch.autograd.grad(cost.sum(), now, materialize_grads=True)
+    return cost.detach(), objective.detach(), list(slopes)
+
+
+def _mapped(
+    problem: Problem, values: list[Tensor], sharpness: float | None, fade: Fade
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Map the whole step over restarts, for a client of which nothing is known but that it can be called."""
+    argnums = tuple(range(len(values)))
+    step = torch.func.grad_and_value(
+        functools.partial(problem.cost, fade=fade), argnums=argnums, has_aux=True
+    )
+    with rounded(sharpness):
+        slopes, (cost, objective) = torch.func.vmap(step, randomness="different")(*values)
+    return cost.detach(), objective.detach(), [s.detach() for s in slopes]
+
+
+def _leaves(problem: Problem) -> dict[str, Tensor]:
+    return {name: p.detach().requires_grad_() for name, p in problem.params.items()}
+
+
+def _stacked(problem: Problem, restarts: int) -> dict[str, Tensor]:
+    # Contiguous, so that no convolution has to make a copy of its own in every step.
+    return {
+        name: p.detach().expand(restarts, *p.shape).contiguous().requires_grad_()
+        for name, p in problem.params.items()
+    }

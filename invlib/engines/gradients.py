@@ -1,0 +1,124 @@
+"""How the client's gradient is computed while an attack differentiates it: three ways to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from invlib.engines.layers import Cheap
+
+LossOf = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How gradients are computed.
+
+    Args:
+        name: ``"transforms"``, `torch.func.grad`, which nests in every other transform; ``"tape"``, torch's
+            own tape, with less overhead; ``"stacked"``, the tape with a leading dimension of restarts on
+            every parameter, and inputs and soft labels of ``(N, restarts, ...)``.
+        recompute: keep the weights between local steps alone, and compute each step anew on the way back.
+    """
+
+    name: Literal["transforms", "tape", "stacked"] = "transforms"
+    recompute: bool = False
+
+
+_WAY: ContextVar[Way] = ContextVar("way", default=Way())  # noqa: B039 (it is frozen)
+
+
+@contextmanager
+def way(chosen: Way) -> Iterator[None]:
+    """Within this context the gradients of a client are computed in that way."""
+    token = _WAY.set(chosen)
+    try:
+        yield
+    finally:
+        _WAY.reset(token)
+
+
+def gradient(
+    loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradient of a loss by parameter name."""
+    name = _WAY.get().name
+    if name == "transforms":
+        found: dict[str, Tensor] = torch.func.grad(loss_of)(dict(params), inputs, labels)
+        return found
+    # The parameters of the first local step are given; those of a later one depend on the images.
+    with Cheap(fixed=all(p.is_leaf for p in params.values())):
+        if name == "tape":
+            loss = loss_of(params, inputs, labels)
+        else:
+            # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
+            dims = (0, 1, 1 if labels.is_floating_point() else None)
+            loss = torch.func.vmap(loss_of, in_dims=dims, randomness="different")(
+                dict(params), inputs, labels
+            ).sum()
+    parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
+    return dict(zip(params, parts, strict=True))
+
+
+def descend(
+    loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, lr: float
+) -> dict[str, Tensor]:
+    """Return the parameters after one step of gradient descent."""
+    chosen = _WAY.get()
+    if chosen.name == "transforms" or not chosen.recompute:
+        slopes = gradient(loss_of, params, inputs, labels)
+        return {name: p - lr * slopes[name] for name, p in params.items()}
+    names = list(params)
+    after = _Step.apply(chosen, loss_of, names, lr, inputs, labels, *params.values())
+    return dict(zip(names, after, strict=True))
+
+
+class _Step(torch.autograd.Function):
+    """A local step of which only the weights are kept: its graph lives while it is walked back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chosen: Way,
+        loss_of: LossOf,
+        names: list[str],
+        lr: float,
+        inputs: Tensor,
+        labels: Tensor,
+        *values: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.chosen, ctx.fixed = chosen, (loss_of, names, lr)
+        ctx.save_for_backward(inputs, labels, *values)
+        with way(chosen):
+            _, _, after = _walked(*ctx.fixed, inputs, labels, *values)
+        return tuple(p.detach() for p in after)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        soft = ctx.needs_input_grad[5]
+        with way(ctx.chosen):
+            given, values, after = _walked(*ctx.fixed, *ctx.saved_tensors)
+        wanted = [given[0], *([given[1]] if soft else []), *values]
+        found = torch.autograd.grad(after, wanted, slopes, materialize_grads=True)
+        return (None, None, None, None, found[0], found[1] if soft else None, *found[-len(values) :])
+
+
+def _walked(
+    loss_of: LossOf, names: list[str], lr: float, *saved: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Take the step on copies of what was saved: inputs and labels, parameters, and those after it."""
+    inputs, labels, *values = (t.detach() for t in saved)
+    with torch.enable_grad():
+        for tensor in (inputs, labels, *values):
+            tensor.requires_grad_(tensor.is_floating_point())
+        # Times one: to `gradient`, parameters that are leaves do not depend on the images, and these do.
+        before = [v * 1 for v in values]
+        slopes = gradient(loss_of, dict(zip(names, before, strict=True)), inputs, labels)
+        after = [p - lr * slopes[name] for name, p in zip(names, before, strict=True)]
+    return [inputs, labels], values, after

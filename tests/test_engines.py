@@ -1,0 +1,258 @@
+"""Engines: the same cost and gradient whatever runs the step, and clear words where one cannot."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import invlib as iv
+from invlib import engines, priors
+from invlib.engines.layers import Cheap
+from invlib.errors import ConfigError, DeviceError
+from invlib.observation import in_mode
+from tests.conftest import build_tiny, random_batch
+from tests.test_models_gradients import FAMILIES
+
+CLIENTS = {
+    "FedSGD": iv.FedSGD(),
+    "FedAvg": iv.FedAvg(lr=0.05, local_steps=3, batch_size=1),
+}
+
+
+def see(net, n=1, client=None, side=8, **facts):
+    x, y = random_batch(n, side=side, dtype=next(net.parameters()).dtype)
+    return iv.observe(net, x, y, client or iv.FedSGD(), normalization=iv.CIFAR10, **facts)
+
+
+def build(family):
+    make, side = FAMILIES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().double().eval(), side
+
+
+def by_transforms(problem, values, sharpness, fade):
+    """The slow and obvious way: torch.func, one restart after another, with torch's own layers."""
+    step = torch.func.grad_and_value(
+        partial(problem.cost, fade=fade), argnums=tuple(range(len(values))), has_aux=True
+    )
+    with iv.smoothing.rounded(sharpness):
+        found = [step(*[v[r] for v in values]) for r in range(len(values[0]))]
+    slopes = [torch.stack([slopes[k] for slopes, _ in found]) for k in range(len(values))]
+    return (
+        torch.stack([c.detach() for _, (c, _) in found]),
+        torch.stack([o.detach() for _, (_, o) in found]),
+        slopes,
+    )
+
+
+def compare(net, seen, engine, *, sharpness=None, fade=1.0, restarts=2, **settings):
+    attack = iv.GradientMatching(priors=((0.1, priors.total_variation),), restarts=restarts, **settings)
+    problem = attack._problem(net, seen)
+    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    expected = by_transforms(problem, starts, sharpness, fade)
+    got = engines.measure(engine, problem)(starts, sharpness, fade)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-12)
+    return got
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_same_cost_and_gradient(family, client, engine):
+    net, side = build(family)
+    compare(net, see(net, 2, CLIENTS[client], side), engine)
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+@pytest.mark.parametrize("family", ["ResNet", "LeNetZhu"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"labels": "optimize"},
+        {"labels": "optimize_shared"},
+        {"sharpness": 4.0, "fade": 0.3},
+        {"coordinates": iv.NaturalImages()},
+        {"objective": iv.objectives.l1},
+        {"layers": iv.Layers(which="last", count=3, weights="linear")},
+        {"restarts": 1},
+    ],
+    ids=lambda s: "-".join(s),
+)
+def test_every_setting_has_the_same_cost_and_gradient(family, settings, engine):
+    net, side = build(family)
+    compare(net, see(net, 2, side=side), engine, **settings)
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+def test_batch_norm_that_learns_from_the_batch(engine):
+    net, side = build("ResNet")
+    seen = see(net, 3, side=side, training_mode=True)
+    with in_mode(net, training=True):
+        compare(net, seen, engine)
+
+
+@pytest.mark.parametrize("client", [iv.FedAvg(lr=0.05, local_steps=4), CLIENTS["FedAvg"]], ids=str)
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+@pytest.mark.parametrize("labels", ["auto", "optimize"])
+def test_recomputed_local_steps_change_nothing(engine, client, labels):
+    net, side = build("ResNet")
+    compare(net, see(net, 2, client, side), engine, recompute=True, labels=labels)
+
+
+# The largest memory of a process only grows, so the cases come in the order of what they should take.
+MEMORY = """
+import resource
+import torch
+import invlib as iv
+from invlib.models.convnet import ConvNet
+
+torch.set_num_threads(1)
+net = ConvNet(width=4, image_size=32).eval()
+x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+for steps, recompute in ((1, True), (20, True), (20, False)):
+    seen = iv.observe(net, x, y, iv.FedAvg(lr=0.01, local_steps=steps), normalization=iv.CIFAR10)
+    iv.GradientMatching(steps=1, recompute=recompute)(net, seen)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+def test_recomputed_local_steps_take_hardly_more_memory_than_one():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    one, many, unrolled = map(int, done.stdout.split())
+    assert unrolled - one > 4 * (many - one)
+
+
+def test_many_local_steps_are_recomputed_by_default():
+    net = build_tiny()
+    for steps, expected in ((9, False), (10, True)):
+        seen = see(net, 1, iv.FedAvg(lr=0.01, local_steps=steps))
+        assert iv.GradientMatching()._problem(net, seen).recompute is expected
+        assert iv.GradientMatching(recompute=False)._problem(net, seen).recompute is False
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_convolution_has_first_and_second_derivatives(stride, groups, bias):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    inputs = [draw(2, 4, 5, 6), draw(6, 4 // groups, 3, 2)] + ([draw(6)] if bias else [])
+
+    def ours(x, weight, b=None):
+        with Cheap(fixed=False):
+            return F.conv2d(x, weight, b, stride=stride, padding=(1, 0), groups=groups)
+
+    torch.testing.assert_close(ours(*inputs), F.conv2d(*inputs, stride=stride, padding=(1, 0), groups=groups))
+    assert torch.autograd.gradcheck(ours, inputs)
+    assert torch.autograd.gradgradcheck(ours, inputs)
+
+
+def test_a_third_derivative_is_refused_instead_of_being_wrong():
+    x, w = (torch.rand(1, 1, 3, 3, requires_grad=True) for _ in range(2))
+    with Cheap(fixed=False):
+        y = F.conv2d(x, w).square().sum()
+    first = torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
+    second = torch.autograd.grad(first, x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second.sum().backward()
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name_is_left_to_torch(padding):
+    x, w = torch.rand(1, 2, 5, 5), torch.rand(3, 2, 3, 3)
+    with Cheap(fixed=True):
+        assert torch.equal(F.conv2d(x, w, padding=padding), torch.conv2d(x, w, padding=padding))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [iv.Adam(signed=True), iv.LBFGS(max_iter=3)], ids=lambda o: type(o).__name__
+)
+def test_engines_give_one_result(optimizer):
+    net = build_tiny(torch.float64)
+    seen = see(net)
+    attack = iv.GradientMatching(optimizer=optimizer, steps=6, restarts=3, record_every=1)
+    eager, batched, auto = (replace(attack, engine=e)(net, seen) for e in ("eager", "batched", "auto"))
+    for other in (batched, auto):
+        torch.testing.assert_close(other.trials, eager.trials, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(other.history.cost, eager.history.cost, rtol=1e-5, atol=1e-9)
+    assert eager.engine == "eager: asked for"
+    assert auto.engine.startswith("batched: 3 restarts" if optimizer.together else "eager: one restart")
+
+
+def test_a_large_network_takes_its_restarts_in_turn(monkeypatch):
+    monkeypatch.setattr(engines, "LARGE", 10)
+    net = build_tiny()
+    found = iv.GradientMatching(steps=1, restarts=2)(net, see(net))
+    assert found.engine == "eager: 653 parameters, with which one restart keeps a CPU busy"
+
+
+class Stranger:
+    """A client that somebody else wrote, with nothing of invlib in it."""
+
+    def __call__(
+        self, model, inputs, labels, *, params=None, buffers=None, loss=F.cross_entropy, on_step=None
+    ):
+        values = dict(model.named_parameters()) if params is None else params
+        return torch.func.grad(lambda p: loss(torch.func.functional_call(model, p, (inputs,)), labels))(
+            values
+        )
+
+    def mean_gradient(self, update, num_images):
+        return update
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+def test_a_client_of_ones_own_runs_too(engine):
+    net = build_tiny(torch.float64)
+    compare(net, replace(see(net), protocol=Stranger()), engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "error", "words"),
+    [
+        ("graphed", {}, DeviceError, "engine='graphed' needs a CUDA device, got cpu"),
+        ("compiled", {"smoothing": iv.Smoothing()}, ConfigError, "smoothing or fading"),
+        ("compiled", {"fading": 0.5}, ConfigError, "smoothing or fading"),
+        ("quick", {}, ConfigError, "engine is 'quick'; expected one of"),
+    ],
+)
+def test_an_engine_that_cannot_run_says_so(tiny, seen, engine, settings, error, words):
+    with pytest.raises(error, match=words):
+        iv.GradientMatching(engine=engine, **settings)(tiny, seen)
+
+
+def test_a_client_of_ones_own_is_not_traced(tiny, seen):
+    with pytest.raises(ConfigError, match="FedSGD or FedAvg"):
+        iv.GradientMatching(engine="compiled")(tiny, replace(seen, protocol=Stranger()))
+
+
+def test_attacks_run_where_grad_mode_is_off(tiny, seen):
+    attack = iv.GradientMatching(steps=3, restarts=2)
+    with torch.no_grad():
+        found = attack(tiny, seen)
+    assert torch.equal(found.images, attack(tiny, seen).images)
+    assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_the_traced_step_is_the_step():
+    """What the compiler is given; that it compiles is tested apart, for it takes half a minute."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    net, side = build("ResNet")
+    seen = see(net, 1, side=side)
+    attack = iv.GradientMatching(restarts=2)
+    problem = attack._problem(net, seen)
+    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    step = engines.measure("batched", problem)
+    traced = make_fx(lambda values: step(values, None, 1.0))(starts)
+    others = [s.roll(1, -1) for s in starts]
+    torch.testing.assert_close(traced(others), step(others, None, 1.0))
