@@ -184,6 +184,8 @@ class _Group:
         for name in _SAVED:
             setattr(group, name, take(getattr(self, name)))
         group.rows = [self.rows[k] for k in places]
+        # What was recorded is of all restarts of the attack, not of this group.
+        group.costs, group.objectives = list(self.costs), list(self.objectives)
         group.latest = None
         return group
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from invlib.priors import Prior
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.smoothing import Smoothing
 
+_LATER = {"later": True}  # a setting that records made before it do not know
 MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than half the time again
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
@@ -102,9 +103,9 @@ class GradientMatching:
     tolerance: float | None = None
     patience: int | None = None
     chunk: int | None = None
-    prune: bool = False
-    engine: Engine = "auto"
-    recompute: bool | None = None
+    prune: bool = field(default=False, metadata=_LATER)
+    engine: Engine = field(default="auto", metadata=_LATER)
+    recompute: bool | None = field(default=None, metadata=_LATER)
     record_every: int = 10
 
     def __post_init__(self) -> None:

@@ -146,7 +146,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)}, norm {float(value.double().norm()):.12g}"
     if is_dataclass(value) and not isinstance(value, type):
-        named = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+        # A setting that came later is left out at its default: records from before it can still go on.
+        known = [
+            f for f in fields(value) if not (f.metadata.get("later") and getattr(value, f.name) == f.default)
+        ]
+        named = {f.name: describe(getattr(value, f.name)) for f in known}
         return {"": type(value).__name__, **named}
     if isinstance(value, Mapping):
         return {str(key): describe(entry) for key, entry in value.items()}

@@ -1,0 +1,148 @@
+"""Many restarts: which go on when they are halved, and what happens when they do not fit in memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import invlib as iv
+from invlib import engines
+from invlib._trials import rungs
+from tests.conftest import build_tiny, random_batch
+
+
+def see(net, n=1):
+    x, y = random_batch(n)
+    return iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+
+
+def test_halving_takes_a_fifth_of_the_work():
+    plan = rungs(100, 32, True)
+    assert plan == [(10, 32), (20, 16), (30, 8), (40, 4), (50, 2), (100, 1)]
+    before, work = 0, 0
+    for step, left in plan:
+        work += left * (step - before)
+        before = step
+    assert work <= 100 * 32 / 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "restarts", "expected"),
+    [
+        (100, 1, [(100, 1)]),
+        (100, 3, [(10, 3), (20, 2), (100, 1)]),
+        (3, 4, [(1, 4), (1, 2), (3, 1)]),  # a step is the least
+    ],
+)
+def test_few_restarts_and_few_steps_are_halved_too(steps, restarts, expected):
+    assert rungs(steps, restarts, True) == expected
+    assert rungs(steps, restarts, False) == [(steps, restarts)]
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 1])
+@pytest.mark.parametrize(
+    "optimizer", [iv.Adam(signed=True), iv.LBFGS(max_iter=2)], ids=lambda o: type(o).__name__
+)
+def test_halving_leaves_one_that_ends_where_it_would_have_ended(optimizer, chunk):
+    net = build_tiny(torch.float64)
+    x, y = random_batch(dtype=torch.float64)
+    seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+    attack = iv.GradientMatching(optimizer=optimizer, steps=30, restarts=8, chunk=chunk, record_every=1)
+    every, halved = attack(net, seen), replace(attack, prune=True)(net, seen)
+    assert halved.trial_scores.isfinite().all()
+    # The one that went on did so as if nothing had happened around it.
+    survivor = int(halved.history.cost[-1].isfinite().nonzero())
+    torch.testing.assert_close(halved.trials[survivor], every.trials[survivor])
+    assert halved.score < 1.5 * every.score
+    assert torch.equal(halved.images, halved.trials[halved.trial_scores.argmin()])
+    assert halved.evaluations < every.evaluations / 2
+    running = halved.history.cost.isfinite().sum(1)
+    assert running[0] == 8
+    assert running[-1] == 1
+    assert running.tolist() == sorted(running.tolist(), reverse=True)
+
+
+def test_halving_keeps_those_with_the_lowest_cost(tiny, seen):
+    attack = iv.GradientMatching(steps=40, restarts=4, prune=True, record_every=1, optimizer=iv.SGD(lr=1e-9))
+    found = attack(tiny, seen)  # nothing moves, so that the order of the starts is the order of the ends
+    start = found.history.cost[0]
+    last = found.history.cost[-1].isfinite()
+    assert last.tolist() == (start == start.min()).tolist()
+    second = found.history.cost[6].isfinite()
+    assert second.tolist() == (start <= start.sort().values[1]).tolist()
+
+
+def test_a_restart_that_is_not_finite_falls_behind_first(tiny, seen):
+    init = torch.rand(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    init[:2] = torch.nan
+    found = iv.GradientMatching(steps=20, restarts=4, prune=True, init=init)(tiny, seen)
+    assert found.trial_scores.isfinite().tolist() == [False, False, True, True]
+    assert found.status == "max_steps"
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_a_halved_run_goes_on_from_its_checkpoint(tiny, seen, tmp_path, cut):
+    path = tmp_path / "run.pt"
+    attack = iv.GradientMatching(steps=12, restarts=4, chunk=3, prune=True, record_every=1)
+    whole = attack(tiny, seen)
+    taken = []
+
+    def stop(progress):
+        taken.append(progress.step)
+        return len(taken) >= cut
+
+    assert attack(tiny, seen, checkpoint=path, callback=stop).status == "interrupted"
+    resumed = attack(tiny, seen, checkpoint=path)
+    torch.testing.assert_close(resumed.trials, whole.trials)
+    torch.testing.assert_close(resumed.history.cost, whole.history.cost, equal_nan=True)
+    assert not path.exists()
+
+
+def test_frames_show_the_leader_of_a_halved_run(tiny, seen):
+    frames = iv.Frames(every=5)
+    found = iv.GradientMatching(steps=20, restarts=4, prune=True)(tiny, seen, callback=frames)
+    assert frames.steps == [0, 5, 10, 15, 20]
+    torch.testing.assert_close(frames.images[-1], found.images)
+
+
+class Small:
+    """An engine on a device that holds so many restarts at once."""
+
+    def __init__(self, monkeypatch, room):
+        self.sizes = []
+        make = engines.measure
+
+        def measure(engine, problem):
+            step = make(engine, problem)
+
+            def evaluate(values, sharpness, fade):
+                self.sizes.append(len(values[0]))
+                if len(values[0]) > room:
+                    raise torch.OutOfMemoryError("out of memory")
+                return step(values, sharpness, fade)
+
+            return evaluate
+
+        monkeypatch.setattr(engines, "measure", measure)
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_restarts_that_do_not_fit_are_halved_and_go_on(monkeypatch, prune):
+    net = build_tiny(torch.float64)
+    x, y = random_batch(dtype=torch.float64)
+    seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+    attack = iv.GradientMatching(steps=10, restarts=5, prune=prune, record_every=1)
+    whole = attack(net, seen)
+    device = Small(monkeypatch, room=2)
+    split = attack(net, seen)
+    torch.testing.assert_close(split.trials, whole.trials)
+    torch.testing.assert_close(split.history.cost, whole.history.cost, equal_nan=True)
+    assert split.evaluations == whole.evaluations
+    assert device.sizes[:3] == [5, 2, 2] if not prune else device.sizes[:2] == [5, 2]
+    assert device.sizes.count(5) == 1  # what did not fit is not tried again
+
+
+def test_one_restart_that_does_not_fit_is_an_error(monkeypatch, tiny, seen):
+    Small(monkeypatch, room=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        iv.GradientMatching(steps=2, restarts=4)(tiny, seen)
