@@ -1,0 +1,91 @@
+"""Steps of an attack: each engine against the loop of 2020, from the same starts, with the same result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import invlib as iv
+from tests.benchmarks import baseline
+from tests.benchmarks.conftest import DEVICE
+
+GPU = DEVICE.type == "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is attacked: ``steps`` for a single restart of the baseline, fewer for many."""
+
+    model: str
+    restarts: int = 1
+    engine: str = "auto"
+    client: object = iv.FedSGD()
+    images: int = 1
+    side: int = 32
+    steps: int = 10
+    target: float | None = None
+
+    def __str__(self) -> str:
+        client = "" if isinstance(self.client, iv.FedSGD) else f", FedAvg of {self.client.local_steps} steps"
+        images = "" if self.images == 1 else f", {self.images} images"
+        side = "" if self.side == 32 else f", {self.side} px"
+        return f"{self.model}{side}{images}{client}, {self.restarts} restarts, {self.engine}"
+
+
+def aims(cpu: float | None, gpu: float | None = None) -> float | None:
+    return gpu if GPU else cpu
+
+
+CASES = [
+    Case(model="LeNetZhu", steps=60, target=aims(None, 5)),
+    Case(model="LeNetZhu", restarts=8, steps=30),
+    Case(model="LeNetZhu", restarts=16, steps=30, target=aims(6)),
+    Case(model="LeNetZhu", restarts=16, engine="compiled", steps=30, target=aims(10)),
+    Case(model="LeNetZhu", restarts=32, steps=30),
+    Case(model="ConvNet8", steps=30),
+    Case(model="ConvNet8", restarts=8, steps=10),
+    Case(model="ConvNet8", restarts=32, steps=5),
+    Case(model="ConvNet64", steps=4, target=aims(1.3, 5)),
+    Case(model="ConvNet64", restarts=8, steps=2),
+    Case(model="ResNet20", steps=15),
+    Case(model="ResNet20", restarts=8, steps=8, target=aims(2)),
+    Case(model="ResNet20", restarts=32, steps=4),
+    Case(model="ResNet20-4", steps=2, target=aims(None, 5)),
+    Case(model="LeNetZhu", images=8, steps=20),
+    Case(model="LeNetZhu", images=100, steps=5),
+    Case(model="LeNetZhu", client=iv.FedAvg(lr=0.01, local_steps=5), steps=10),
+    Case(model="LeNetZhu", client=iv.FedAvg(lr=0.01, local_steps=20), steps=3),
+    Case(model="ResNet20", client=iv.FedAvg(lr=0.01, local_steps=5), steps=3),
+]
+LARGE = [
+    Case(model="ResNet20-4", restarts=8, steps=5),
+    Case(model="ResNet20-4", restarts=32, steps=5, target=10),
+    Case(model="ResNet18", side=224, steps=5, target=1.5),
+    Case(model="ResNet20", client=iv.FedAvg(lr=0.01, local_steps=20), steps=3),
+    Case(model="ResNet20", images=100, steps=3),
+]
+
+
+@pytest.mark.parametrize("case", CASES + (LARGE if GPU else []), ids=str)
+def test_steps(case: Case, race) -> None:
+    x, y = iv.data.samples("photos224" if case.side == 224 else "patches32", indices=range(case.images))
+    classes = int(y.max()) + 1
+    model = iv.models.build(case.model, num_classes=max(classes, 10), image_size=case.side, seed=0).to(DEVICE)
+    x, y = x.to(DEVICE), y.to(DEVICE)
+    seen = iv.observe(model, x, y, case.client, normalization=iv.CIFAR10)
+    steps = case.steps * (5 if GPU else 1)
+    attack = iv.inverting_gradients(steps=steps, restarts=case.restarts, engine=case.engine)
+    starts = torch.randn(case.restarts, *x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def reference() -> float:
+        # One restart is enough to know what many take: they run one after another.
+        found, _ = baseline.attack(model, seen, starts[:1], steps)
+        return float(iv.metrics.psnr(found, x).mean())
+
+    def ours() -> float:
+        found = attack(model, seen, generator=torch.Generator().manual_seed(0))
+        return float(iv.metrics.psnr(found.trials[0], x).mean())
+
+    race(str(case), reference, ours, work=case.restarts, target=case.target)
