@@ -13,7 +13,7 @@ CACHE   := _build/.computed-with
 LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
 PAGES   := _build/.looks-like
 
-.PHONY: help book test lint types unit read lab check-site check-runs clean
+.PHONY: help book test lint types unit read lab check-site check-runs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo "make lab         open the chapters in JupyterLab"
 	@echo "make check-site  open every built page in Chromium and look for faults"
 	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
+	@echo "make bench       race every engine against the loop of 2020 on this machine's CPU (a quarter of an hour)"
+	@echo "make gpu         the same on a GPU, with the tests that need one"
 	@echo "make clean       remove what was built (not .venv)"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -79,6 +81,19 @@ check-site: $(STAMP)
 # As in `book`: another number of threads may round another way.
 check-runs: $(STAMP)
 	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.site.check_runs _build
+
+# The records that book/speed.md shows are these files, moved to data/results/.
+bench: $(STAMP)
+	@mkdir -p results
+	@$(BIN)/python -m pytest tests/benchmarks/bench_*.py --quiet --benchmark-columns=median,iqr --benchmark-json=results/bench-cpu.json
+	@$(BIN)/python -m tests.benchmarks.growth --out results/growth-cpu.jsonl
+
+gpu: $(STAMP)
+	@mkdir -p results
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA device and a torch built for it; torch finds none here")'
+	@$(BIN)/python -m pytest --quiet -m gpu
+	@INVLIB_BENCH_DEVICE=cuda $(BIN)/python -m pytest tests/benchmarks/bench_*.py --quiet --benchmark-columns=median,iqr --benchmark-json=results/bench-gpu.json
+	@$(BIN)/python -m tests.benchmarks.growth --device cuda --out results/growth-gpu.jsonl
 
 clean:
 	@rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage dist

@@ -7,19 +7,18 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from invlib import engines
+from invlib import _engines
+from invlib._problem import Problem
 from invlib.errors import ConfigError
-from invlib.optimizers import Variable
-from invlib.priors import Prior, median_filter
+from invlib.priors import median_filter
 from invlib.reconstruction import Callback, History, Progress, Status
 
 if TYPE_CHECKING:
@@ -27,82 +26,6 @@ if TYPE_CHECKING:
 
 CHECK_EVERY = 25  # steps between looks at the device, for early stopping and the progress bar
 CHECKPOINT_SECONDS = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What is minimised, with everything fixed but the guess."""
-
-    update: Callable[..., list[Tensor]]
-    objective: Callable[[list[Tensor], list[Tensor]], Tensor]
-    target: list[Tensor]
-    params: dict[str, Tensor]
-    priors: tuple[tuple[float, Prior], ...]
-    variables: list[Variable]
-    labels: Tensor | None
-    classes: int
-    inputs: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
-    encode: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...]
-    like: Tensor
-    stackable: bool
-    recompute: bool
-    fingerprint: str
-
-    def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
-        if logits is None:
-            assert self.labels is not None
-            return self.labels
-        return F.softmax(logits, -1).expand(inputs.shape[0], -1)
-
-    def cost(
-        self,
-        place: Tensor,
-        logits: Tensor | None = None,
-        *,
-        fade: engines.Fade = 1.0,
-        params: dict[str, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the cost of one guess, and its objective beside it.
-
-        Args:
-            place: where the optimiser stands: normalised images, or their coordinates.
-            logits: of soft labels, where they are optimised.
-            fade: a factor of the priors' weights.
-            params: the parameters; None takes the model's.
-        """
-        inputs = self.inputs(place)
-        objective = self.objective(self.update(inputs, self.targets(inputs, logits), params), self.target)
-        total = objective
-        for weight, prior in self.priors:
-            total = total + fade * weight * prior(inputs)
-        return total, objective
-
-    def costs(
-        self, values: list[Tensor], *, fade: engines.Fade, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return `cost` for a stack of guesses, with a stack of parameters for each."""
-
-        def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            return torch.func.vmap(function, randomness="different")
-
-        inputs = mapped(self.inputs)(values[0])
-        # A client takes the dimension of its images first, so that it can cut minibatches from it.
-        images = inputs.transpose(0, 1)
-        targets = self.targets(images, None) if len(values) == 1 else mapped(self.targets)(inputs, values[1])
-        if len(values) > 1:
-            targets = targets.transpose(0, 1)
-        update = self.update(images, targets, params)
-        objective = mapped(lambda *parts: self.objective(list(parts), self.target))(*update)
-        total = objective
-        for weight, prior in self.priors:
-            total = total + fade * weight * mapped(prior)(inputs)
-        return total, objective
-
-    def score(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
-        """Return the objective of one guess, without priors."""
-        return self.objective(self.update(inputs, self.targets(inputs, logits)), self.target).detach()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +38,17 @@ class Trials:
     history: History
     evaluations: int
     engine: str
+
+    def part(self, rows: slice) -> Trials:
+        """Return some of the restarts, with their share of the evaluations."""
+        history = self.history
+        return replace(
+            self,
+            values=[value[rows] for value in self.values],
+            ran=self.ran[rows],
+            history=replace(history, cost=history.cost[:, rows], objective=history.objective[:, rows]),
+            evaluations=self.evaluations * len(self.ran[rows]) // len(self.ran),
+        )
 
 
 _SAVED = (
@@ -141,7 +75,7 @@ class _Group:
         self,
         attack: GradientMatching,
         problem: Problem,
-        measure: engines.Measure,
+        measure: _engines.Measure,
         rows: list[int],
         starts: list[Tensor],
     ) -> None:
@@ -191,7 +125,7 @@ class _Group:
 
     def evaluate(self, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return cost and gradient of every restart, and keep the best point that was measured."""
-        cost, objective, gradients = self.measure(values, self.sharpness(), self.fade())
+        cost, objective, gradients = self.measure(values, self.rows, self.sharpness(), self.fade())
         # Costs of different sharpness or weights do not compare: there, the latest point counts as the best.
         compare = self.attack.smoothing is None and self.attack.fading == 1
         better = cost < self.best_cost if compare else torch.isfinite(cost)
@@ -285,7 +219,7 @@ def run_trials(
     """Run all restarts, group by group, and return where each ended."""
     together = attack.optimizer.together
     size = 1 if not together else (attack.chunk or attack.restarts)
-    engine, why = engines.choose(
+    engine, why = _engines.choose(
         attack.engine,
         problem,
         restarts=size,
@@ -293,7 +227,7 @@ def run_trials(
         sharpening=attack.smoothing is not None,
         fading=attack.fading != 1,
     )
-    measure = engines.measure(engine, problem)
+    measure = _engines.measure(engine, problem)
     everyone = list(range(attack.restarts))
     groups = [
         _Group(attack, problem, measure, everyone[a : a + size], starts)

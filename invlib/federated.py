@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.engines.gradients import LossOf, descend, gradient
+from invlib._engines.gradients import LossOf, descend, gradient
 from invlib.errors import ConfigError, ObservationError
 from invlib.observation import (
     ClientStep,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib import engines, objectives, priors
-from invlib._trials import Problem, Trials, Variable, run_trials
-from invlib.engines import Engine
+from invlib import _engines, objectives, priors
+from invlib._engines import Engine
+from invlib._problem import Problem
+from invlib._together import attack_together
+from invlib._trials import Trials, run_trials
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD
 from invlib.labels import infer
 from invlib.natural import NaturalImages
 from invlib.objectives import Layers, Objective
 from invlib.observation import Loss, Observation, in_mode, num_classes, trainable_parameters
-from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay
+from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay, Variable
 from invlib.priors import Prior
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.smoothing import Smoothing
@@ -121,7 +123,7 @@ class GradientMatching:
                 raise ConfigError(
                     f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
                 )
-        engines.check(self.engine)
+        _engines.check(self.engine)
         if not 0 < self.fading <= 1:
             raise ConfigError(f"GradientMatching fading is {self.fading}; expected a number in (0, 1]")
         if self.coordinates is not None and self.median_every is not None:
@@ -176,6 +178,34 @@ class GradientMatching:
                 checkpoint=None if checkpoint is None else Path(checkpoint),
             )
             return _finish(problem, trials, observation, began)
+
+    def together(
+        self,
+        model: nn.Module,
+        observations: Sequence[Observation],
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        progress: bool = False,
+    ) -> list[Reconstruction]:
+        """Attack many observations of one model in one run, each as if it were alone.
+
+        Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do.
+        Ctrl-C ends the run for all of them. ``seconds`` is an equal share of the whole.
+
+        Args:
+            model: the model that every client received; it is not changed.
+            observations: what the server saw, of clients with the same protocol and shapes.
+            generators: draw the starting points, one for each observation; None makes them with seed 0.
+            progress: show a progress bar.
+
+        Raises:
+            ObservationError: an observation does not fit the model.
+            ConfigError: there is none, they differ in more than updates and labels, or the attack prunes
+                or stops early, which it does for one observation at a time.
+
+        Taught in: chapter 2
+        """
+        return attack_together(self, model, observations, generators, _finish, progress=progress)
 
     def _problem(self, model: nn.Module, observation: Observation) -> Problem:
         params = trainable_parameters(model)

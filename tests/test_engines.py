@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import invlib as iv
-from invlib import engines, priors
-from invlib.engines.layers import Cheap
+from invlib import _engines, priors
+from invlib._engines.layers import Cheap
 from invlib.errors import ConfigError, DeviceError
 from invlib.observation import in_mode
 from tests.conftest import build_tiny, random_batch
@@ -55,7 +55,7 @@ def compare(net, seen, engine, *, sharpness=None, fade=1.0, restarts=2, **settin
     problem = attack._problem(net, seen)
     starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
     expected = by_transforms(problem, starts, sharpness, fade)
-    got = engines.measure(engine, problem)(starts, sharpness, fade)
+    got = _engines.measure(engine, problem)(starts, list(range(restarts)), sharpness, fade)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-12)
     return got
 
@@ -189,7 +189,7 @@ def test_engines_give_one_result(optimizer):
 
 
 def test_a_large_network_takes_its_restarts_in_turn(monkeypatch):
-    monkeypatch.setattr(engines, "LARGE", 10)
+    monkeypatch.setattr(_engines, "LARGE", 10)
     net = build_tiny()
     found = iv.GradientMatching(steps=1, restarts=2)(net, see(net))
     assert found.engine == "eager: 653 parameters, with which one restart keeps a CPU busy"
@@ -252,7 +252,7 @@ def test_the_traced_step_is_the_step():
     attack = iv.GradientMatching(restarts=2)
     problem = attack._problem(net, seen)
     starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
-    step = engines.measure("batched", problem)
-    traced = make_fx(lambda values: step(values, None, 1.0))(starts)
+    step = _engines.measure("batched", problem)
+    traced = make_fx(lambda values: step(values, [0, 1], None, 1.0))(starts)
     others = [s.roll(1, -1) for s in starts]
-    torch.testing.assert_close(traced(others), step(others, None, 1.0))
+    torch.testing.assert_close(traced(others), step(others, [0, 1], None, 1.0))

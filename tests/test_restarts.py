@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import invlib as iv
-from invlib import engines
+from invlib import _engines
 from invlib._trials import rungs
+from invlib.errors import ConfigError
 from tests.conftest import build_tiny, random_batch
 
 
@@ -110,20 +111,20 @@ class Small:
 
     def __init__(self, monkeypatch, room):
         self.sizes = []
-        make = engines.measure
+        make = _engines.measure
 
         def measure(engine, problem):
             step = make(engine, problem)
 
-            def evaluate(values, sharpness, fade):
+            def evaluate(values, rows, sharpness, fade):
                 self.sizes.append(len(values[0]))
                 if len(values[0]) > room:
                     raise torch.OutOfMemoryError("out of memory")
-                return step(values, sharpness, fade)
+                return step(values, rows, sharpness, fade)
 
             return evaluate
 
-        monkeypatch.setattr(engines, "measure", measure)
+        monkeypatch.setattr(_engines, "measure", measure)
 
 
 @pytest.mark.parametrize("prune", [False, True])
@@ -146,3 +147,72 @@ def test_one_restart_that_does_not_fit_is_an_error(monkeypatch, tiny, seen):
     Small(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError):
         iv.GradientMatching(steps=2, restarts=4)(tiny, seen)
+
+
+def many(dtype=torch.float64, client=None, count=3, **facts):
+    net = build_tiny(dtype)
+    seen = []
+    for seed in range(count):
+        x, y = random_batch(2, seed=seed, dtype=dtype)
+        seen.append(iv.observe(net, x, y, client or iv.FedSGD(), normalization=iv.CIFAR10, **facts))
+    return net, seen
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"restarts": 2}, {"restarts": 2, "chunk": 3}, {"labels": "optimize"}], ids=str
+)
+@pytest.mark.parametrize("client", [iv.FedSGD(), iv.FedAvg(lr=0.1, local_steps=2, batch_size=1)], ids=str)
+def test_many_observations_together_are_each_as_if_alone(client, settings, engine):
+    net, seen = many(client=client)
+    attack = iv.GradientMatching(steps=6, record_every=2, engine=engine, **settings)
+    generators = [torch.Generator().manual_seed(k) for k in range(3)]
+    together = attack.together(net, seen, generators=generators)
+    for k, (one, observation) in enumerate(zip(together, seen, strict=True)):
+        alone = attack(net, observation, generator=torch.Generator().manual_seed(k))
+        torch.testing.assert_close(one.trials, alone.trials, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.trial_scores, alone.trial_scores, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.history.cost, alone.history.cost, rtol=1e-5, atol=1e-9)
+        assert one.evaluations == alone.evaluations
+        assert torch.equal(one.labels, alone.labels)
+
+
+def test_many_observations_whose_labels_are_inferred():
+    net, seen = many(reveal_labels=False)
+    found = iv.GradientMatching(steps=2).together(net, seen)
+    for one, observation in zip(found, seen, strict=True):
+        assert torch.equal(one.labels, iv.labels.infer(net, observation).labels)
+
+
+def test_many_observations_with_an_optimizer_that_takes_one_at_a_time():
+    net, seen = many()
+    attack = iv.GradientMatching(steps=2, optimizer=iv.LBFGS(max_iter=2))
+    for one, observation in zip(attack.together(net, seen), seen, strict=True):
+        assert torch.equal(one.images, attack(net, observation).images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prune": True}, "prune=True"),
+        ({"tolerance": 0.1}, "tolerance=0.1"),
+        ({"patience": 3}, "patience=3"),
+        ({"init": torch.zeros(2, 3, 8, 8)}, "init is a tensor"),
+        ({"layers": iv.Layers(which="largest", count=2)}, "layers are the largest"),
+    ],
+)
+def test_what_many_observations_cannot_have_is_said(settings, words):
+    net, seen = many()
+    with pytest.raises(ConfigError, match=words):
+        iv.GradientMatching(**settings).together(net, seen)
+
+
+def test_observations_that_differ_are_refused():
+    net, seen = many()
+    attack = iv.GradientMatching(steps=1)
+    with pytest.raises(ConfigError, match="observation 1 has protocol FedAvg"):
+        attack.together(net, [seen[0], replace(seen[1], protocol=iv.FedAvg(lr=0.1, local_steps=1))])
+    with pytest.raises(ConfigError, match="observations is empty"):
+        attack.together(net, [])
+    with pytest.raises(ConfigError, match="generators has 1 entries; expected one for each of 3"):
+        attack.together(net, seen, generators=[torch.Generator()])

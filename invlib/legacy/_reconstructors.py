@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from invlib import labels as label_inference
+from invlib._problem import Problem
 from invlib._torchvision import torchvision
-from invlib._trials import Problem, Trials, run_trials
+from invlib._trials import Trials, run_trials
 from invlib.capture import from_gradients
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD

@@ -86,6 +86,11 @@ def race(benchmark: Any) -> Callable[..., None]:
     return run
 
 
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """Leave out what names the machine and not its kind."""
+    machine_info.pop("node", None)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     """Print the ratios."""
     session = getattr(config, "_benchmarksession", None)

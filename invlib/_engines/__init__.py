@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from invlib.engines.gradients import Way, way
+from invlib._engines.gradients import Way, way
 from invlib.errors import ConfigError, DeviceError
 from invlib.smoothing import rounded
 
 if TYPE_CHECKING:
-    from invlib._trials import Problem
+    from invlib._problem import Problem
 
 __all__ = ["Engine", "Fade", "Measure", "check", "choose", "measure"]
 
 Engine = Literal["auto", "eager", "batched", "compiled", "graphed"]
 Fade = float | Tensor
-Measure = Callable[[list[Tensor], float | None, Fade], tuple[Tensor, Tensor, list[Tensor]]]
-"""Give the cost ``(R,)``, the objective ``(R,)`` and the cost's gradients, at places ``(R, ...)``, a
-sharpness of the network's kinks, and a factor of the priors' weights."""
+Measure = Callable[[list[Tensor], list[int], float | None, Fade], tuple[Tensor, Tensor, list[Tensor]]]
+"""Give the cost ``(R,)``, the objective ``(R,)`` and the cost's gradients, at places ``(R, ...)``, with the
+numbers of their restarts, a sharpness of the network's kinks, and a factor of the priors' weights."""
 
 LARGE = 2_000_000  # parameters: beyond, one restart keeps a CPU busy, and a stack of them only takes memory
 
@@ -87,49 +87,51 @@ def measure(engine: Engine, problem: Problem) -> Measure:
     if engine == "batched":
         return _batched(problem)
     if engine == "compiled":
-        from invlib.engines.compiled import compiled
+        from invlib._engines.compiled import compiled
 
-        return compiled(problem, _batched(problem))
-    from invlib.engines.graphed import graphed
+        return compiled(_batched(problem), joined=hasattr(problem, "parts"))
+    from invlib._engines.graphed import graphed
 
     return graphed(_batched(problem))
 
 
 def _eager(
-    problem: Problem, params: dict[str, Tensor], values: list[Tensor], sharpness: float | None, fade: Fade
+    problem: Problem,
+    params: dict[str, Tensor],
+    values: list[Tensor],
+    rows: list[int],
+    sharpness: float | None,
+    fade: Fade,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def cost_of(row: int) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
+        return lambda now: problem.of(row).cost(*now, fade=fade, params=params)
+
     found = [
         _on_tape(
-            lambda now: problem.cost(*now, fade=fade, params=params),
-            [v[r] for v in values],
-            sharpness,
-            problem,
+            cost_of(row), [v[k] for v in values], sharpness, Way(name="tape", recompute=problem.recompute)
         )
-        for r in range(values[0].shape[0])
+        for k, row in enumerate(rows)
     ]
     costs, objectives, slopes = zip(*found, strict=True)
-    return (
-        torch.stack(costs),
-        torch.stack(objectives),
-        [torch.stack(parts) for parts in zip(*slopes, strict=True)],
-    )
+    stacked = [torch.stack(parts) for parts in zip(*slopes, strict=True)]
+    return torch.stack(costs), torch.stack(objectives), stacked
 
 
 def _batched(problem: Problem) -> Measure:
     if not problem.stackable:
         return functools.partial(_mapped, problem)
     stacks = functools.lru_cache(maxsize=1)(functools.partial(_stacked, problem))
+    stacked = Way(name="stacked", recompute=problem.recompute)
 
     def evaluate(
-        values: list[Tensor], sharpness: float | None, fade: Fade
+        values: list[Tensor], rows: list[int], sharpness: float | None, fade: Fade
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        restarts = values[0].shape[0]
-        if restarts == 1:
+        if len(rows) == 1:
             # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
-            return _eager(problem, _leaves(problem), values, sharpness, fade)
-        params = stacks(restarts)
+            return _eager(problem, _leaves(problem), values, rows, sharpness, fade)
+        params = stacks(len(rows))
         return _on_tape(
-            lambda now: problem.costs(now, fade=fade, params=params), values, sharpness, problem, "stacked"
+            lambda now: problem.costs(now, rows=rows, fade=fade, params=params), values, sharpness, stacked
         )
 
     return evaluate
@@ -139,12 +141,11 @@ def _on_tape(
     cost_of: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
     values: list[Tensor],
     sharpness: float | None,
-    problem: Problem,
-    name: Literal["tape", "stacked"] = "tape",
+    chosen: Way,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Evaluate a cost and its gradient with torch's tape, whatever the caller's grad mode is."""
     now = [v.detach().requires_grad_() for v in values]
-    with torch.enable_grad(), way(Way(name=name, recompute=problem.recompute)):
+    with torch.enable_grad(), way(chosen):
         with rounded(sharpness):
             cost, objective = cost_of(now)
         slopes = torch.autograd.grad(cost.sum(), now, materialize_grads=True)
@@ -152,7 +153,7 @@ def _on_tape(
 
 
 def _mapped(
-    problem: Problem, values: list[Tensor], sharpness: float | None, fade: Fade
+    problem: Problem, values: list[Tensor], rows: list[int], sharpness: float | None, fade: Fade
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Map the whole step over restarts, for a client of which nothing is known but that it can be called."""
     argnums = tuple(range(len(values)))

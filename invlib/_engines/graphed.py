@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from invlib.engines import Measure
+    from invlib._engines import Measure
 
 _WARM_UP = 3  # runs before the capture, in which libraries choose their algorithms and take their memory
 
@@ -23,7 +23,7 @@ class _Captured:
 
 
 def graphed(step: Measure) -> Measure:
-    """Return a step that is captured when its shapes or its sharpness are new.
+    """Return a step that is captured when its restarts or its sharpness are new.
 
     Where torch cannot capture it, because the model waits for the device, say, every later step runs
     uncaptured; `Measure.fallback` of the returned function then says why.
@@ -31,21 +31,21 @@ def graphed(step: Measure) -> Measure:
     captured: dict[object, _Captured] = {}
 
     def evaluate(
-        values: list[Tensor], sharpness: float | None, fade: float | Tensor
+        values: list[Tensor], rows: list[int], sharpness: float | None, fade: float | Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         if evaluate.fallback:  # type: ignore[attr-defined]
-            return step(values, sharpness, fade)
-        key = (tuple(values[0].shape), sharpness)
+            return step(values, rows, sharpness, fade)
+        key = (tuple(rows), sharpness)
         if key not in captured:
             # One graph at a time: each holds the memory of a whole step.
             captured.clear()
             try:
-                captured[key] = _capture(step, values, sharpness)
+                captured[key] = _capture(step, values, rows, sharpness)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 evaluate.fallback = str(error).splitlines()[0]  # type: ignore[attr-defined]
-                return step(values, sharpness, fade)
+                return step(values, rows, sharpness, fade)
         now = captured[key]
         for inside, value in zip(now.values, values, strict=True):
             inside.copy_(value)
@@ -59,15 +59,15 @@ def graphed(step: Measure) -> Measure:
     return evaluate
 
 
-def _capture(step: Measure, values: list[Tensor], sharpness: float | None) -> _Captured:
+def _capture(step: Measure, values: list[Tensor], rows: list[int], sharpness: float | None) -> _Captured:
     inside, fade = [v.detach().clone() for v in values], values[0].new_ones(())
     aside = torch.cuda.Stream(values[0].device)
     aside.wait_stream(torch.cuda.current_stream(values[0].device))
     with torch.cuda.stream(aside):
         for _ in range(_WARM_UP):
-            step(inside, sharpness, fade)
+            step(inside, rows, sharpness, fade)
     torch.cuda.current_stream(values[0].device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step(inside, sharpness, fade)
+        found = step(inside, rows, sharpness, fade)
     return _Captured(graph=graph, values=inside, fade=fade, found=found)

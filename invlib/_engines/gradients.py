@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from invlib.engines.layers import Cheap
+from invlib._engines.layers import Cheap
 
 LossOf = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 
@@ -23,7 +23,7 @@ class Way:
     Args:
         name: ``"transforms"``, `torch.func.grad`, which nests in every other transform; ``"tape"``, torch's
             own tape, with less overhead; ``"stacked"``, the tape with a leading dimension of restarts on
-            every parameter, and inputs and soft labels of ``(N, restarts, ...)``.
+            every parameter, and inputs and labels of ``(N, restarts, ...)``.
         recompute: keep the weights between local steps alone, and compute each step anew on the way back.
     """
 
@@ -58,10 +58,8 @@ def gradient(
             loss = loss_of(params, inputs, labels)
         else:
             # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
-            dims = (0, 1, 1 if labels.is_floating_point() else None)
-            loss = torch.func.vmap(loss_of, in_dims=dims, randomness="different")(
-                dict(params), inputs, labels
-            ).sum()
+            mapped = torch.func.vmap(loss_of, in_dims=(0, 1, 1), randomness="different")
+            loss = mapped(dict(params), inputs, labels).sum()
     parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
     return dict(zip(params, parts, strict=True))
 
