@@ -32,14 +32,20 @@ def guessing(here, monkeypatch):  # noqa: F811
 
 
 def run(*argv, **more):
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *argv],
         env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **more},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # which torchrun passes on
+        raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def workers(fault):

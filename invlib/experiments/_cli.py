@@ -16,16 +16,23 @@ from invlib.experiments._plan import Plan
 
 DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
 EPILOG = """\
-example:
+examples:
   python -m invlib experiment table1 --images 4 --reduced --figure table1.png
+  torchrun --nproc-per-node 8 -m invlib experiment table1 --full
 
 The record gets a row for each attack, on the disk at once: after Ctrl-C or a kill the same command goes on
 where it was. A record of other settings is refused, unless --fresh begins a new one. Without --reduced or
 --full the form is the full one on a GPU and the reduced one on a CPU. CIFAR10 is taken where it is on this
 disk (in INVLIB_DATA or the cache), else the embedded patches.
 
+Under torchrun, on one machine or more, the attacks are shared out to all workers, each on a GPU of its own.
+Targets are spread; restarts of one target run on one device. Worker 0 keeps the record, whose rows are those
+that one process makes on such a device with as many threads, in the order in which the attacks end. A worker
+that fails ends the run, which then goes on with or without torchrun. More than one GPU is not yet measured.
+
 exit status:
-  0; 2 where an option, the record, data or weights do not fit; 130 after Ctrl-C.
+  0; 2 where an option, the record, data or weights do not fit, or another worker failed; 130 after Ctrl-C.
+  torchrun's own is 1 where that of a worker is not 0.
 """
 
 

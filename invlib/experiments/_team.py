@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -116,19 +117,20 @@ class Leader:
 
     def _listen(self, rank: int, name: str) -> None:
         try:
-            while not self._closing:
-                message = _receive(rank)
+            while True:
+                with _connected():
+                    message = _receive(rank)
                 if "row" in message:
                     assert self._keep is not None, "a row before the job"
                     self._keep(message["row"])
-                dist.send(torch.tensor([_STOP if self._closing else _GO_ON]), rank)
+                answer = _STOP if self._closing else _GO_ON
+                with _connected():
+                    dist.send(torch.tensor([answer]), rank)
                 if "trouble" in message:
                     raise DeviceError(f"worker {rank} ({name}) failed: {message['trouble']}; {_ADVICE}")
-                if "end" in message:
+                if answer == _STOP or "end" in message:
                     return
-        except InvlibError as error:
-            self._trouble = error
-        except RuntimeError:  # gloo: the connection is closed, or silent for too long
+        except ConnectionError:
             self._trouble = DeviceError(
                 f"worker {rank} ({name}) ended before its work was done; expected {self.size} workers to the "
                 f"end; {_ADVICE}"
@@ -167,14 +169,14 @@ class Follower:
     def send(self, **message: Any) -> None:
         """Send something to worker 0; a row is on the disk when this returns."""
         try:
-            with self._sending:
+            with self._sending, _connected():
                 _send(message)
                 answer = torch.empty(1)
                 dist.recv(answer, 0)
                 if float(answer) == _STOP:
                     self._told = True
-                    dist.recv(answer, 0)  # until worker 0 has ended: torchrun names the first that does
-        except RuntimeError:
+                    dist.recv(answer, 0)  # until worker 0 ends
+        except ConnectionError:
             self._give_up()
 
     def close(self, error: BaseException | None) -> None:
@@ -190,7 +192,9 @@ class Follower:
 
     def _give_up(self) -> NoReturn:
         # From any thread and whatever the others do: there is nothing here that could be lost.
-        if not self._told:
+        if self._told:
+            time.sleep(2 * _BEAT)  # torchrun calls the first that ends the cause, and that is worker 0
+        else:
             words = f"worker {self.rank}: worker 0, which keeps the record, has ended"
             print(words, file=sys.__stderr__, flush=True)
         os._exit(1)
@@ -254,6 +258,14 @@ def own(device: torch.device) -> torch.device:
 def _turns(store: dist.Store, count: int) -> Iterator[int]:
     while (number := store.add("turns", 1) - 1) < count:
         yield number
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo: the other side has ended, or is silent for too long
+        raise ConnectionError(str(error)) from error
 
 
 def _send(message: Mapping[str, Any]) -> None:
