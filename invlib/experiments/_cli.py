@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import torch
 
 from invlib._experiment import _device
 from invlib.errors import DataError
-from invlib.experiments import EXPERIMENTS, _plan, _run, figure, get, table
+from invlib.experiments import EXPERIMENTS, _plan, _run, _team, figure, get, table
+from invlib.experiments._plan import Plan
 
 DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
 EPILOG = """\
-example:
+examples:
   python -m invlib experiment table1 --images 4 --reduced --figure table1.png
+  torchrun --nproc-per-node 8 -m invlib experiment table1 --full
 
 The record gets a row for each attack, on the disk at once: after Ctrl-C or a kill the same command goes on
 where it was. A record of other settings is refused, unless --fresh begins a new one. Without --reduced or
 --full the form is the full one on a GPU and the reduced one on a CPU. CIFAR10 is taken where it is on this
 disk (in INVLIB_DATA or the cache), else the embedded patches.
 
+Under torchrun, on one machine or more, the attacks are shared out to all workers, each on a GPU of its own.
+Targets are spread; restarts of one target run on one device. Worker 0 keeps the record, whose rows are those
+that one process makes on such a device with as many threads, in the order in which the attacks end. A worker
+that fails ends the run, which then goes on with or without torchrun. More than one GPU is not yet measured.
+
 exit status:
-  0; 2 where an option, the record, data or weights do not fit; 130 after Ctrl-C.
+  0; 2 where an option, the record, data or weights do not fit, or another worker failed; 130 after Ctrl-C.
+  torchrun's own is 1 where that of a worker is not 0.
 """
 
 
@@ -64,30 +76,25 @@ def cli(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: an option, the record, data or weights do not fit.
     """
-    experiment, device = get(args.name), _device(args.device)
-    reduced = args.reduced or (device.type == "cpu" and not args.full)
-    plan = _plan.plan(
-        args.name,
-        experiment,
-        images=args.images,
-        device=device,
-        steps=args.steps,
-        restarts=args.restarts,
-        reduced=reduced,
-        dataset=args.dataset,
-        split=args.split,
-        first=args.first,
-        only=args.only,
-        seed=args.seed,
-        weights=args.weights,
-    )
+    with _team.joined() as team:
+        if not isinstance(team, _team.Follower):
+            return _lead(args, team)
+        # Worker 0 alone is heard; what fails here is sent to it, or is a traceback.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            _run.follow(team, lambda: _planned(args, own=True))
+    return 0
+
+
+def _lead(args: argparse.Namespace, leader: _team.Leader | None) -> int:
+    plan = _planned(args, own=leader is not None)
     path = args.out or Path("results") / f"{args.name}.jsonl"
-    source = plan.settings["dataset"]
-    form = "reduced" if reduced else "full"
+    form = "reduced" if _reduced(args, plan.device) else "full"
     print(f"{args.name}, {form} form: {len(plan.cases)} cases, {plan.images} clients")
+    where = f"device {plan.device}" + (f", {leader.size} workers" if leader else "")
     # At once: the progress bar that follows is written to another stream.
-    print(f"images: {source} ({args.split}) from {plan.first} on; device {device}", flush=True)
-    made = _run.run(plan, path, fresh=args.fresh, pictures=not args.no_pictures)
+    print(f"images: {plan.settings['dataset']} ({args.split}) from {plan.first} on; {where}", flush=True)
+    fresh = args.fresh and not _team.restarted()  # what this very run recorded is not begun anew
+    made = _run.run(plan, path, fresh=fresh, pictures=not args.no_pictures, leader=leader)
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
     if args.figure is not None:
@@ -97,3 +104,27 @@ def cli(args: argparse.Namespace) -> int:
             raise DataError(f"{args.figure} cannot be written: {error}") from error
         print(args.figure)
     return 0
+
+
+def _planned(args: argparse.Namespace, *, own: bool) -> Plan:
+    experiment, device = get(args.name), _device(args.device)
+    device = _team.own(device) if own else device
+    return _plan.plan(
+        args.name,
+        experiment,
+        images=args.images,
+        device=device,
+        steps=args.steps,
+        restarts=args.restarts,
+        reduced=_reduced(args, device),
+        dataset=args.dataset,
+        split=args.split,
+        first=args.first,
+        only=args.only,
+        seed=args.seed,
+        weights=args.weights,
+    )
+
+
+def _reduced(args: argparse.Namespace, device: torch.device) -> bool:
+    return bool(args.reduced or (device.type == "cpu" and not args.full))

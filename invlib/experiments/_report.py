@@ -80,7 +80,7 @@ def locate(record: str | os.PathLike[str]) -> Path:
 
 
 def build(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) -> Table:
-    """Return the table of some rows: a line for each case, in the order in which they first came."""
+    """Return the table of some rows: a line for each case, in the order of the rows."""
     if not rows:
         raise DataError(f"record {source} has no rows; expected at least one attack")
     cases: dict[str, list[Row]] = {}
@@ -164,5 +164,8 @@ def _found(group: Sequence[Row], key: str) -> str:
 
 
 def read(record: str | os.PathLike[str]) -> list[Row]:
-    """Return the rows of a record by name or path."""
-    return _record.read(locate(record))
+    """Return the rows of a record by name or path, the cases in the order of the experiment.
+
+    Several processes write rows as they come; older records have no places.
+    """
+    return sorted(_record.read(locate(record)), key=lambda row: int(row.get("place", 0)))
