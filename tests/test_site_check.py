@@ -166,6 +166,7 @@ class TestBrowser:
             ("<script>console.error('complaint')</script>", "console: complaint"),
             (f'<img src="http://127.0.0.1:9/x.png" alt="{"a" * 9}">', "outside the book"),
             ("<mjx-merror>\\wrong</mjx-merror>", "formula that cannot be set: \\wrong"),
+            ('<span class="math">\\(x^2\\)</span>', "formula that cannot be set: \\(x^2\\)"),
             ('<div style="width: 700px">wide</div>', "px wide on a phone of 360 px"),
             ('<p style="color: #999; background: #aaa">grey on grey</p>', "color contrast"),
             (f'<img src="{PIXEL}">', "axe, phone light, phone dark, desk light, desk dark: critical"),
