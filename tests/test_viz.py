@@ -159,7 +159,7 @@ class TestConvergence:
 
     def test_a_history_is_enough_and_needs_no_legend(self):
         axes = viz.convergence(run_of(torch.rand(4, 1)).history, log=False, ylabel="cost").axes[0]
-        assert axes.get_legend() is None
+        assert not axes.figure.legends
         assert (axes.get_yscale(), axes.get_ylabel()) == ("linear", "cost")
 
     @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ class TestLinesAndBars:
         ).axes[0]
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         assert [line.get_marker() for line in axes.lines] == ["o", "s"]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+        assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["a", "b"]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]
 
     @pytest.mark.parametrize(("log", "scales"), [("x", ("log", "linear")), ("y", ("linear", "log"))])

@@ -64,7 +64,7 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
             )
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     if any(named):
-        axes.legend()
+        _legend(result)
     return result
 
 
@@ -126,7 +126,7 @@ def lines(
     if title is not None:
         axes.set_title(title)
     if any(series):
-        axes.legend()
+        _legend(result)
     return result
 
 
@@ -185,7 +185,7 @@ def bars(
     if title is not None:
         axes.set_title(title)
     if any(series):
-        axes.legend()
+        _legend(result)
     return result
 
 
@@ -204,3 +204,8 @@ def _axes(height: float) -> tuple[Figure, Any]:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(WIDTH, height))
+
+
+def _legend(result: Figure) -> None:
+    # Above the axes: within them some line passes behind it.
+    result.legend(loc="outside upper left", ncols=2)
