@@ -24,9 +24,8 @@ P = ParamSpec("P")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Lines differ in shape too, for print and for readers who see no colour.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Inches. A phone shows a figure of the first width whole, with letters that can be read; a row of many images
-# needs the second.
-WIDTH, WIDE = 5.2, 7.0
+WIDTH = 7.0  # inches, the width of the page's text column
+NARROW = 5.2  # inches; a phone shows a figure of this width whole, with letters that can be read
 
 _STYLE = {
     "figure.dpi": 144,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from invlib.errors import ConfigError
-from invlib.viz._figure import COLOURS, MARKERS, WIDTH, figure, same_length
+from invlib.viz._figure import COLOURS, MARKERS, NARROW, figure, same_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,7 +203,7 @@ def _series(
 def _axes(height: float) -> tuple[Figure, Any]:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(WIDTH, height))
+    return plt.subplots(figsize=(NARROW, height))
 
 
 def _legend(result: Figure) -> None:
