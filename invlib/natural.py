@@ -21,7 +21,7 @@ class NaturalImages:
     about as :math:`1/f`. Their colour channels vary together. An image :math:`x` in [0, 1] is therefore
     written as
 
-    .. math:: x = \mu + \sigma\, (D_H \otimes D_W)^\top\, s\, \Sigma^{1/2} \zeta, \qquad
+    .. math:: x = \mu + \sigma\, (D_H \otimes D_W)^\top\, s\, \Sigma^{1/2} \zeta, \\
               s_{ij} \propto (1 + i^2 + j^2)^{-\gamma/2}, \quad \Sigma = (1 - \rho) I + \rho\, 1 1^\top
 
     with the discrete cosine transforms :math:`D`, and :math:`s` scaled to mean square 1. If photographs were

@@ -101,6 +101,19 @@ class TestRunTimes:
         assert "there is no page" in files.check_run_times(tmp_path / "gone.html", [])[0][0]
 
 
+def test_the_longest_listing_stands_for_all(tmp_path):
+    for name, size in (
+        ("a.html", 9),
+        ("_modules/b.html", 1),
+        ("_modules/c/d.html", 3),
+        ("_modules/e.html", 2),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x" * size)
+    spared = check_site.other_listings(files.pages(tmp_path), tmp_path)
+    assert {path.name for path in spared} == {"b.html", "e.html"}
+
+
 def test_without_a_browser_it_says_so_and_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(check_site, "find_chromium", lambda: None)
     monkeypatch.setattr("sys.argv", ["check_site", str(tmp_path)])
@@ -153,9 +166,19 @@ class TestBrowser:
             ("<script>console.error('complaint')</script>", "console: complaint"),
             (f'<img src="http://127.0.0.1:9/x.png" alt="{"a" * 9}">', "outside the book"),
             ("<mjx-merror>\\wrong</mjx-merror>", "formula that cannot be set: \\wrong"),
+            ('<span class="math">\\(x^2\\)</span>', "formula that cannot be set: \\(x^2\\)"),
             ('<div style="width: 700px">wide</div>', "px wide on a phone of 360 px"),
             ('<p style="color: #999; background: #aaa">grey on grey</p>', "color contrast"),
-            (f'<img src="{PIXEL}">', "axe, dark, critical"),
+            (f'<img src="{PIXEL}">', "axe, phone light, phone dark, desk light, desk dark: critical"),
+            (
+                "<style>@media (min-width: 600px) { p { color: #aaa } }</style><p>pale</p>",
+                "axe, desk light, desk dark: serious",
+            ),
+            (
+                "<style>@media (max-width: 600px) and (prefers-color-scheme: dark) { p { color: #aaa } }"
+                "</style><p>pale</p>",
+                "axe, phone dark: serious: Elements must meet minimum color contrast",
+            ),
             (
                 f'<img src="{PIXEL}" alt="tall pixel" style="width: 9px; height: 2000px">',
                 "larger than a sheet",

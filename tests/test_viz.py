@@ -118,6 +118,11 @@ class TestGrid:
         with pytest.raises(ConfigError, match="columns must be at least 1, got 0"):
             viz.grid(images, columns=0)
 
+    def test_few_images_fit_a_phone(self):
+        # 360 pixels less the margins, of figures shown at 144 x 0.41 dots an inch, are 5.5 inches.
+        few, many = (viz.grid(torch.zeros(n, 1, 8, 8)).get_figwidth() for n in (4, 7))
+        assert few <= 5.5 < many
+
 
 class TestFilmstrip:
     def test_first_and_last_frames_are_among_those_chosen(self, images):
@@ -154,7 +159,7 @@ class TestConvergence:
 
     def test_a_history_is_enough_and_needs_no_legend(self):
         axes = viz.convergence(run_of(torch.rand(4, 1)).history, log=False, ylabel="cost").axes[0]
-        assert axes.get_legend() is None
+        assert not axes.figure.legends
         assert (axes.get_yscale(), axes.get_ylabel()) == ("linear", "cost")
 
     @pytest.mark.parametrize(
@@ -173,7 +178,7 @@ class TestLinesAndBars:
         ).axes[0]
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         assert [line.get_marker() for line in axes.lines] == ["o", "s"]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+        assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["a", "b"]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]
 
     @pytest.mark.parametrize(("log", "scales"), [("x", ("log", "linear")), ("y", ("linear", "log"))])
@@ -184,6 +189,16 @@ class TestLinesAndBars:
     def test_bars_carry_their_numbers(self):
         axes = viz.bars(["a", "b"], {"x": [1.0, 2.0], "y": [3.0, 4.0]}, ylabel="dB", title="t").axes[0]
         assert [text.get_text() for text in axes.texts] == ["1.0", "2.0", "3.0", "4.0"]
+
+    @pytest.mark.parametrize(("labels", "angle"), [(["a", "b"], 0), (["pullover"] * 10, 30)])
+    def test_long_labels_are_turned(self, labels, angle):
+        ticks = viz.bars(labels, [1] * len(labels), ylabel="").axes[0].get_xticklabels()
+        assert {tick.get_rotation() for tick in ticks} == {angle}
+
+    @pytest.mark.parametrize(("points", "every"), [(25, 1), (401, 17)])
+    def test_markers_do_not_hide_a_long_line(self, points, every):
+        line = viz.lines(range(points), range(points), xlabel="", ylabel="").axes[0].lines[0]
+        assert line.get_markevery() == every
 
     def test_faults(self):
         with pytest.raises(ConfigError, match="log must be '', 'x', 'y' or 'xy', got 'z'"):

@@ -1,4 +1,10 @@
-"""Let pages refer to the library by its public names: {func}`invlib.observe` for invlib.federated.observe."""
+"""Let pages refer to the library by its public names: {func}`invlib.observe` for invlib.federated.observe.
+
+And show signatures as they are written: a default such as <function cosine> is no Python, and a signature
+with one would be shown with the full path of every type.
+"""
+
+import re
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -21,7 +27,23 @@ def resolve(
     return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], full_name, node, content)
 
 
+def plain_defaults(
+    app: Sphinx,
+    what: str,
+    name: str,
+    thing: object,
+    options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Name functions that are defaults, and leave out how a field's default is made."""
+    if signature is not None:
+        signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature).replace("<factory>", "...")
+    return signature, returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-signature", plain_defaults)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

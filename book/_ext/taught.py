@@ -22,8 +22,6 @@ class TaughtIndex(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Leave a mark: the library's pages may not have been read yet."""
-        # The page will hold formulas, for which Sphinx loads MathJax only where it has read some.
-        self.env.get_domain("math").data["has_equations"][self.env.docname] = True
         return [taught_index("")]
 
 
@@ -94,6 +92,9 @@ def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
                 items += nodes.list_item("", line)
             blocks += [title, items]
         mark.replace_self(blocks)
+        # Sphinx loads MathJax where it has read a formula, and these were not there to be read.
+        if any(doctree.findall(nodes.math)):
+            app.env.get_domain("math").data["has_equations"][docname] = True
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

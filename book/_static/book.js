@@ -51,12 +51,32 @@ function unfoldCode() {
   code.scrollIntoView();
 }
 
+// What scrolls inside its own box has to be reached by the keyboard, which moves it.
+function reachFigures() {
+  const watch = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+      else target.removeAttribute("tabindex");
+    }
+  });
+  for (const figure of document.querySelectorAll(".cell_output figure")) watch.observe(figure);
+}
+
+// A number and its deviation stay in one line of a recorded table.
+function keepTogether() {
+  for (const cell of document.querySelectorAll(".cell_output td")) {
+    if (!cell.childElementCount) cell.textContent = cell.textContent.replaceAll(" ± ", "\u00a0±\u00a0");
+  }
+}
+
 // Not sooner: while it loads, the page itself scrolls to the figure.
 window.addEventListener("load", () => setTimeout(unfoldCode));
 
 // By now the page's deferred scripts have run, MathJax among them; the sliders come later, when all is loaded.
 document.addEventListener("DOMContentLoaded", () => {
   nameControls();
+  reachFigures();
+  keepTogether();
   const late = () => {
     nameSliders();
     unnameIcons();

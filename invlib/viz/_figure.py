@@ -25,6 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 # Lines differ in shape too, for print and for readers who see no colour.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 7.0  # inches, the width of the page's text column
+NARROW = 5.2  # inches; a phone shows a figure of this width whole, with letters that can be read
 
 _STYLE = {
     "figure.dpi": 144,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from invlib.errors import ConfigError
-from invlib.viz._figure import COLOURS, MARKERS, WIDTH, figure, same_length
+from invlib.viz._figure import COLOURS, MARKERS, NARROW, figure, same_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not named:
         raise ConfigError("runs is empty; expected at least one history")
-    result, axes = _axes(3.0)
+    result, axes = _axes(2.9)
     for index, (name, run) in enumerate(named.items()):
         history = getattr(run, "history", run)
         cost = np.asarray(torch.as_tensor(history.cost, dtype=torch.float64))
@@ -64,7 +64,7 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
             )
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     if any(named):
-        axes.legend()
+        _legend(result)
     return result
 
 
@@ -104,13 +104,14 @@ def lines(
     series = _series(ys, len(x), "points")
     if log not in ("", "x", "y", "xy"):
         raise ConfigError(f"log must be '', 'x', 'y' or 'xy', got {log!r}")
-    result, axes = _axes(3.0)
+    result, axes = _axes(2.9)
     for index, (name, values) in enumerate(series.items()):
         axes.plot(
             x,
             values,
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
+            markevery=-(-len(x) // 25),  # more markers than this would hide the line
             label=name or None,
         )
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -125,7 +126,7 @@ def lines(
     if title is not None:
         axes.set_title(title)
     if any(series):
-        axes.legend()
+        _legend(result)
     return result
 
 
@@ -161,7 +162,7 @@ def bars(
     Taught in: chapter 3
     """
     series = _series(values, len(labels), "labels")
-    result, axes = _axes(2.8)
+    result, axes = _axes(2.6)
     width = 0.8 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
@@ -174,13 +175,17 @@ def bars(
         )
         axes.bar_label(drawn, labels=[number.format(height) for height in heights], padding=2, fontsize=8)
     axes.set_xticks(range(len(labels)), labels)
+    if max(map(len, labels)) * len(labels) > 60:  # about as many letters as there is room for in a line
+        axes.tick_params(axis="x", labelrotation=30)
+        for tick in axes.get_xticklabels():
+            tick.set(horizontalalignment="right", rotation_mode="anchor")
     axes.grid(False, axis="x")
     axes.set_ylabel(ylabel)
     axes.margins(y=0.12)
     if title is not None:
         axes.set_title(title)
     if any(series):
-        axes.legend()
+        _legend(result)
     return result
 
 
@@ -198,4 +203,9 @@ def _series(
 def _axes(height: float) -> tuple[Figure, Any]:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(WIDTH, height))
+    return plt.subplots(figsize=(NARROW, height))
+
+
+def _legend(result: Figure) -> None:
+    # Above the axes: within them some line passes behind it.
+    result.legend(loc="outside upper left", ncols=2)

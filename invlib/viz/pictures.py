@@ -11,7 +11,7 @@ from torch import Tensor
 
 from invlib.errors import ConfigError
 from invlib.metrics import psnr
-from invlib.viz._figure import WIDTH, as_images, figure, same_length, same_shape, show
+from invlib.viz._figure import NARROW, WIDTH, as_images, figure, same_length, same_shape, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,10 +206,10 @@ def moments(
 
 
 def _panels(rows: int, columns: int, aspect: float) -> tuple[Figure, np.ndarray]:
-    """Make a figure of panels that are as wide as the page allows but never huge."""
+    """Make a figure of panels that are as wide as a phone or, where they are many, a page allows."""
     import matplotlib.pyplot as plt
 
-    side = min(WIDTH / columns, 1.8)
+    side = min((NARROW if columns <= 4 else WIDTH) / columns, 1.8)
     return plt.subplots(
         rows, columns, figsize=(side * columns + 0.3, rows * (side * aspect + 0.3) + 0.2), squeeze=False
     )

@@ -44,9 +44,10 @@ class Visit:
             self.faults.append(f"asks for {url}, outside the book")
 
     def check_formulas(self) -> None:
-        """See that every formula could be set."""
-        for formula in self.page.locator("mjx-merror").evaluate_all("all => all.map(f => f.textContent)"):
-            self.faults.append(f"formula that cannot be set: {formula}")
+        """See that every formula was set: with an error it is set in red, without MathJax not at all."""
+        for faulty in ("mjx-merror", ".math:not(:has(mjx-container))"):
+            for formula in self.page.locator(faulty).evaluate_all("all => all.map(f => f.textContent)"):
+                self.faults.append(f"formula that cannot be set: {formula}")
 
     def check_sliders(self) -> None:
         """Wait for the page's widgets and see that each slider has a name and changes its picture."""
@@ -90,23 +91,33 @@ class Visit:
             self.faults.append(f"{name} shows an image without a description: {alt!r}")
 
     def check_accessibility(self) -> None:
-        """Run axe in the light and in the dark theme and keep what it calls serious or critical."""
+        """Run axe at both widths and in both themes and keep what it calls serious or critical."""
         self.page.evaluate(AXE.read_text(encoding="utf-8"))
         # A colour that is still on its way from one theme to the other belongs to neither.
         self.page.add_style_tag(content="*, *::before, *::after { transition: none !important; }")
-        for theme in THEMES:
-            self.page.emulate_media(color_scheme=theme)
-            if self.page.locator("html[data-theme]").count():
-                self.page.locator(f"html[data-theme={theme}]").wait_for(timeout=PATIENCE)
-            found = self.page.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")
-            for violation in found["violations"]:
-                if violation["impact"] in GRAVE:
-                    where = "; ".join(" ".join(map(str, node["target"])) for node in violation["nodes"][:3])
-                    self.faults.append(
-                        f"axe, {theme}, {violation['impact']}: {violation['help']} "
-                        f"({len(violation['nodes'])} times: {where})"
-                    )
+        found: dict[str, list[str]] = {}
+        for device, width in WIDTHS.items():
+            self.page.set_viewport_size({"width": width, "height": 800})
+            for theme in THEMES:
+                self.page.emulate_media(color_scheme=theme)
+                if self.page.locator("html[data-theme]").count():
+                    self.page.locator(f"html[data-theme={theme}]").wait_for(timeout=PATIENCE)
+                for violation in self._violations():
+                    found.setdefault(violation, []).append(f"{device} {theme}")
+        # What is wrong everywhere is told once.
+        self.faults += [f"axe, {', '.join(where)}: {violation}" for violation, where in found.items()]
         self.page.emulate_media(color_scheme="light")
+
+    def _violations(self) -> list[str]:
+        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")
+        faults = []
+        for violation in found["violations"]:
+            if violation["impact"] in GRAVE:
+                where = "; ".join(" ".join(map(str, node["target"])) for node in violation["nodes"][:3])
+                faults.append(
+                    f"{violation['impact']}: {violation['help']} ({len(violation['nodes'])} times: {where})"
+                )
+        return faults
 
     def check_widths(self) -> None:
         """See that the page fits a phone and a desk without scrolling sideways."""
@@ -186,8 +197,10 @@ def check_gallery(context: BrowserContext, path: Path, root: Path) -> list[str]:
 
 
 def open_window(playwright: Playwright, chromium: str) -> BrowserContext:
-    """Start the browser and return a window of it that has no network."""
-    return playwright.chromium.launch(executable_path=chromium, args=FLAGS).new_context(offline=True)
+    """Start the browser and return a window of it, as wide as a phone and without a network."""
+    browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+    # A page is opened on a phone, as many readers do: what it finds out about its width then has to be right.
+    return browser.new_context(offline=True, viewport={"width": WIDTHS["phone"], "height": 800})
 
 
 def picture(box: Locator) -> list[tuple[str, str]]:
