@@ -5,8 +5,8 @@ Usage: ``pytest tests/benchmarks/bench_kernels.py``, or ``INVLIB_BENCH_DEVICE=cu
 Every case first compares its result with the reference in float64 and fails if it is wrong; only then is it
 timed. The bytes of an operation are those that it cannot avoid, each tensor read or written once, so that an
 implementation that goes over memory more often shows a lower number of GB/s. Beside it stands what a plain
-copy of as many bytes reaches, measured just before. All times are the fastest of several rounds: whatever
-else a machine does only adds to them.
+copy of as many bytes reaches, measured before and after. All times are the fastest of several rounds:
+whatever else a machine does only adds to them.
 
 On a GPU, "device" is the time between two CUDA events around one call, with the queue filled beforehand and
 the L2 cache emptied; "call" is what one call of many costs from Python. Caches stay warm on a CPU. Triton and
@@ -19,7 +19,7 @@ import functools
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +28,25 @@ import torch
 from torch import Tensor
 
 from invlib import kernels
-from invlib.kernels import reference
+from invlib.kernels import manual, reference
+from tests.benchmarks.conftest import DEVICE, wait
 
-DEVICE = torch.device(os.environ.get("INVLIB_BENCH_DEVICE", "cpu"))
-THREADS = int(os.environ.get("INVLIB_BENCH_THREADS", "2"))
 GPU = DEVICE.type == "cuda"
 
 SIZES = [10**k for k in range(4, 9 if GPU else 7)]
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 OPERATIONS = ["statistics", "statistics+gradient", "variation", "variation+gradient", "adam"]
-IMPLEMENTATIONS = ["reference", "foreach"]
+IMPLEMENTATIONS = ["reference", "manual", "foreach"]
 if GPU or os.environ.get("INVLIB_BENCH_COMPILE") == "1":
     IMPLEMENTATIONS.append("compile")
 if GPU:
     IMPLEMENTATIONS.append("triton")
+CHOICES = [
+    (operation, implementation)
+    for operation in OPERATIONS
+    for implementation in IMPLEMENTATIONS
+    if implementation != "manual" or operation.startswith("statistics")
+]
 
 # Largest difference from the float64 reference, as a share of the largest number of the same tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -54,8 +59,7 @@ Outputs = Sequence[Tensor]
 
 def clock() -> float:
     """Tell the time once everything that was started has ended."""
-    if GPU:
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter()
 
 
@@ -100,7 +104,8 @@ def parts(elements: int) -> list[int]:
     return [*small, *(int(rest * s / sum(scale)) | 1 for s in scale)]
 
 
-def foreach_statistics(candidate: Outputs, target: Outputs, weights: Outputs) -> tuple[Tensor, ...]:
+def foreach_statistics(candidate: Outputs, target: Outputs, weights: Sequence[float]) -> tuple[Tensor, ...]:
+    assert set(weights) == {1.0}
     dtype = torch.float64 if candidate[0].dtype == torch.float64 else torch.float32
     products = torch._foreach_mul(candidate, target)
     dot = torch.stack([product.sum(dtype=dtype) for product in products]).sum()
@@ -124,9 +129,10 @@ def statistics_case(name: str, elements: int, dtype: torch.dtype, gradient: bool
         "reference": functools.partial(kernels.gradient_statistics, impl="reference"),
         "triton": functools.partial(kernels.gradient_statistics, impl="triton"),
         "foreach": foreach_statistics,
+        "manual": manual.gradient_statistics,
         "compile": compiled(reference.gradient_statistics),
     }["reference" if name == "exact" else name]
-    weights = [1.0] * len(candidate)
+    weights = (1.0,) * len(candidate)
 
     def run() -> Outputs:
         if not gradient:
@@ -299,20 +305,14 @@ def copy_seconds(traffic: int, calls: int) -> float:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _printed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Use the threads that were asked for, and have the table printed after the last test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    if not request.config.pluginmanager.has_plugin(__name__ + ".summary"):
-        request.config.pluginmanager.register(Summary(), __name__ + ".summary")
-    yield
-    torch.set_num_threads(before)
+def _printed(request: pytest.FixtureRequest) -> None:
+    """Have the table printed after the last test."""
+    request.config.pluginmanager.register(Summary(), __name__ + ".summary")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("elements", SIZES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("operation", "implementation"), CHOICES)
 def test_bandwidth(
     benchmark: Any, operation: str, dtype: torch.dtype, elements: int, implementation: str
 ) -> None:
@@ -327,6 +327,7 @@ def test_bandwidth(
         return
     call = benchmark.stats.stats.min
     needed = device_seconds(case.run) if GPU else call
+    copied = min(copied, copy_seconds(case.traffic, calls))
     benchmark.extra_info.update(
         operation=operation,
         elements=case.elements,
