@@ -41,7 +41,7 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not named:
         raise ConfigError("runs is empty; expected at least one history")
-    result, axes = _axes(2.9)
+    result, axes = _axes(2.9, named)
     for index, (name, run) in enumerate(named.items()):
         history = getattr(run, "history", run)
         cost = np.asarray(torch.as_tensor(history.cost, dtype=torch.float64))
@@ -104,7 +104,7 @@ def lines(
     series = _series(ys, len(x), "points")
     if log not in ("", "x", "y", "xy"):
         raise ConfigError(f"log must be '', 'x', 'y' or 'xy', got {log!r}")
-    result, axes = _axes(2.9)
+    result, axes = _axes(2.9, series)
     for index, (name, values) in enumerate(series.items()):
         axes.plot(
             x,
@@ -162,7 +162,7 @@ def bars(
     Taught in: chapter 3
     """
     series = _series(values, len(labels), "labels")
-    result, axes = _axes(2.6)
+    result, axes = _axes(2.6, series)
     width = 0.8 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
@@ -200,10 +200,11 @@ def _series(
     return series
 
 
-def _axes(height: float) -> tuple[Figure, Any]:
+def _axes(height: float, named: Mapping[str, object]) -> tuple[Figure, Any]:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(NARROW, height))
+    legend = 0.2 * -(-len(named) // 2) if any(named) else 0.0  # inches, two names in a line
+    return plt.subplots(figsize=(NARROW, height + legend))
 
 
 def _legend(result: Figure) -> None:
