@@ -13,6 +13,8 @@ from torch import Tensor
 
 from invlib._engines.layers import Cheap
 
+SMALL = 3_000_000  # multiplications of a convolution: measured, see `Cheap`
+
 LossOf = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 
 
@@ -53,12 +55,18 @@ def gradient(
         found: dict[str, Tensor] = torch.func.grad(loss_of)(dict(params), inputs, labels)
         return found
     # The parameters of the first local step are given; those of a later one depend on the images.
-    with Cheap(fixed=all(p.is_leaf for p in params.values())):
+    cheap = Cheap(fixed=all(p.is_leaf for p in params.values()), least=SMALL if name == "tape" else 0)
+
+    def seen(params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        cheap.images = inputs
+        return loss_of(params, inputs, labels)
+
+    with cheap:
         if name == "tape":
-            loss = loss_of(params, inputs, labels)
+            loss = seen(params, inputs, labels)
         else:
             # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
-            mapped = torch.func.vmap(loss_of, in_dims=(0, 1, 1), randomness="different")
+            mapped = torch.func.vmap(seen, in_dims=(0, 1, 1), randomness="different")
             loss = mapped(dict(params), inputs, labels).sum()
     parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
     return dict(zip(params, parts, strict=True))

@@ -27,39 +27,45 @@ class _Convolution(torch.autograd.Function):
     """A convolution with a bias or without one."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, window: Window, fixed: bool) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, window: Window, fixed: bool, first: bool) -> Tensor:
         stride, padding, dilation, groups = window
         return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.window, ctx.fixed = inputs
+        x, weight, ctx.window, ctx.fixed, ctx.first = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # Grad mode is on in the client's own backward pass, which is differentiated, and off in the attack's.
-        of_weight = torch.is_grad_enabled() or not ctx.fixed
-        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] and of_weight)
-        return (*_Slopes.apply(slope, x, weight, ctx.window, wanted, ctx.fixed), None, None)
+        # Grad mode is on in the client's own backward pass, which is differentiated and asks for nothing of
+        # the images, and off in the attack's, which asks for nothing of parameters that do not depend on them.
+        inner = torch.is_grad_enabled()
+        wanted = (
+            ctx.needs_input_grad[0] and not (inner and ctx.first),
+            ctx.needs_input_grad[1] and (inner or not ctx.fixed),
+        )
+        return (*_Slopes.apply(slope, x, weight, ctx.window, wanted, ctx.fixed), None, None, None)
 
     @staticmethod
     def vmap(
-        info: Any, dims: tuple[Any, ...], x: Tensor, weight: Tensor, window: Window, fixed: bool
+        info: Any, dims: tuple[Any, ...], x: Tensor, weight: Tensor, window: Window, fixed: bool, first: bool
     ) -> tuple[Tensor, int]:
         """Take a stack of convolutions: by images where they share a weight, by groups where they do not."""
         stride, padding, dilation, groups = window
         if dims[1] is None:
             x = x.movedim(dims[0], 0)
-            y = _Convolution.apply(x.flatten(0, 1), weight, window, fixed)
+            y = _Convolution.apply(x.flatten(0, 1), weight, window, fixed, first)
             return y.unflatten(0, x.shape[:2]), 0
         size = info.batch_size
         weight = weight.movedim(dims[1], 0)
         x = x.expand(size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
         # (R, N, C, H, W) to (N, R C, H, W): every restart is a group of channels with its own weight.
         x = x.transpose(0, 1).flatten(1, 2)
-        y = _Convolution.apply(x, weight.flatten(0, 1), (stride, padding, dilation, groups * size), fixed)
+        y = _Convolution.apply(
+            x, weight.flatten(0, 1), (stride, padding, dilation, groups * size), fixed, first
+        )
         return y.unflatten(1, (size, -1)), 1
 
 
@@ -127,11 +133,12 @@ def _conv2d(
     groups: int = 1,
     *,
     fixed: bool,
+    first: bool,
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4:  # padding by name may be uneven; torch knows how
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     window = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    found: Tensor = _Convolution.apply(input, weight, window, fixed)
+    found: Tensor = _Convolution.apply(input, weight, window, fixed, first)
     return found if bias is None else found + bias[:, None, None]
 
 
@@ -162,17 +169,27 @@ class Cheap(TorchFunctionMode):
 
     Args:
         fixed: the parameters do not depend on the images, so that an attack has no use for their gradient.
+        least: multiplications below which a convolution is left to torch, since more is lost by the detour
+            through Python than is gained.
+
+    Attributes:
+        images: what the network is given, so that its first convolution is known; None where nobody said.
     """
 
-    def __init__(self, *, fixed: bool) -> None:
+    def __init__(self, *, fixed: bool, least: int = 0) -> None:
         super().__init__()
-        self.fixed = fixed
+        self.fixed, self.least = fixed, least
+        self.images: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.conv2d:
-            return _conv2d(*args, **(kwargs or {}), fixed=self.fixed)
+            x, weight = args[:2] if len(args) > 1 else (kwargs["input"], kwargs["weight"])
+            # Images times weights, whatever the stride: an upper bound is good enough.
+            if weight.numel() * x[:, 0].numel() < self.least:
+                return func(*args, **(kwargs or {}))
+            return _conv2d(*args, **(kwargs or {}), fixed=self.fixed, first=x is self.images)
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
