@@ -40,7 +40,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # Grad mode is on in the client's own backward pass, which is differentiated and asks for nothing of
-        # the images, and off in the attack's, which asks for nothing of parameters that do not depend on them.
+        # the images. It is off in the attack's, which has no use for parameters that do not depend on them.
         inner = torch.is_grad_enabled()
         wanted = (
             ctx.needs_input_grad[0] and not (inner and ctx.first),
