@@ -88,7 +88,8 @@ def race(benchmark: Any) -> Callable[..., None]:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Leave out what names the machine and not its kind."""
-    machine_info.pop("node", None)
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
