@@ -31,7 +31,8 @@ class Case:
         client = "" if isinstance(self.client, iv.FedSGD) else f", FedAvg of {self.client.local_steps} steps"
         images = "" if self.images == 1 else f", {self.images} images"
         side = "" if self.side == 32 else f", {self.side} px"
-        return f"{self.model}{side}{images}{client}, {self.restarts} restarts, {self.engine}"
+        restarts = "1 restart" if self.restarts == 1 else f"{self.restarts} restarts"
+        return f"{self.model}{side}{images}{client}, {restarts}, {self.engine}"
 
 
 def aims(cpu: float | None, gpu: float | None = None) -> float | None:
