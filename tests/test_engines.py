@@ -256,3 +256,36 @@ def test_the_traced_step_is_the_step():
     traced = make_fx(lambda values: step(values, [0, 1], None, 1.0))(starts)
     others = [s.roll(1, -1) for s in starts]
     torch.testing.assert_close(traced(others), step(others, [0, 1], None, 1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("family", ["ConvNet", "ResNet", "LeNetZhu"])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_a_captured_step_is_the_step(family, client, restarts):
+    net, side = build(family)
+    seen = see(net, 2, CLIENTS[client], side)
+    attack = iv.GradientMatching(steps=6, restarts=restarts, record_every=1)
+    expected = replace(attack, engine="eager")(net, seen)
+    found = attack(net.cuda(), seen)
+    assert found.engine.startswith("graphed")
+    torch.testing.assert_close(found.trials.cpu(), expected.trials, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_device_runs_uncaptured():
+    class Waiting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build_tiny()
+
+        def forward(self, x):
+            logits = self.inner(x)
+            float(self.inner[0].weight.detach().sum())  # a look at the device, which a capture forbids
+            return logits
+
+    net = Waiting()
+    seen = see(net)
+    found = iv.GradientMatching(steps=3)(net.cuda(), seen)
+    assert found.engine.startswith("eager steps, for they cannot be captured")
+    assert found.status == "max_steps"
