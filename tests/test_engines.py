@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import invlib as iv
 from invlib import _engines, priors
+from invlib._engines import graphed
 from invlib._engines.layers import Cheap
 from invlib.errors import ConfigError, DeviceError
 from invlib.observation import in_mode
@@ -256,6 +257,57 @@ def test_the_traced_step_is_the_step():
     traced = make_fx(lambda values: step(values, [0, 1], None, 1.0))(starts)
     others = [s.roll(1, -1) for s in starts]
     torch.testing.assert_close(traced(others), step(others, [0, 1], None, 1.0))
+
+
+class Replayed:
+    """A stand-in for a CUDA graph: what was captured runs again on the same memory."""
+
+    def __init__(self, step, inside, rows, sharpness, fade):
+        self.again = lambda: step(inside, rows, sharpness, fade)
+        self.found = self.again()
+
+    def replay(self):
+        cost, objective, slopes = self.again()
+        for old, new in zip([*self.found[:2], *self.found[2]], [cost, objective, *slopes], strict=True):
+            old.copy_(new)
+
+
+def test_a_replayed_step_takes_the_values_and_the_fading_of_its_call(monkeypatch):
+    net, side = build("ResNet")
+    seen = see(net, 1, side=side)
+    attack = iv.GradientMatching(restarts=2, priors=((0.1, priors.total_variation),))
+    problem = attack._problem(net, seen)
+    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    step = _engines.measure("batched", problem)
+    captures = []
+
+    def capture(step, values, rows, sharpness):
+        inside, fade = [v.clone() for v in values], values[0].new_ones(())
+        graph = Replayed(step, inside, rows, sharpness, fade)
+        captures.append(rows)
+        return graphed._Captured(graph=graph, values=inside, fade=fade, found=graph.found)
+
+    monkeypatch.setattr(graphed, "_capture", capture)
+    replayed = graphed.graphed(step)
+    results = []
+    for scale, fade in ((1.0, 1.0), (1.1, 0.3)):
+        values = [s * scale for s in starts]
+        results.append(replayed(values, [0, 1], None, fade))
+        torch.testing.assert_close(results[-1], step(values, [0, 1], None, fade))
+    assert not torch.equal(results[0][0], results[1][0])  # nor did the second replay write to the first
+    assert captures == [[0, 1]]
+    replayed([s[:1] for s in starts], [0], None, 1.0)
+    assert captures == [[0, 1], [0]]
+
+
+def test_where_capture_fails_the_step_runs_uncaptured_and_says_why(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphed, "_capture", fail)
+    step = graphed.graphed(lambda values, rows, sharpness, fade: "as it is")
+    assert step([torch.zeros(1)], [0], None, 1.0) == "as it is"
+    assert step.fallback == "operation not permitted when stream is capturing"
 
 
 @pytest.mark.gpu
