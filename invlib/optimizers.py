@@ -61,8 +61,10 @@ def _check_lr(name: str, lr: float) -> None:
 class Adam:
     r"""Adam, on the gradient or on its sign, with projection to the box after the step.
 
-    .. math:: x \leftarrow \Pi\left(x - \eta\,\hat m / (\sqrt{\hat v} + \epsilon)\right),\quad
-              m, v \text{ the running means of } g, g^2,\ g = \mathrm{sign}(\nabla) \text{ if signed}
+    .. math:: x \leftarrow \Pi\left(x - \eta\,\hat m / (\sqrt{\hat v} + \epsilon)\right)
+
+    with :math:`m` and :math:`v` the running means of :math:`g` and :math:`g^2`, and :math:`g` the gradient
+    or, if signed, its sign.
 
     Only images are signed; soft labels take the plain gradient.
 
