@@ -29,7 +29,7 @@ from invlib.reconstruction import Callback, Reconstruction
 from invlib.smoothing import Smoothing
 
 _LATER = {"later": True}  # a setting that records made before it do not know
-MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than half the time again
+MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than up to half the time again
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
 
@@ -71,10 +71,10 @@ class GradientMatching:
         prune: successive halving: the worse half of the restarts stops at every tenth of the run, until one
             is left. Of 32 restarts that is a fifth of the work.
         engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
-            ``"compiled"``, all together in one compiled function, which takes half a minute to compile;
+            ``"compiled"``, all together in one function that is compiled first, which takes a minute or two;
             ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
         recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
-            hardly more memory than one of a single step, and half as much time again; None does so from 10
+            hardly more memory than one of a single step, and up to half as much time again; None does so from 10
             local steps on.
         record_every: record the cost every so many steps.
 
