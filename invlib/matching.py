@@ -29,7 +29,7 @@ from invlib.reconstruction import Callback, Reconstruction
 from invlib.smoothing import Smoothing
 
 _LATER = {"later": True}  # a setting that records made before it do not know
-MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than up to half the time again
+MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than the time that it costs
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
 
@@ -74,8 +74,8 @@ class GradientMatching:
             ``"compiled"``, all together in one function that is compiled first, which takes a minute or two;
             ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
         recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
-            hardly more memory than one of a single step, and up to half as much time again; None does so from 10
-            local steps on.
+            hardly more memory than one of a single step, and up to half as much time again; None does so from
+            10 local steps on.
         record_every: record the cost every so many steps.
 
     Raises:
