@@ -7,7 +7,7 @@ import torch
 
 import invlib as iv
 from invlib import _engines
-from invlib._trials import rungs
+from invlib._race import rungs
 from invlib.errors import ConfigError
 from tests.conftest import build_tiny, random_batch
 
