@@ -16,7 +16,7 @@ from invlib.priors import Prior
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is minimised, with everything fixed but the guess."""
+    """What is minimised, with everything fixed but the guess, of which there are so many."""
 
     update: Callable[..., list[Tensor]]
     objective: Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -31,6 +31,7 @@ class Problem:
     encode: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     like: Tensor
+    guesses: int
     stackable: bool
     recompute: bool
     fingerprint: str
@@ -112,7 +113,6 @@ class Joined(Problem):
     """Problems of one model and one kind of client that are solved together, so many guesses for each."""
 
     parts: tuple[Problem, ...]
-    guesses: int
 
     def known(self, rows: list[int]) -> Tensor:
         """Return the labels of a stack of guesses, each of its own problem."""

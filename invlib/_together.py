@@ -57,9 +57,7 @@ def attack_together(
     parts = [attack._problem(model, o) for o in observations]
     starts = [attack._starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
     guesses = attack.restarts
-    joined = Joined(
-        **{f.name: getattr(parts[0], f.name) for f in fields(Problem)}, parts=tuple(parts), guesses=guesses
-    )
+    joined = Joined(**{f.name: getattr(parts[0], f.name) for f in fields(Problem)}, parts=tuple(parts))
     with in_mode(model, training=observations[0].training_mode):
         trials = run_trials(
             replace(attack, restarts=guesses * len(parts)),

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from invlib import _engines
 from invlib._checkpoint import Checkpoint
+from invlib._engines import memory
 from invlib._group import Group
 from invlib._problem import Problem
 from invlib._race import Race
@@ -65,11 +66,9 @@ def run_trials(
         fading=attack.fading != 1,
     )
     measure = _engines.measure(engine, problem)
-    everyone = list(range(attack.restarts))
-    groups = [
-        Group(attack, problem, measure, everyone[a : a + size], starts)
-        for a in range(0, attack.restarts, size)
-    ]
+    chunks, split = _chunks(attack, problem, starts, engine)
+    why += split
+    groups = [Group(attack, problem, measure, list(rows), starts) for rows in chunks]
     fingerprint = f"{problem.fingerprint}\nstarts {[float(s.double().norm()) for s in starts]}"
     race = Race(attack, groups)
     keeper = Checkpoint(checkpoint, fingerprint, race)
@@ -95,6 +94,23 @@ def run_trials(
         evaluations=race.evaluations(),
         engine=f"eager steps, for they cannot be captured: {fallback}" if fallback else f"{engine}: {why}",
     )
+
+
+def _chunks(
+    attack: GradientMatching, problem: Problem, starts: list[Tensor], engine: _engines.Engine
+) -> tuple[list[range], str]:
+    """Return which restarts run together, and what to say of it where memory alone says so."""
+    count = len(starts[0])
+    size = 1 if not attack.optimizer.together else (attack.chunk or count)
+    if engine == "eager" or size == 1 or attack.chunk is not None:
+        return [range(a, min(a + size, count)) for a in range(0, count, size)], ""
+    sharpness = None if attack.smoothing is None else attack.smoothing.sharpness(0, attack.steps)
+    most, need = memory.largest(problem, starts, sharpness)
+    chunks = memory.split(count, most, unit=problem.guesses)
+    if len(chunks) == 1:
+        return chunks, ""
+    size = max(len(rows) for rows in chunks)
+    return chunks, f", in chunks of {size}, for each restart needs about {memory.words(need)}"
 
 
 def _history(attack: GradientMatching, groups: list[Group]) -> History:

@@ -67,7 +67,8 @@ class GradientMatching:
         keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
         tolerance: stop when an objective falls to this.
         patience: stop when no restart improved its cost for so many steps.
-        chunk: how many restarts run together; None takes all. Those that do not fit in memory are halved.
+        chunk: how many restarts run together; None takes as many as fit in memory, for which one restart is
+            evaluated once beforehand, uncounted. A chunk that does not fit after all is halved.
         prune: successive halving: the worse half of the restarts stops at every tenth of the run, until one
             is left. Of 32 restarts that is a fifth of the work.
         engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
@@ -255,6 +256,7 @@ class GradientMatching:
             encode=observation.normalization.encode,
             shape=(observation.num_images, *observation.image_shape),
             like=some,
+            guesses=self.restarts,
             stackable=isinstance(observation.protocol, (FedSGD, FedAvg)),
             recompute=_recomputes(self.recompute, observation),
             fingerprint="\n".join(map(_stable, [self, observation.protocol, labels, target])),
