@@ -46,6 +46,7 @@ class Group:
         starts: list[Tensor],
     ) -> None:
         self.attack, self.problem, self.measure, self.rows = attack, problem, measure, rows
+        self.total = len(starts[0])
         self.values = [start[rows].clone() for start in starts]
         self.best = [v.clone() for v in self.values]
         self.best_cost = torch.full(
@@ -55,9 +56,9 @@ class Group:
         self.state: dict[str, Any] = attack.optimizer.init(self.values)
         self.step = 0
         self.ended: Status | None = None
-        self.improved_at = 0
+        self.improved_at: dict[int, int] = {}
         self.last_best: Tensor | None = None
-        self.evaluations = 0
+        self.evaluations = torch.zeros(len(rows), dtype=torch.int64)
         self.costs: list[Tensor] = []
         self.objectives: list[Tensor] = []
         self.latest: tuple[Tensor, Tensor] | None = None
@@ -70,7 +71,10 @@ class Group:
             setattr(self, name, saved[name])
 
     def part(self, places: list[int]) -> Group:
-        """Return a group of some of these restarts, which stands where this one does."""
+        """Return a group of some of these restarts, which stands where this one does.
+
+        What was recorded is of all restarts of the attack, and so each part keeps the whole of it.
+        """
         count, index = len(self.rows), torch.tensor(places, device=self.problem.like.device)
 
         def take(value: Any) -> Any:
@@ -84,7 +88,6 @@ class Group:
         for name in SAVED:
             setattr(group, name, take(getattr(self, name)))
         group.rows = [self.rows[k] for k in places]
-        # What was recorded is of all restarts of the attack, not of this group.
         group.costs, group.objectives = list(self.costs), list(self.objectives)
         group.latest = None
         return group
@@ -100,7 +103,7 @@ class Group:
         for best, value in zip(self.best, values, strict=True):
             best.copy_(torch.where(better.view(-1, *[1] * (value.ndim - 1)), value, best))
         self.latest = (cost, objective)
-        self.evaluations += len(self.rows)
+        self.evaluations += 1
         return cost, gradients
 
     def sharpness(self) -> float | None:
@@ -139,7 +142,7 @@ class Group:
         """Record the latest cost of all restarts; those that are not of this group have none."""
         assert self.latest is not None
         for column, values in zip((self.costs, self.objectives), self.latest, strict=True):
-            row = values.new_full((self.attack.restarts,), torch.nan)
+            row = values.new_full((self.total,), torch.nan)
             row[self.rows] = values
             column.append(row)
 
@@ -148,21 +151,40 @@ class Group:
         self.evaluate(self.values)
         self.record()
 
-    def stopped(self) -> bool:
-        """Say whether early stopping applies; this waits for the device."""
-        if self.tolerable():
-            return True
+    def observations(self) -> set[int]:
+        """Return the numbers of the observations that these restarts are for."""
+        return {row // self.attack.restarts for row in self.rows}
+
+    def places(self, observations: set[int]) -> list[int]:
+        """Return where in this group the restarts of some observations are."""
+        return [k for k, row in enumerate(self.rows) if row // self.attack.restarts in observations]
+
+    def tolerable(self) -> set[int]:
+        """Return the observations of which a restart is as good as was asked for; no other has to run."""
+        tolerance = self.attack.tolerance
+        return set() if tolerance is None else self._where(self.best_objective <= tolerance)
+
+    def weary(self) -> set[int]:
+        """Return the observations of which no restart has improved for too long; to be asked now and then."""
         patience = self.attack.patience
         if patience is None:
-            return False
-        if self.last_best is None or bool((self.best_cost < self.last_best).any()):
-            self.improved_at, self.last_best = self.step, self.best_cost.clone()
-        return self.step - self.improved_at >= patience
+            return set()
+        if self.last_best is None:
+            self.last_best, improved = self.best_cost, self.observations()
+        else:
+            improved = self._where(self.best_cost < self.last_best)
+        if improved:
+            places = self.places(improved)
+            self.last_best = self.last_best.clone()
+            self.last_best[places] = self.best_cost[places]
+            self.improved_at = self.improved_at | dict.fromkeys(improved, self.step)
+        return {k for k in self.observations() if self.step - self.improved_at[k] >= patience}
 
-    def tolerable(self) -> bool:
-        """Say whether a restart is as good as was asked for, so that no other has to run."""
-        tolerance = self.attack.tolerance
-        return tolerance is not None and bool((self.best_objective <= tolerance).any())
+    def _where(self, chosen: Tensor) -> set[int]:
+        """Return the observations of the chosen restarts; this waits for the device."""
+        return {
+            row // self.attack.restarts for row, one in zip(self.rows, chosen.tolist(), strict=True) if one
+        }
 
     def leader(self) -> Tensor:
         """Return the best images so far of the restart that leads, in [0, 1]."""

@@ -16,7 +16,7 @@ from invlib.priors import Prior
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is minimised, with everything fixed but the guess, of which there are so many."""
+    """What is minimised, with everything fixed but the guess."""
 
     update: Callable[..., list[Tensor]]
     objective: Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -31,7 +31,6 @@ class Problem:
     encode: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     like: Tensor
-    guesses: int
     stackable: bool
     recompute: bool
     fingerprint: str
@@ -113,6 +112,7 @@ class Joined(Problem):
     """Problems of one model and one kind of client that are solved together, so many guesses for each."""
 
     parts: tuple[Problem, ...]
+    guesses: int
 
     def known(self, rows: list[int]) -> Tensor:
         """Return the labels of a stack of guesses, each of its own problem."""

@@ -32,7 +32,10 @@ def rungs(steps: int, restarts: int, prune: bool) -> list[tuple[int, int]]:
 
 
 class Race:
-    """All groups of restarts, the ones still running and those that fell behind."""
+    """All groups of restarts, the ones still running and those that fell behind.
+
+    Each observation has a race of its own: its restarts are compared with each other alone.
+    """
 
     def __init__(self, attack: GradientMatching, groups: list[Group]) -> None:
         self.attack, self.groups, self.fallen = attack, groups, list[Group]()
@@ -40,71 +43,121 @@ class Race:
     def all(self) -> list[Group]:
         return [*self.groups, *self.fallen]
 
+    def of(self, observation: int) -> list[Group]:
+        return [group for group in self.all() if observation in group.observations()]
+
     def plan(self) -> list[tuple[int, int, int]]:
         """Return from which step to which how many groups run, at most."""
         found, before = [], 0
+        observations = len(set[int]().union(*[group.observations() for group in self.all()]))
         for rung, left in rungs(self.attack.steps, self.attack.restarts, self.attack.prune):
-            found.append((before, rung, min(left, len(self.groups))))
+            found.append((before, rung, min(left * observations, len(self.groups))))
             before = rung
         return found
 
     def done(self) -> int:
         return sum(group.step for group in self.all())
 
-    def run(self, callback: Callback | None, bar: tqdm, save: Callable[[], None]) -> Status:
+    def run(self, callback: Callback | None, bar: tqdm, save: Callable[[], None]) -> bool:
+        """Run to the end, and say whether that was reached: the callback may stop it before."""
         for rung, left in rungs(self.attack.steps, self.attack.restarts, self.attack.prune):
             self.prune(left)
             place = 0
             while place < len(self.groups):
-                group = self.groups[place]
                 try:
-                    ended = _run_group(group, rung, callback, bar, save, first=place == 0)
+                    if not self._go_on(place, rung, callback, bar, save):
+                        return False
                 except torch.OutOfMemoryError as error:
-                    self.groups[place : place + 1] = _halves(group, error)
+                    self.groups[place : place + 1] = _halves(self.groups[place], error)
                     continue
                 place += 1
-                if ended == "interrupted":
-                    return ended
-                if ended == "converged" and group.tolerable():
-                    return ended
-        return "converged" if any(group.ended == "converged" for group in self.groups) else "max_steps"
+        return True
+
+    def _go_on(
+        self, place: int, rung: int, callback: Callback | None, bar: tqdm, save: Callable[[], None]
+    ) -> bool:
+        group, first = self.groups[place], place == 0
+        while group.step < rung and group.ended is None:
+            if callback is not None and group.step == 0:
+                callback(_progress(group, first))
+            group.advance()
+            bar.update(1)
+            if group.step == self.attack.steps:
+                group.finish()
+            if group.step % CHECK_EVERY == 0:
+                if not bar.disable:
+                    bar.set_postfix(cost=f"{group.best_cost.min().item():.4g}", refresh=False)
+                self._stop(place)
+                group = self.groups[place]
+            save()
+            if callback is not None and callback(_progress(group, first)):
+                return False
+        return True
+
+    def _stop(self, place: int) -> None:
+        """Let those observations end with which early stopping is done."""
+        group = self.groups[place]
+        tolerable, weary = group.tolerable(), group.weary()
+        self._end(place, tolerable | weary)
+        if tolerable:
+            for other in range(len(self.groups)):
+                self._end(other, tolerable)
+
+    def _end(self, place: int, observations: set[int]) -> None:
+        group = self.groups[place]
+        over = group.places(observations)
+        if group.ended is not None or not over:
+            return
+        staying = [k for k in range(len(group.rows)) if k not in set(over)]
+        if staying:
+            # The end of the list: whoever walks along it does not lose his place.
+            self.groups.append(group.part(over))
+            self.groups[place] = group.part(staying)
+            group = self.groups[-1]
+        group.ended = "converged"
 
     def prune(self, left: int) -> None:
-        """Let the best of the running restarts go on, by the lowest cost that each has reached."""
-        if left >= sum(len(group.rows) for group in self.groups):
-            return
-        cost = torch.cat([group.best_cost for group in self.groups])
-        order = torch.where(torch.isfinite(cost), cost, torch.inf).argsort(stable=True).tolist()
-        chosen = set(order[:left])
-        first, groups = 0, list[Group]()
+        """Let the best of each observation's restarts go on, by the lowest cost that each has reached."""
+        ranked: dict[int, list[tuple[float, int]]] = {}
         for group in self.groups:
-            places = range(len(group.rows))
-            staying = [k for k in places if first + k in chosen]
-            going = [k for k in places if first + k not in chosen]
-            first += len(places)
-            if not staying or not going:
+            cost = torch.where(torch.isfinite(group.best_cost), group.best_cost, torch.inf).tolist()
+            for row, reached in zip(group.rows, cost, strict=True):
+                ranked.setdefault(row // self.attack.restarts, []).append((reached, row))
+        chosen = {row for ranks in ranked.values() for _, row in sorted(ranks)[:left]}
+        groups = list[Group]()
+        for group in self.groups:
+            staying = [k for k, row in enumerate(group.rows) if row in chosen]
+            going = [k for k, row in enumerate(group.rows) if row not in chosen]
+            if staying and going:
+                self.fallen.append(group.part(going))
+                groups.append(group.part(staying))
+            else:
                 (groups if staying else self.fallen).append(group)
-                continue
-            # What was recorded and counted so far stays with those that go on.
-            behind = group.part(going)
-            behind.costs, behind.objectives, behind.evaluations = [], [], 0
-            self.fallen.append(behind)
-            groups.append(group.part(staying))
         self.groups = groups
 
+    def status(self, observation: int) -> Status:
+        ended = [group.ended for group in self.groups if observation in group.observations()]
+        return "converged" if "converged" in ended else "max_steps"
+
     def kept(self) -> list[Tensor]:
-        rows = torch.tensor([row for group in self.all() for row in group.rows]).argsort()
+        """Return the values of all restarts, in their order."""
+        order = torch.tensor([row for group in self.all() for row in group.rows]).argsort()
         parts = zip(*[group.kept() for group in self.all()], strict=True)
-        return [torch.cat(part)[rows.to(part[0].device)] for part in parts]
+        return [torch.cat(part)[order.to(part[0].device)] for part in parts]
 
     def ran(self) -> Tensor:
-        ran = torch.zeros(self.attack.restarts, dtype=torch.bool)
+        """Return which of all restarts ran."""
+        ran = torch.zeros(len(self.evaluations()), dtype=torch.bool)
         for group in self.all():
             ran[group.rows] = group.step > 0
         return ran
 
-    def evaluations(self) -> int:
-        return sum(group.evaluations for group in self.all())
+    def evaluations(self) -> Tensor:
+        """Return how often each of all restarts was evaluated."""
+        counts = torch.zeros(sum(len(group.rows) for group in self.all()), dtype=torch.int64)
+        for group in self.all():
+            counts[group.rows] = group.evaluations.cpu()
+        return counts
 
 
 def _halves(group: Group, error: torch.OutOfMemoryError) -> list[Group]:
@@ -115,33 +168,7 @@ def _halves(group: Group, error: torch.OutOfMemoryError) -> list[Group]:
     del error  # it holds the frames of the step that failed, and with them its memory
     if group.problem.like.is_cuda:
         torch.cuda.empty_cache()
-    first, second = (group.part(list(part)) for part in (range(count // 2), range(count // 2, count)))
-    second.costs, second.objectives, second.evaluations = [], [], 0
-    return [first, second]
-
-
-def _run_group(
-    group: Group, rung: int, callback: Callback | None, bar: tqdm, save: Callable[[], None], *, first: bool
-) -> Status:
-    steps = group.attack.steps
-    for _ in range(group.step, rung):
-        if group.ended is not None:
-            break
-        if callback is not None and group.step == 0:
-            callback(_progress(group, first))
-        group.advance()
-        bar.update(1)
-        if group.step == steps:
-            group.finish()
-        if group.step % CHECK_EVERY == 0:
-            if not bar.disable:
-                bar.set_postfix(cost=f"{group.best_cost.min().item():.4g}", refresh=False)
-            if group.stopped():
-                group.ended = "converged"
-        save()
-        if callback is not None and callback(_progress(group, first)):
-            return "interrupted"
-    return group.ended or "max_steps"
+    return [group.part(list(part)) for part in (range(count // 2), range(count // 2, count))]
 
 
 def _progress(group: Group, first: bool) -> Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """Where every restart ended, which of them ran at all, and what ran them."""
+    """Where every restart of an observation ended, which of them ran at all, and what ran them."""
 
     values: list[Tensor]
     ran: Tensor
@@ -32,17 +32,6 @@ class Trials:
     history: History
     evaluations: int
     engine: str
-
-    def part(self, rows: slice) -> Trials:
-        """Return some of the restarts, with their share of the evaluations."""
-        history = self.history
-        return replace(
-            self,
-            values=[value[rows] for value in self.values],
-            ran=self.ran[rows],
-            history=replace(history, cost=history.cost[:, rows], objective=history.objective[:, rows]),
-            evaluations=self.evaluations * len(self.ran[rows]) // len(self.ran),
-        )
 
 
 def run_trials(
@@ -55,8 +44,22 @@ def run_trials(
     checkpoint: Path | None,
 ) -> Trials:
     """Run all restarts, group by group, and return where each ended."""
+    [trials] = run_races(attack, problem, starts, callback=callback, progress=progress, checkpoint=checkpoint)
+    return trials
+
+
+def run_races(
+    attack: GradientMatching,
+    problem: Problem,
+    starts: list[Tensor],
+    *,
+    callback: Callback | None = None,
+    progress: bool,
+    checkpoint: Path | None = None,
+) -> list[Trials]:
+    """Run the restarts of all observations, and return for each observation where its own ended."""
     together = attack.optimizer.together
-    size = 1 if not together else (attack.chunk or attack.restarts)
+    size = 1 if not together else (attack.chunk or len(starts[0]))
     engine, why = _engines.choose(
         attack.engine,
         problem,
@@ -69,7 +72,7 @@ def run_trials(
     chunks, split = _chunks(attack, problem, starts, engine)
     why += split
     groups = [Group(attack, problem, measure, list(rows), starts) for rows in chunks]
-    fingerprint = f"{problem.fingerprint}\nstarts {[float(s.double().norm()) for s in starts]}"
+    fingerprint = f"{problem.fingerprint}\nstarts {[float(s.double().norm()) for s in starts]}\nformat 2"
     race = Race(attack, groups)
     keeper = Checkpoint(checkpoint, fingerprint, race)
     keeper.load()
@@ -78,22 +81,30 @@ def run_trials(
         total=total, initial=race.done(), disable=not progress, desc="gradient matching", unit="step"
     ) as bar:
         try:
-            status = race.run(callback, bar, keeper.save_now_and_then)
+            ended = race.run(callback, bar, keeper.save_now_and_then)
         except KeyboardInterrupt:
-            status = "interrupted"
-    if status == "interrupted":
-        keeper.save()
-    else:
+            ended = False
+    if ended:
         keeper.remove()
+    else:
+        keeper.save()
     fallback = getattr(measure, "fallback", "")
-    return Trials(
-        values=race.kept(),
-        ran=race.ran(),
-        status=status,
-        history=_history(attack, race.all()),
-        evaluations=race.evaluations(),
-        engine=f"eager steps, for they cannot be captured: {fallback}" if fallback else f"{engine}: {why}",
-    )
+    engine_words = f"eager steps, for they cannot be captured: {fallback}" if fallback else f"{engine}: {why}"
+    values, ran, evaluations = race.kept(), race.ran(), race.evaluations()
+    found = []
+    for k in range(len(starts[0]) // attack.restarts):
+        rows = slice(k * attack.restarts, (k + 1) * attack.restarts)
+        found.append(
+            Trials(
+                values=[value[rows] for value in values],
+                ran=ran[rows],
+                status=race.status(k) if ended else "interrupted",
+                history=_history(attack, race.of(k), rows),
+                evaluations=int(evaluations[rows].sum()),
+                engine=engine_words,
+            )
+        )
+    return found
 
 
 def _chunks(
@@ -103,35 +114,42 @@ def _chunks(
     count = len(starts[0])
     size = 1 if not attack.optimizer.together else (attack.chunk or count)
     if engine == "eager" or size == 1 or attack.chunk is not None:
-        return [range(a, min(a + size, count)) for a in range(0, count, size)], ""
+        # As if each observation were alone: a chunk holds some of them, or a part of one.
+        unit = attack.restarts
+        size, block = (size - size % unit, count) if size > unit else (size, unit)
+        return [
+            range(a, min(a + size, first + block))
+            for first in range(0, count, block)
+            for a in range(first, first + block, size)
+        ], ""
     sharpness = None if attack.smoothing is None else attack.smoothing.sharpness(0, attack.steps)
     most, need = memory.largest(problem, starts, sharpness)
-    chunks = memory.split(count, most, unit=problem.guesses)
+    chunks = memory.split(count, most, unit=attack.restarts)
     if len(chunks) == 1:
         return chunks, ""
     size = max(len(rows) for rows in chunks)
     return chunks, f", in chunks of {size}, for each restart needs about {memory.words(need)}"
 
 
-def _history(attack: GradientMatching, groups: list[Group]) -> History:
+def _history(attack: GradientMatching, groups: list[Group], rows: slice) -> History:
     """Line up what the groups recorded; a restart that fell behind or stopped early is padded by NaN."""
-    rows = max(len(g.costs) for g in groups)
-    if rows == 0:
+    longest = max(groups, key=lambda group: len(group.costs))
+    count = len(longest.costs)
+    if count == 0:
         return History()
-    longest = max(groups, key=lambda g: len(g.costs))
-    steps = [k * attack.record_every for k in range(rows)]
+    steps = [k * attack.record_every for k in range(count)]
     if longest.step == attack.steps:
         steps[-1] = attack.steps
 
     def table(columns: list[list[Tensor]]) -> Tensor:
-        found = torch.full((rows, attack.restarts), torch.nan, dtype=groups[0].problem.like.dtype)
-        for column in columns:
-            for k, recorded in enumerate(column):
-                found[k] = torch.where(torch.isnan(found[k]), recorded.cpu(), found[k])
+        found = torch.full((count, attack.restarts), torch.nan, dtype=longest.problem.like.dtype)
+        for column in filter(None, columns):
+            recorded, part = torch.stack(column)[:, rows].cpu(), found[: len(column)]
+            part.copy_(torch.where(torch.isnan(part), recorded, part))
         return found
 
     return History(
         steps=steps,
-        cost=table([g.costs for g in groups]),
-        objective=table([g.objectives for g in groups]),
+        cost=table([group.costs for group in groups]),
+        objective=table([group.objectives for group in groups]),
     )

@@ -191,7 +191,9 @@ class GradientMatching:
         """Attack many observations of one model in one run, each as if it were alone.
 
         Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do.
-        Ctrl-C ends the run for all of them. ``seconds`` is an equal share of the whole.
+        Restarts are pruned among those of their own observation, and one that is done (``tolerance``,
+        ``patience``) stops while the others go on. Ctrl-C ends the run for all of them.
+        ``seconds`` is an equal share of the whole.
 
         Args:
             model: the model that every client received; it is not changed.
@@ -201,8 +203,8 @@ class GradientMatching:
 
         Raises:
             ObservationError: an observation does not fit the model.
-            ConfigError: there is none, they differ in more than updates and labels, or the attack prunes
-                or stops early, which it does for one observation at a time.
+            ConfigError: there is none, they differ in more than updates and labels, the attack begins at
+                given images or matches the largest layers, or it stops early and is compiled.
 
         Taught in: chapter 2
         """
@@ -256,7 +258,6 @@ class GradientMatching:
             encode=observation.normalization.encode,
             shape=(observation.num_images, *observation.image_shape),
             like=some,
-            guesses=self.restarts,
             stackable=isinstance(observation.protocol, (FedSGD, FedAvg)),
             recompute=_recomputes(self.recompute, observation),
             fingerprint="\n".join(map(_stable, [self, observation.protocol, labels, target])),
