@@ -30,6 +30,7 @@ from invlib.presets import best
 from invlib.reconstruction import Frames, Progress, Reconstruction
 from invlib.recursive import recursive_inversion
 from invlib.smoothing import Smoothing
+from invlib.spreading import spread_restarts
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,7 @@ __all__ = [
     "priors",
     "recursive_inversion",
     "save_observation",
+    "spread_restarts",
 ]
 
 

@@ -46,7 +46,6 @@ class Group:
         starts: list[Tensor],
     ) -> None:
         self.attack, self.problem, self.measure, self.rows = attack, problem, measure, rows
-        self.total = len(starts[0])
         self.values = [start[rows].clone() for start in starts]
         self.best = [v.clone() for v in self.values]
         self.best_cost = torch.full(
@@ -71,10 +70,7 @@ class Group:
             setattr(self, name, saved[name])
 
     def part(self, places: list[int]) -> Group:
-        """Return a group of some of these restarts, which stands where this one does.
-
-        What was recorded is of all restarts of the attack, and so each part keeps the whole of it.
-        """
+        """Return a group of some of these restarts, which stands where this one does."""
         count, index = len(self.rows), torch.tensor(places, device=self.problem.like.device)
 
         def take(value: Any) -> Any:
@@ -88,7 +84,6 @@ class Group:
         for name in SAVED:
             setattr(group, name, take(getattr(self, name)))
         group.rows = [self.rows[k] for k in places]
-        group.costs, group.objectives = list(self.costs), list(self.objectives)
         group.latest = None
         return group
 
@@ -139,12 +134,10 @@ class Group:
         return evaluate
 
     def record(self) -> None:
-        """Record the latest cost of all restarts; those that are not of this group have none."""
+        """Record the latest cost of each restart."""
         assert self.latest is not None
         for column, values in zip((self.costs, self.objectives), self.latest, strict=True):
-            row = values.new_full((self.total,), torch.nan)
-            row[self.rows] = values
-            column.append(row)
+            column.append(values)
 
     def finish(self) -> None:
         """Measure where the last step led, so that it too can be the best."""

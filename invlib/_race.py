@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from invlib._group import Group
+from invlib._spread import whole
 from invlib.reconstruction import Callback, Progress, Status
 
 if TYPE_CHECKING:
@@ -31,20 +33,39 @@ def rungs(steps: int, restarts: int, prune: bool) -> list[tuple[int, int]]:
     return [*found, (steps, left)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Where every restart ended.
+
+    Args:
+        values: ``(restarts, ...)``, what each found.
+        steps: how many steps it took.
+        evaluations: how often it was evaluated.
+        recorded: how often its cost was recorded.
+        costs: ``(restarts, records)``, padded by NaN.
+        objectives: as the costs.
+    """
+
+    values: list[Tensor]
+    steps: Tensor
+    evaluations: Tensor
+    recorded: Tensor
+    costs: Tensor
+    objectives: Tensor
+
+
 class Race:
     """All groups of restarts, the ones still running and those that fell behind.
 
     Each observation has a race of its own: its restarts are compared with each other alone.
     """
 
-    def __init__(self, attack: GradientMatching, groups: list[Group]) -> None:
-        self.attack, self.groups, self.fallen = attack, groups, list[Group]()
+    def __init__(self, attack: GradientMatching, starts: list[Tensor], groups: list[Group]) -> None:
+        self.attack, self.starts, self.groups, self.fallen = attack, starts, groups, list[Group]()
+        self.total = len(starts[0])
 
     def all(self) -> list[Group]:
         return [*self.groups, *self.fallen]
-
-    def of(self, observation: int) -> list[Group]:
-        return [group for group in self.all() if observation in group.observations()]
 
     def plan(self) -> list[tuple[int, int, int]]:
         """Return from which step to which how many groups run, at most."""
@@ -118,11 +139,16 @@ class Race:
 
     def prune(self, left: int) -> None:
         """Let the best of each observation's restarts go on, by the lowest cost that each has reached."""
-        ranked: dict[int, list[tuple[float, int]]] = {}
+        if left >= self.attack.restarts:
+            return
+        reached, running = torch.zeros(2, self.total, dtype=torch.float64)
         for group in self.groups:
-            cost = torch.where(torch.isfinite(group.best_cost), group.best_cost, torch.inf).tolist()
-            for row, reached in zip(group.rows, cost, strict=True):
-                ranked.setdefault(row // self.attack.restarts, []).append((reached, row))
+            cost = torch.where(torch.isfinite(group.best_cost), group.best_cost, torch.inf)
+            reached[group.rows], running[group.rows] = cost.to(reached), 1.0
+        reached, running = whole(torch.stack([reached, running]))
+        ranked: dict[int, list[tuple[float, int]]] = {}
+        for row in running.nonzero().flatten().tolist():
+            ranked.setdefault(row // self.attack.restarts, []).append((float(reached[row]), row))
         chosen = {row for ranks in ranked.values() for _, row in sorted(ranks)[:left]}
         groups = list[Group]()
         for group in self.groups:
@@ -139,25 +165,42 @@ class Race:
         ended = [group.ended for group in self.groups if observation in group.observations()]
         return "converged" if "converged" in ended else "max_steps"
 
-    def kept(self) -> list[Tensor]:
-        """Return the values of all restarts, in their order."""
-        order = torch.tensor([row for group in self.all() for row in group.rows]).argsort()
-        parts = zip(*[group.kept() for group in self.all()], strict=True)
-        return [torch.cat(part)[order.to(part[0].device)] for part in parts]
+    def ends(self) -> Ends:
+        """Return where the restarts stand, with those that other processes run."""
 
-    def ran(self) -> Tensor:
-        """Return which of all restarts ran."""
-        ran = torch.zeros(len(self.evaluations()), dtype=torch.bool)
-        for group in self.all():
-            ran[group.rows] = group.step > 0
-        return ran
+        def filled(shape: tuple[int, ...], of: Callable[[Group], Tensor], like: Tensor) -> Tensor:
+            found = like.new_zeros(self.total, *shape)
+            for group in self.all():
+                found[group.rows] = of(group).to(found)
+            return whole(found)
 
-    def evaluations(self) -> Tensor:
-        """Return how often each of all restarts was evaluated."""
-        counts = torch.zeros(sum(len(group.rows) for group in self.all()), dtype=torch.int64)
-        for group in self.all():
-            counts[group.rows] = group.evaluations.cpu()
-        return counts
+        def count(of: Callable[[Group], int]) -> Tensor:
+            return filled((), lambda group: torch.tensor(of(group)), torch.zeros(0, dtype=torch.int64))
+
+        def table(of: Callable[[Group], list[Tensor]]) -> Tensor:
+            return filled((longest,), lambda group: _padded(of(group), longest), self.starts[0].new_zeros(0))
+
+        recorded = count(lambda group: len(group.costs))
+        longest = int(recorded.max())
+        return Ends(
+            values=[
+                filled(tuple(start.shape[1:]), lambda group, k=k: group.kept()[k], start)  # type: ignore[misc]
+                for k, start in enumerate(self.starts)
+            ],
+            steps=count(lambda group: group.step),
+            evaluations=filled((), lambda group: group.evaluations, recorded),
+            recorded=recorded,
+            costs=table(lambda group: group.costs).cpu(),
+            objectives=table(lambda group: group.objectives).cpu(),
+        )
+
+
+def _padded(columns: list[Tensor], longest: int) -> Tensor:
+    """Return what was recorded, one row for each restart, padded by NaN."""
+    if not columns:
+        return torch.tensor(torch.nan)
+    recorded = torch.stack(columns, 1)
+    return torch.nn.functional.pad(recorded, (0, longest - recorded.shape[1]), value=torch.nan)
 
 
 def _halves(group: Group, error: torch.OutOfMemoryError) -> list[Group]:

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from invlib import _engines
+from invlib import _engines, _spread
 from invlib._checkpoint import Checkpoint
 from invlib._engines import memory
 from invlib._group import Group
 from invlib._problem import Problem
-from invlib._race import Race
+from invlib._race import Ends, Race
 from invlib.reconstruction import Callback, History, Status
 
 if TYPE_CHECKING:
@@ -58,8 +57,11 @@ def run_races(
     checkpoint: Path | None = None,
 ) -> list[Trials]:
     """Run the restarts of all observations, and return for each observation where its own ended."""
-    together = attack.optimizer.together
-    size = 1 if not together else (attack.chunk or len(starts[0]))
+    together, team = attack.optimizer.together, _spread.workers()
+    _spread.agree(
+        attack, starts, problem.target, callback=callback is not None, checkpoint=checkpoint is not None
+    )
+    size = 1 if not together else (attack.chunk or _spread.largest_share(len(starts[0])))
     engine, why = _engines.choose(
         attack.engine,
         problem,
@@ -69,20 +71,23 @@ def run_races(
         fading=attack.fading != 1,
     )
     measure = _engines.measure(engine, problem)
-    chunks, split = _chunks(attack, problem, starts, engine)
-    why += split
-    groups = [Group(attack, problem, measure, list(rows), starts) for rows in chunks]
+    rows = _spread.share(len(starts[0]))
+    own = starts if team is None else [start[rows] for start in starts]
+    chunks, split = _chunks(attack, problem, own, engine)
+    why += split + ("" if team is None else f", spread over {team.size} workers")
+    groups = [Group(attack, problem, measure, [rows[k] for k in chunk], starts) for chunk in chunks]
     fingerprint = f"{problem.fingerprint}\nstarts {[float(s.double().norm()) for s in starts]}\nformat 2"
-    race = Race(attack, groups)
+    race = Race(attack, starts, groups)
     keeper = Checkpoint(checkpoint, fingerprint, race)
     keeper.load()
+    hidden = not progress or (team is not None and team.rank > 0)
     total = sum((rung - before) * left for before, rung, left in race.plan())
-    with tqdm(
-        total=total, initial=race.done(), disable=not progress, desc="gradient matching", unit="step"
-    ) as bar:
+    with tqdm(total=total, initial=race.done(), disable=hidden, desc="gradient matching", unit="step") as bar:
         try:
             ended = race.run(callback, bar, keeper.save_now_and_then)
         except KeyboardInterrupt:
+            if team is not None:
+                raise  # the others go on, and wait for what this process has
             ended = False
     if ended:
         keeper.remove()
@@ -90,17 +95,17 @@ def run_races(
         keeper.save()
     fallback = getattr(measure, "fallback", "")
     engine_words = f"eager steps, for they cannot be captured: {fallback}" if fallback else f"{engine}: {why}"
-    values, ran, evaluations = race.kept(), race.ran(), race.evaluations()
+    ends = race.ends()
     found = []
     for k in range(len(starts[0]) // attack.restarts):
-        rows = slice(k * attack.restarts, (k + 1) * attack.restarts)
+        its = slice(k * attack.restarts, (k + 1) * attack.restarts)
         found.append(
             Trials(
-                values=[value[rows] for value in values],
-                ran=ran[rows],
+                values=[value[its] for value in ends.values],
+                ran=ends.steps[its] > 0,
                 status=race.status(k) if ended else "interrupted",
-                history=_history(attack, race.of(k), rows),
-                evaluations=int(evaluations[rows].sum()),
+                history=_history(attack, ends, its),
+                evaluations=int(ends.evaluations[its].sum()),
                 engine=engine_words,
             )
         )
@@ -113,9 +118,12 @@ def _chunks(
     """Return which restarts run together, and what to say of it where memory alone says so."""
     count = len(starts[0])
     size = 1 if not attack.optimizer.together else (attack.chunk or count)
+    if count == 0:
+        return [], ""  # more workers than restarts
+    # Of several observations, of which this process alone runs the restarts, each is treated as if alone.
+    unit = attack.restarts if count % attack.restarts == 0 else 1
     if engine == "eager" or size == 1 or attack.chunk is not None:
-        # As if each observation were alone: a chunk holds some of them, or a part of one.
-        unit = attack.restarts
+        # A chunk holds some observations, or a part of one.
         size, block = (size - size % unit, count) if size > unit else (size, unit)
         return [
             range(a, min(a + size, first + block))
@@ -124,32 +132,23 @@ def _chunks(
         ], ""
     sharpness = None if attack.smoothing is None else attack.smoothing.sharpness(0, attack.steps)
     most, need = memory.largest(problem, starts, sharpness)
-    chunks = memory.split(count, most, unit=attack.restarts)
+    chunks = memory.split(count, most, unit=unit)
     if len(chunks) == 1:
         return chunks, ""
     size = max(len(rows) for rows in chunks)
     return chunks, f", in chunks of {size}, for each restart needs about {memory.words(need)}"
 
 
-def _history(attack: GradientMatching, groups: list[Group], rows: slice) -> History:
-    """Line up what the groups recorded; a restart that fell behind or stopped early is padded by NaN."""
-    longest = max(groups, key=lambda group: len(group.costs))
-    count = len(longest.costs)
+def _history(attack: GradientMatching, ends: Ends, rows: slice) -> History:
+    """Return what was recorded of some restarts, one row for each recorded step."""
+    count = int(ends.recorded[rows].max())
     if count == 0:
         return History()
     steps = [k * attack.record_every for k in range(count)]
-    if longest.step == attack.steps:
+    if int(ends.steps[rows].max()) == attack.steps:
         steps[-1] = attack.steps
-
-    def table(columns: list[list[Tensor]]) -> Tensor:
-        found = torch.full((count, attack.restarts), torch.nan, dtype=longest.problem.like.dtype)
-        for column in filter(None, columns):
-            recorded, part = torch.stack(column)[:, rows].cpu(), found[: len(column)]
-            part.copy_(torch.where(torch.isnan(part), recorded, part))
-        return found
-
     return History(
         steps=steps,
-        cost=table([group.costs for group in groups]),
-        objective=table([group.objectives for group in groups]),
+        cost=ends.costs[rows, :count].T.contiguous(),
+        objective=ends.objectives[rows, :count].T.contiguous(),
     )

@@ -27,3 +27,7 @@ class DataError(InvlibError, RuntimeError):
 
 class DeviceError(InvlibError, RuntimeError):
     """A device or implementation was asked for by name and cannot run here."""
+
+
+class WorkerError(InvlibError, RuntimeError):
+    """One of several processes that share a run failed, or ended before its work was done."""

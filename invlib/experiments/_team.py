@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from invlib.errors import ConfigError, DeviceError, InvlibError
+from invlib.errors import ConfigError, DeviceError, InvlibError, WorkerError
 from invlib.experiments._record import Row, encode
 
 _BEAT = 1.0  # seconds
@@ -88,7 +88,7 @@ class Leader:
         ended_by_others = isinstance(error, KeyboardInterrupt) and self._over()
         self._hush()
         if ended_by_others:
-            raise self._trouble or DeviceError(
+            raise self._trouble or WorkerError(
                 f"torchrun ended all {self.size} workers (SIGTERM), as it does when one failed; {_ADVICE}"
             ) from None
 
@@ -127,11 +127,11 @@ class Leader:
                 with _connected():
                     dist.send(torch.tensor([answer]), rank)
                 if "trouble" in message:
-                    raise DeviceError(f"worker {rank} ({name}) failed: {message['trouble']}; {_ADVICE}")
+                    raise WorkerError(f"worker {rank} ({name}) failed: {message['trouble']}; {_ADVICE}")
                 if answer == _STOP or "end" in message:
                     return
         except ConnectionError:
-            self._trouble = DeviceError(
+            self._trouble = WorkerError(
                 f"worker {rank} ({name}) ended before its work was done; expected {self.size} workers to the "
                 f"end; {_ADVICE}"
             )
