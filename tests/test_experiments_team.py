@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from invlib import cli, experiments
+from invlib import best, cli, experiments
 from invlib.errors import ConfigError, DataError, DeviceError
-from invlib.experiments import _plan, _record, _run, _team
+from invlib.experiments import _cases, _plan, _record, _run, _team
+from tests.guessing import SEARCH
 from tests.test_experiments_run import Guess, here, register, rows, timeless  # noqa: F401
 
 ROOT = str(Path(__file__).parents[1])
@@ -48,8 +51,8 @@ def run(*argv, **more):
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-def workers(fault):
-    """Run two workers without torchrun, as on two machines: nobody ends one when the other has failed.
+def workers(fault, count=2):
+    """Run workers without torchrun, as on several machines: nobody ends one when another has failed.
 
     Returns:
         For each worker its exit status, what it printed, and its errors.
@@ -57,10 +60,11 @@ def workers(fault):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    both = run(*GUESSING, fault, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_RANK="0")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+    every = run(*GUESSING, fault, WORLD_SIZE=str(count), **place)
     return [
         (int(status), Path(f"out{rank}").read_text(), Path(f"err{rank}").read_text())
-        for rank, status in enumerate(both.stdout.split())
+        for rank, status in enumerate(every.stdout.split())
     ]
 
 
@@ -139,6 +143,74 @@ def test_ctrl_c_ends_all_and_keeps_what_had_ended(guessing):
     assert other == (1, "", "")
     assert err.splitlines()[-1] == "interrupted"
     assert len(rows()) == 1
+
+
+@pytest.fixture
+def searching(guessing, monkeypatch):
+    """The same command with an attack that has restarts to share."""
+    register(monkeypatch, search=SEARCH)
+    return guessing
+
+
+def assert_close(found, expected):
+    """Compare records but for rounding, and for the pictures, which rounding changes too."""
+    for left, right in zip(*(apart(some)[0] for some in (found, expected)), strict=True):
+        for row in (left, right):
+            del row["reconstruction"]
+        assert left.keys() == right.keys()
+        for name in ("trial_scores", "psnr", "score"):
+            assert left.pop(name) == pytest.approx(right.pop(name), rel=1e-3, nan_ok=True)
+        assert left == right
+
+
+def test_workers_share_the_restarts_where_there_are_fewer_attacks_than_workers(searching):
+    (status, out, _), *others = workers("share", 3)
+    assert status == 0
+    assert others == [(0, "", "")] * 2
+    assert "2 attacks made, 0 were there" in out
+    assert [Path(f"rows{rank}").read_text() for rank in range(3)] == ["[0, 3]", "[1, 4]", "[2]"]
+    assert cli.main([*searching, "--out", "one/guess.jsonl"]) == 0
+    assert_close(rows(), _record.read("one/guess.jsonl"))
+
+
+def test_a_worker_killed_in_a_shared_attack_is_named_and_the_record_goes_on(searching):
+    first, killed, other = workers("share and kill", 3)
+    assert (first[0], killed[0], other[0]) == (2, -signal.SIGKILL, 1)
+    line = first[2].splitlines()[-1]
+    assert line.startswith("error: worker 1 (process ")
+    assert "ended before its work was done; expected 3 workers to the end; the record holds" in line
+    assert len(rows()) == 1
+    assert cli.main(searching) == 0
+    assert cli.main([*searching, "--out", "one/guess.jsonl"]) == 0
+    assert_close(rows(), _record.read("one/guess.jsonl"))
+
+
+def test_what_has_restarts_is_shared_where_workers_are_many():
+    matching = _cases.describe(SEARCH)
+    settings = {
+        "search": {"attack": matching},
+        "inner": {"attack": _cases.describe(best(restarts=2))},
+        "one": {"attack": matching | {"restarts": 1}},
+        "patient": {"attack": matching | {"patience": 100}},
+        "other": {"attack": _cases.describe(Guess(level=0.5))},
+    }
+    tasks = [(SimpleNamespace(name=name), 0) for name in settings]
+    for workers, names in ((5, []), (6, ["search", "inner"])):
+        shared, alone = _run._shared(tasks, settings, workers)
+        assert [case.name for case, _ in shared] == names
+        assert shared + alone == sorted(tasks, key=lambda task: task[0].name not in names)
+
+
+def test_a_sum_may_be_larger_than_what_the_store_takes_at_once(monkeypatch):
+    monkeypatch.setattr(_team, "_PIECE", 100)
+    store = dist.HashStore()
+    for size in (1, 12, 13, 1000):
+        tensor = torch.rand(size, dtype=torch.float64)
+        before = store.num_keys()
+        _team._put(store, "sum", tensor)
+        assert torch.equal(_team._taken(store, "sum"), tensor)
+        _team._removed(store, "sum")
+        assert store.num_keys() == before
 
 
 def test_a_machine_with_other_images_or_settings_is_refused(here, monkeypatch):  # noqa: F811

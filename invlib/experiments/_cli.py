@@ -26,9 +26,10 @@ where it was. A record of other settings is refused, unless --fresh begins a new
 disk (in INVLIB_DATA or the cache), else the embedded patches.
 
 Under torchrun, on one machine or more, the attacks are shared out to all workers, each on a GPU of its own.
-Targets are spread; restarts of one target run on one device. Worker 0 keeps the record, whose rows are those
-that one process makes on such a device with as many threads, in the order in which the attacks end. A worker
-that fails ends the run, which then goes on with or without torchrun. More than one GPU is not yet measured.
+Where fewer attacks are left than there are workers, all of them share the restarts of each. Worker 0 keeps
+the record, whose rows are those that one process makes on such a device with as many threads (but for
+rounding, where restarts are shared), in the order in which the attacks end. A worker that fails ends the run,
+which then goes on with or without torchrun. More than one GPU is not yet measured.
 
 exit status:
   0; 2 where an option, the record, data or weights do not fit, or another worker failed; 130 after Ctrl-C.

@@ -20,13 +20,16 @@ from tqdm.auto import tqdm
 
 import invlib
 from invlib import _trained, metrics
+from invlib._spread import spread_over
 from invlib.errors import DataError
 from invlib.experiments import _judge, _record
 from invlib.experiments._cases import Case
+from invlib.experiments._networks import Network
 from invlib.experiments._plan import Plan, key
 from invlib.experiments._record import Record, Row
 from invlib.experiments._team import Follower, Leader
 from invlib.federated import observe
+from invlib.reconstruction import Reconstruction
 
 
 def run(
@@ -47,8 +50,9 @@ def run(
         pictures: keep the originals and what became of them in the record, for the figure. An image that may
             not be passed on must not be kept, and no exact reconstruction of it either.
         progress: show a progress bar.
-        leader: shares the attacks with other processes; each row is the same whoever made it, but the rows
-            are in the order in which the attacks ended.
+        leader: shares the attacks with other processes, or the restarts of each where there are fewer attacks
+            than processes; each row is the same whoever made it, but the rows are in the order in which the
+            attacks ended.
 
     Raises:
         DataError: the record is locked, broken, or of other settings.
@@ -69,7 +73,12 @@ def run(
                 bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
             )
         )
-        clock = _Clock(list(record.rows), [case.name for case, _ in tasks], leader.size if leader else 1)
+        shared, tasks = _shared(tasks, settings, leader.size if leader else 1)
+        clock = _Clock(
+            list(record.rows),
+            [case.name for case, _ in shared + tasks],
+            leader.size if leader and not shared else 1,
+        )
         one_by_one = threading.Lock()  # the rows of other processes come in threads
 
         def keep(row: Row) -> None:
@@ -83,14 +92,19 @@ def run(
                 bar.set_postfix_str(f"{clock.left()}after {row['case']}", refresh=False)
                 bar.update()
 
-        if leader:
-            stack.enter_context(leader.at_work(_job(plan, tasks), keep))
-        for number in leader.turns(len(tasks)) if leader else range(len(tasks)):
-            case, first = tasks[number]
+        def attack(case: Case, first: int) -> None:
             with one_by_one:
                 bar.set_postfix_str(f"{clock.left()}now {case.name}")
             keep(_attack(plan, case, first, settings[case.name]))
-    return len(tasks)
+
+        if leader:
+            stack.enter_context(leader.at_work(_job(plan, tasks, shared), keep))
+            with spread_over(leader):
+                for case, first in shared:
+                    attack(case, first)
+        for number in leader.turns(len(tasks)) if leader else range(len(tasks)):
+            attack(*tasks[number])
+    return len(shared) + len(tasks)
 
 
 def follow(follower: Follower, make: Callable[[], Plan]) -> None:
@@ -107,18 +121,48 @@ def follow(follower: Follower, make: Callable[[], Plan]) -> None:
     plan = make()
     _agree(_job(plan, []), job)
     settings = {case.name: plan.case_settings(case) for case in plan.cases}
+    with spread_over(follower):
+        for name, first in job["shared"]:
+            _found(plan, plan.known[name], first)  # worker 0 has it too, and makes the row
     for number in follower.turns(len(job["tasks"])):
         name, first = job["tasks"][number]
         follower.send(row=_attack(plan, plan.known[name], first, settings[name]))
 
 
-def _job(plan: Plan, tasks: Sequence[tuple[Case, int]]) -> dict[str, Any]:
+def _shared(
+    tasks: list[tuple[Case, int]], settings: dict[str, dict[str, Any]], workers: int
+) -> tuple[list[tuple[Case, int]], list[tuple[Case, int]]]:
+    """Return the tasks that all workers do together, each a share of the restarts, and the other ones.
+
+    Together they do what has restarts to share, where there are fewer tasks than workers.
+    """
+    together = [len(tasks) < workers and _shareable(settings[case.name]["attack"]) for case, _ in tasks]
+    return [t for t, yes in zip(tasks, together, strict=True) if yes], [
+        t for t, yes in zip(tasks, together, strict=True) if not yes
+    ]
+
+
+def _shareable(attack: Any) -> bool:
+    """Say whether an attack, as `describe` describes it, is gradient matching from several starts."""
+    if isinstance(attack, list):
+        return any(_shareable(part) for part in attack)
+    if not isinstance(attack, dict):
+        return False
+    if attack.get("") == "GradientMatching":
+        return attack["restarts"] > 1 and attack["tolerance"] is None and attack["patience"] is None
+    return any(_shareable(part) for part in attack.values())
+
+
+def _job(
+    plan: Plan, tasks: Sequence[tuple[Case, int]], shared: Sequence[tuple[Case, int]] = ()
+) -> dict[str, Any]:
     """Return what all processes have to agree on, and the tasks."""
     pixels = plan.gallery.images.mul(255).round().to(torch.uint8).cpu().numpy()
     return {
         "settings": {case.name: plan.case_settings(case) for case in plan.cases},
         "images": hashlib.sha256(pixels.tobytes()).hexdigest(),
         "tasks": [(case.name, first) for case, first in tasks],
+        "shared": [(case.name, first) for case, first in shared],
     }
 
 
@@ -180,9 +224,12 @@ def _has_truth(record: Record, row: Row) -> bool:
     return any(r.get("truth") and (r["image"], len(r["psnr"])) == place for r in record.rows)
 
 
-def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row:
-    """Let the client take its step, attack what the server sees, and only then look at the truth."""
-    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+def _found(plan: Plan, case: Case, first: int) -> tuple[Network, Tensor, Tensor, Reconstruction]:
+    """Let the client take its step, and attack what the server sees.
+
+    Returns:
+        The network, the truth with its labels, and what was found.
+    """
     truth, labels = _truth(plan, case, first)
     labels = torch.tensor([case.labels.get(label, label) for label in labels.tolist()], device=labels.device)
     seed = plan.seed + first
@@ -199,6 +246,13 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
     found = case.attack(net.model, seen, generator=torch.Generator().manual_seed(seed))
     if found.status == "interrupted":
         raise KeyboardInterrupt
+    return net, truth, labels, found
+
+
+def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row:
+    """Attack one client, and only then look at the truth."""
+    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    net, truth, labels, found = _found(plan, case, first)
     seconds = time.perf_counter() - began
     images = torch.nan_to_num(found.images.to(truth), nan=0.5).clamp(0, 1)
     report = metrics.evaluate(replace(found, images=images), truth, labels)
@@ -215,7 +269,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
         "sweep": case.sweep,
         "series": case.series,
         "settings": settings,
-        "seed": seed,
+        "seed": plan.seed + first,
         "psnr": list(report.psnr),
         "ssim": list(report.ssim),
         "score": found.score,

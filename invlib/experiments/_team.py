@@ -4,6 +4,9 @@ The tasks are handed out one by one through the store of torchrun, since one may
 Rows travel over gloo to worker 0, where a thread for each other worker takes them in. A worker that ends, for
 whatever reason, closes its connection, and so worker 0 knows at once who it was. A worker gives a sign of
 life every second, which tells it in turn whether worker 0 is still there.
+
+Where workers share the restarts of one attack, they put together what they found through the store, at which
+they look now and then: whoever waited for a message could not be told that its sender is gone.
 """
 
 from __future__ import annotations
@@ -24,11 +27,14 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from invlib.errors import ConfigError, DeviceError, InvlibError, WorkerError
 from invlib.experiments._record import Row, encode
 
 _BEAT = 1.0  # seconds
+_GLANCE = 0.01  # seconds between looks at the store
+_PIECE = 1 << 22  # bytes; the store of torch takes no more than twice that in one
 _SILENCE = timedelta(minutes=5)  # without a sign of life: the machine is gone, connection and all
 _FOREVER = timedelta(days=365)  # for the first word of worker 0, which may download a data set before
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,7 +51,7 @@ class Leader:
     """
 
     def __init__(self, store: dist.Store, size: int) -> None:
-        self.size, self._store = size, store
+        self.rank, self.size, self._store, self._sums = 0, size, store, 0
         self._keep: Callable[[Row], None] | None = None
         self._trouble: Exception | None = None
         self._stopped = self._closing = False
@@ -77,6 +83,26 @@ class Leader:
             yield number
         self._join(math.inf)
         self._check()
+
+    def total(self, mine: Tensor) -> Tensor:
+        """Return the sum of what all workers give, see `invlib._spread.Workers`."""
+        found, self._sums = mine.clone(), self._sums + 1
+        for rank in range(1, self.size):
+            name = f"part {self._sums} {rank}"
+            while not self._store.check([name]):
+                self._check()
+                time.sleep(_GLANCE)
+            part = _taken(self._store, name)
+            _removed(self._store, name)
+            if part.numel() != mine.numel():
+                raise ConfigError(
+                    f"worker {rank} gives {part.numel()} numbers of its restarts; expected {mine.numel()}, "
+                    "as worker 0 has"
+                )
+            found += part.view(mine.shape)
+        _removed(self._store, f"sum {self._sums - 1}")  # which all have seen that are here
+        _put(self._store, f"sum {self._sums}", found)
+        return found
 
     def close(self, error: BaseException | None) -> None:
         """Stop the other workers, and say what was the matter where the run was not stopped by hand.
@@ -148,10 +174,11 @@ class Follower:
     Args:
         store: what all workers read and write.
         rank: the number of this worker.
+        size: how many workers there are.
     """
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
-        self.rank, self._store = rank, store
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self.rank, self.size, self._store, self._sums = rank, size, store, 0
         self._sending, self._ended, self._told = threading.Lock(), threading.Event(), False
         # Ctrl-C goes to all workers. This one ends when worker 0 has, which says that it was interrupted.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -165,6 +192,14 @@ class Follower:
     def turns(self, count: int) -> Iterator[int]:
         """Give the numbers of the tasks that fall to this worker."""
         return _turns(self._store, count)
+
+    def total(self, mine: Tensor) -> Tensor:
+        """Return the sum of what all workers give, see `invlib._spread.Workers`."""
+        self._sums += 1
+        _put(self._store, f"part {self._sums} {self.rank}", mine)
+        while not self._store.check([f"sum {self._sums}"]):
+            time.sleep(_GLANCE)  # where worker 0 has ended, the signs of life find it out
+        return _taken(self._store, f"sum {self._sums}").view(mine.shape)
 
     def send(self, **message: Any) -> None:
         """Send something to worker 0; a row is on the disk when this returns."""
@@ -222,7 +257,7 @@ def joined() -> Iterator[Leader | Follower | None]:
         "gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=size, timeout=_SILENCE
     )
     store.set(f"worker {rank}", f"process {os.getpid()} on {socket.gethostname()}")
-    team = Leader(store, size) if rank == 0 else Follower(store, rank)
+    team = Leader(store, size) if rank == 0 else Follower(store, rank, size)
     try:
         yield team
     except BaseException as error:
@@ -258,6 +293,26 @@ def own(device: torch.device) -> torch.device:
 def _turns(store: dist.Store, count: int) -> Iterator[int]:
     while (number := store.add("turns", 1) - 1) < count:
         yield number
+
+
+def _put(store: dist.Store, name: str, tensor: Tensor) -> None:
+    data = tensor.contiguous().numpy().tobytes()
+    pieces = [data[at : at + _PIECE] for at in range(0, len(data), _PIECE)]
+    for k, piece in enumerate(pieces):
+        store.set(f"{name} {k}", piece)  # type: ignore[arg-type]  # bytes are taken as well
+    store.set(name, str(len(pieces)))  # last: whoever sees it finds all the rest
+
+
+def _taken(store: dist.Store, name: str) -> Tensor:
+    pieces = [store.get(f"{name} {k}") for k in range(int(store.get(name)))]
+    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.float64)
+
+
+def _removed(store: dist.Store, name: str) -> None:
+    if store.check([name]):
+        for k in range(int(store.get(name))):
+            store.delete_key(f"{name} {k}")
+        store.delete_key(name)
 
 
 @contextmanager
