@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,10 @@ def results():
 
 def work(rank, what):
     net, (seen, *_) = scene()
+    if what == "group":  # of the last two; the first is alone
+        group = dist.new_group([1, 2])
+        with iv.spread_restarts(group) if rank else nullcontext():
+            return BASE(net, seen)
     with iv.spread_restarts():
         if what == "share":
             return results()

@@ -1,5 +1,6 @@
 """How many restarts run together: the memory of one, measured, against what is free."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -175,6 +176,20 @@ def test_restarts_are_split_as_memory_allows_with_the_same_result(monkeypatch, r
     assert split.evaluations == whole.evaluations
     words = f", in chunks of {max(sizes)}, for each restart needs about {need / 1e6:.2g} MB"
     assert split.engine == whole.engine + words
+
+
+def test_chunks_of_many_observations_end_where_an_observation_does(monkeypatch):
+    net = build_tiny(torch.float64)
+    seen = [see(net) for _ in range(3)]
+    attack = iv.GradientMatching(steps=5, restarts=2, record_every=1)
+    whole = attack.together(net, seen)
+    room_for(monkeypatch, 5, replace(attack, restarts=6), net, seen[0])
+    ran = sized(monkeypatch)
+    split = attack.together(net, seen)
+    assert ran == [size for size in (2, 4) for _ in range(attack.steps + 1)]
+    for one, expected in zip(split, whole, strict=True):
+        torch.testing.assert_close(one.trials, expected.trials)
+        assert "in chunks of 4, for each restart needs" in one.engine
 
 
 def test_a_chunk_that_is_given_is_taken(monkeypatch, tiny, seen):

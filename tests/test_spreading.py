@@ -69,6 +69,15 @@ def assert_same(one, expected, name):
 
 
 @posix
+def test_some_of_the_workers_are_a_group(tmp_path, alone):
+    assert run(tmp_path, 3, "group") == [0] * 3
+    for rank, words in enumerate(["", ", spread over 2 workers", ", spread over 2 workers"]):
+        found = torch.load(tmp_path / f"found{rank}.pt", weights_only=False)
+        assert_same(found, alone["plain"][0], f"worker {rank}")
+        assert found.engine.partition(" parameters")[2] == words
+
+
+@posix
 def test_a_killed_worker_is_named_by_all_that_are_left(tmp_path):
     assert run(tmp_path, 3, "kill") == [0, -9, 0]
     for rank in (0, 2):
