@@ -62,7 +62,7 @@ class Race:
 
     def __init__(self, attack: GradientMatching, starts: list[Tensor], groups: list[Group]) -> None:
         self.attack, self.starts, self.groups, self.fallen = attack, starts, groups, list[Group]()
-        self.total = len(starts[0])
+        self.total, self.halved = len(starts[0]), False
 
     def all(self) -> list[Group]:
         return [*self.groups, *self.fallen]
@@ -85,13 +85,20 @@ class Race:
             self.prune(left)
             place = 0
             while place < len(self.groups):
+                fits = True
                 try:
                     if not self._go_on(place, rung, callback, bar, save):
                         return False
-                except torch.OutOfMemoryError as error:
-                    self.groups[place : place + 1] = _halves(self.groups[place], error)
-                    continue
-                place += 1
+                except torch.OutOfMemoryError:
+                    if len(self.groups[place].rows) == 1:
+                        raise
+                    fits = False
+                if fits:
+                    place += 1
+                else:
+                    # Only here: the error held the frames of the step that failed, and with them its memory.
+                    self.groups[place : place + 1] = _halves(self.groups[place])
+                    self.halved = True
         return True
 
     def _go_on(
@@ -203,12 +210,9 @@ def _padded(columns: list[Tensor], longest: int) -> Tensor:
     return torch.nn.functional.pad(recorded, (0, longest - recorded.shape[1]), value=torch.nan)
 
 
-def _halves(group: Group, error: torch.OutOfMemoryError) -> list[Group]:
+def _halves(group: Group) -> list[Group]:
     """Split a group that does not fit in memory; each half goes on where the whole one stood."""
     count = len(group.rows)
-    if count == 1:
-        raise error
-    del error  # it holds the frames of the step that failed, and with them its memory
     if group.problem.like.is_cuda:
         torch.cuda.empty_cache()
     return [group.part(list(part)) for part in (range(count // 2), range(count // 2, count))]

@@ -93,6 +93,8 @@ def run_races(
         keeper.remove()
     else:
         keeper.save()
+    if race.halved:
+        why += ", halved where they did not fit in memory"
     fallback = getattr(measure, "fallback", "")
     engine_words = f"eager steps, for they cannot be captured: {fallback}" if fallback else f"{engine}: {why}"
     ends = race.ends()

@@ -1,5 +1,6 @@
 """Many restarts: which go on when they are halved, and what happens when they do not fit in memory."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 
 import invlib as iv
 from invlib import _engines
+from invlib._group import Group
 from invlib._race import rungs
 from invlib.errors import ConfigError
 from tests.conftest import build_tiny, random_batch
@@ -142,6 +144,32 @@ def test_restarts_that_do_not_fit_are_halved_and_go_on(monkeypatch, prune):
     assert split.evaluations == whole.evaluations
     assert device.sizes[:3] == [5, 2, 2] if not prune else device.sizes[:2] == [5, 2]
     assert device.sizes.count(5) == 1  # what did not fit is not tried again
+    assert split.engine == whole.engine + ", halved where they did not fit in memory"
+
+
+def test_what_a_step_held_is_gone_before_its_restarts_are_halved(monkeypatch, tiny, seen):
+    make, part, held, left = _engines.measure, Group.part, [], []
+
+    def measure(engine, problem):
+        step = make(engine, problem)
+
+        def evaluate(values, rows, sharpness, fade):
+            mine = values[0].clone()
+            if len(mine) > 2:
+                held.append(weakref.ref(mine))
+                raise torch.OutOfMemoryError("out of memory")
+            return step(values, rows, sharpness, fade)
+
+        return evaluate
+
+    def watched(group, places):
+        left.append(held[-1]())
+        return part(group, places)
+
+    monkeypatch.setattr(_engines, "measure", measure)
+    monkeypatch.setattr(Group, "part", watched)
+    iv.GradientMatching(steps=1, restarts=4)(tiny, seen)
+    assert left == [None, None]
 
 
 def test_one_restart_that_does_not_fit_is_an_error(monkeypatch, tiny, seen):
