@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import invlib as iv
 from invlib import _engines, priors
@@ -103,6 +104,66 @@ def test_batch_norm_that_learns_from_the_batch(engine):
 def test_recomputed_local_steps_change_nothing(engine, client, labels):
     net, side = build("ResNet")
     compare(net, see(net, 2, client, side), engine, recompute=True, labels=labels)
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+def test_recomputed_local_steps_have_the_kinks_of_the_walk(engine):
+    net, side = build("ResNet")
+    compare(net, see(net, 2, CLIENTS["FedAvg"], side), engine, recompute=True, sharpness=4.0)
+
+
+class Multiplied(TorchDispatchMode):
+    """Takes down in which types convolutions and matrix products multiply."""
+
+    HEAVY = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.HEAVY:
+            self.types |= {a.dtype for a in args if isinstance(a, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("family", ["ResNet", "LeNetZhu"])
+def test_bfloat16_multiplies_in_it_there_and_back(family, client, engine):
+    net, side = build(family)
+    net = net.float()
+    seen = see(net, 2, CLIENTS[client], side)
+    found = {}
+    for precision in ("full", "bfloat16"):
+        attack = iv.GradientMatching(restarts=2, precision=precision)
+        problem = attack._problem(net, seen)
+        starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+        with Multiplied() as multiplied:
+            found[precision] = _engines.measure(engine, problem)(starts, [0, 1], None, 1.0)
+        assert multiplied.types == {torch.float32 if precision == "full" else torch.bfloat16}
+    cost, rough = (found[precision][0] for precision in found)
+    torch.testing.assert_close(rough, cost, rtol=0.02, atol=0)
+    slope, rough = (found[precision][2][0].flatten(1) for precision in found)
+    assert rough.dtype is torch.float32
+    assert F.cosine_similarity(slope, rough).min() > 0.95  # a kink near zero can turn
+
+
+def test_scores_are_measured_in_full_precision():
+    net = build_tiny()
+    seen = see(net)
+    attack = iv.GradientMatching(steps=2, precision="bfloat16")
+    found = attack(net, seen)
+    assert found.score == pytest.approx(iv.GradientMatching().score(net, seen, found.images, seen.labels))
+
+
+def test_bfloat16_needs_a_client_that_it_knows():
+    net = build_tiny()
+    seen = replace(see(net), protocol=lambda *args, **kwargs: iv.FedSGD()(*args, **kwargs))
+    with pytest.raises(ConfigError, match="precision='bfloat16' needs a client of invlib"):
+        iv.GradientMatching(precision="bfloat16")(net, seen)
+    with pytest.raises(ConfigError, match="precision is 'half'"):
+        iv.GradientMatching(precision="half")
 
 
 # The largest memory of a process only grows, so the cases come in the order of what they should take.

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from invlib._engines.gradients import Way, way
 from invlib.errors import ConfigError, DeviceError
-from invlib.smoothing import rounded
 
 if TYPE_CHECKING:
     from invlib._problem import Problem
@@ -56,6 +55,11 @@ def choose(
         DeviceError: it cannot run on this device.
     """
     device = problem.like.device
+    if problem.low is not None and not problem.stackable:
+        raise ConfigError(
+            "precision='bfloat16' needs a client of invlib, FedSGD or FedAvg, whose layers can be told; "
+            "use precision='full'"
+        )
     if asked == "auto":
         # A captured step has one sharpness; an optimiser that takes restarts together asks once at each.
         if device.type == "cuda" and problem.stackable and not (sharpening and together):
@@ -108,7 +112,9 @@ def _eager(
 
     found = [
         _on_tape(
-            cost_of(row), [v[k] for v in values], sharpness, Way(name="tape", recompute=problem.recompute)
+            cost_of(row),
+            [v[k] for v in values],
+            Way(name="tape", recompute=problem.recompute, sharpness=sharpness, low=problem.low),
         )
         for k, row in enumerate(rows)
     ]
@@ -121,7 +127,6 @@ def _batched(problem: Problem) -> Measure:
     if not problem.stackable:
         return functools.partial(_mapped, problem)
     stacks = functools.lru_cache(maxsize=1)(functools.partial(_stacked, problem))
-    stacked = Way(name="stacked", recompute=problem.recompute)
 
     def evaluate(
         values: list[Tensor], rows: list[int], sharpness: float | None, fade: Fade
@@ -131,7 +136,9 @@ def _batched(problem: Problem) -> Measure:
             return _eager(problem, _leaves(problem), values, rows, sharpness, fade)
         params = stacks(len(rows))
         return _on_tape(
-            lambda now: problem.costs(now, rows=rows, fade=fade, params=params), values, sharpness, stacked
+            lambda now: problem.costs(now, rows=rows, fade=fade, params=params),
+            values,
+            Way(name="stacked", recompute=problem.recompute, sharpness=sharpness, low=problem.low),
         )
 
     return evaluate
@@ -140,14 +147,12 @@ def _batched(problem: Problem) -> Measure:
 def _on_tape(
     cost_of: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
     values: list[Tensor],
-    sharpness: float | None,
     chosen: Way,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Evaluate a cost and its gradient with torch's tape, whatever the caller's grad mode is."""
     now = [v.detach().requires_grad_() for v in values]
     with torch.enable_grad(), way(chosen):
-        with rounded(sharpness):
-            cost, objective = cost_of(now)
+        cost, objective = cost_of(now)
         slopes = torch.autograd.grad(cost.sum(), now, materialize_grads=True)
     return cost.detach(), objective.detach(), list(slopes)
 
@@ -160,7 +165,7 @@ def _mapped(
     step = torch.func.grad_and_value(
         functools.partial(problem.cost, fade=fade), argnums=argnums, has_aux=True
     )
-    with rounded(sharpness):
+    with way(Way(sharpness=sharpness)):
         slopes, (cost, objective) = torch.func.vmap(step, randomness="different")(*values)
     return cost.detach(), objective.detach(), [s.detach() for s in slopes]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from invlib._engines.layers import Cheap
+from invlib.smoothing import rounded
 
 SMALL = 3_000_000  # multiplications of a convolution: measured, see `Cheap`
 
@@ -27,10 +28,15 @@ class Way:
             own tape, with less overhead; ``"stacked"``, the tape with a leading dimension of restarts on
             every parameter, and inputs and labels of ``(N, restarts, ...)``.
         recompute: keep the weights between local steps alone, and compute each step anew on the way back.
+        sharpness: of the network's kinks; None leaves them as they are.
+        low: the type in which convolutions and fully connected layers multiply; None keeps the tensors' own.
+            The transforms know none.
     """
 
     name: Literal["transforms", "tape", "stacked"] = "transforms"
     recompute: bool = False
+    sharpness: float | None = None
+    low: torch.dtype | None = None
 
 
 _WAY: ContextVar[Way] = ContextVar("way", default=Way())  # noqa: B039 (it is frozen)
@@ -41,7 +47,8 @@ def way(chosen: Way) -> Iterator[None]:
     """Within this context the gradients of a client are computed in that way."""
     token = _WAY.set(chosen)
     try:
-        yield
+        with rounded(chosen.sharpness):
+            yield
     finally:
         _WAY.reset(token)
 
@@ -50,19 +57,20 @@ def gradient(
     loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Return the gradient of a loss by parameter name."""
-    name = _WAY.get().name
-    if name == "transforms":
+    chosen = _WAY.get()
+    if chosen.name == "transforms":
         found: dict[str, Tensor] = torch.func.grad(loss_of)(dict(params), inputs, labels)
         return found
     # The parameters of the first local step are given; those of a later one depend on the images.
-    cheap = Cheap(fixed=all(p.is_leaf for p in params.values()), least=SMALL if name == "tape" else 0)
+    fixed = all(p.is_leaf for p in params.values())
+    cheap = Cheap(fixed=fixed, least=SMALL if chosen.name == "tape" else 0, low=chosen.low)
 
     def seen(params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         cheap.images = inputs
         return loss_of(params, inputs, labels)
 
     with cheap:
-        if name == "tape":
+        if chosen.name == "tape":
             loss = seen(params, inputs, labels)
         else:
             # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.

@@ -126,7 +126,6 @@ def _pair(value: int | tuple[int, ...]) -> list[int]:
 def _conv2d(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
@@ -136,10 +135,10 @@ def _conv2d(
     first: bool,
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4:  # padding by name may be uneven; torch knows how
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return torch.conv2d(input, weight, None, stride, padding, dilation, groups)
     window = (_pair(stride), _pair(padding), _pair(dilation), groups)
     found: Tensor = _Convolution.apply(input, weight, window, fixed, first)
-    return found if bias is None else found + bias[:, None, None]
+    return found
 
 
 def _batch_norm(
@@ -171,25 +170,46 @@ class Cheap(TorchFunctionMode):
         fixed: the parameters do not depend on the images, so that an attack has no use for their gradient.
         least: multiplications below which a convolution is left to torch, since more is lost by the detour
             through Python than is gained.
+        low: the type in which convolutions and fully connected layers multiply, there and back; None keeps
+            the tensors' own. Everything else keeps theirs.
 
     Attributes:
         images: what the network is given, so that its first convolution is known; None where nobody said.
     """
 
-    def __init__(self, *, fixed: bool, least: int = 0) -> None:
+    def __init__(self, *, fixed: bool, least: int = 0, low: torch.dtype | None = None) -> None:
         super().__init__()
-        self.fixed, self.least = fixed, least
+        self.fixed, self.least, self.low = fixed, least, low
         self.images: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.conv2d:
-            x, weight = args[:2] if len(args) > 1 else (kwargs["input"], kwargs["weight"])
-            # Images times weights, whatever the stride: an upper bound is good enough.
-            if weight.numel() * x[:, 0].numel() < self.least:
-                return func(*args, **(kwargs or {}))
-            return _conv2d(*args, **(kwargs or {}), fixed=self.fixed, first=x is self.images)
+            return self._conv2d(*args, **(kwargs or {}))
+        if func is F.linear and self.low is not None:
+            return self._linear(*args, **(kwargs or {}))
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _conv2d(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        x, kernel = self._lowered(input), self._lowered(weight)
+        # Images times weights, whatever the stride: an upper bound is good enough.
+        if weight.numel() * input[:, 0].numel() < self.least:
+            if self.low is None:
+                return F.conv2d(input, weight, bias, *args, **kwargs)
+            found = F.conv2d(x, kernel, None, *args, **kwargs)
+        else:
+            found = _conv2d(x, kernel, *args, **kwargs, fixed=self.fixed, first=input is self.images)
+        found = found.to(input.dtype)
+        return found if bias is None else found + bias[:, None, None]
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found = F.linear(self._lowered(input), self._lowered(weight)).to(input.dtype)
+        return found if bias is None else found + bias
+
+    def _lowered(self, tensor: Tensor) -> Tensor:
+        return tensor if self.low is None else tensor.to(self.low)
