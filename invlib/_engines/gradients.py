@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from invlib._engines.flat import Flat, Unfit
 from invlib._engines.layers import Cheap
 from invlib.smoothing import rounded
 
@@ -25,15 +26,16 @@ class Way:
 
     Args:
         name: ``"transforms"``, `torch.func.grad`, which nests in every other transform; ``"tape"``, torch's
-            own tape, with less overhead; ``"stacked"``, the tape with a leading dimension of restarts on
-            every parameter, and inputs and labels of ``(N, restarts, ...)``.
+            own tape, with less overhead; ``"mapped"``, the tape with a leading dimension of restarts on
+            every parameter, and inputs and labels of ``(N, restarts, ...)``; ``"flat"``, the same for networks
+            that treat every image by itself (`invlib._engines.flat`), with less overhead.
         recompute: keep the weights between local steps alone, and compute each step anew on the way back.
         sharpness: of the network's kinks; None leaves them as they are.
         low: the type in which convolutions and fully connected layers multiply; None keeps the tensors' own.
             The transforms know none.
     """
 
-    name: Literal["transforms", "tape", "stacked"] = "transforms"
+    name: Literal["transforms", "tape", "mapped", "flat"] = "transforms"
     recompute: bool = False
     sharpness: float | None = None
     low: torch.dtype | None = None
@@ -63,21 +65,42 @@ def gradient(
         return found
     # The parameters of the first local step are given; those of a later one depend on the images.
     fixed = all(p.is_leaf for p in params.values())
-    cheap = Cheap(fixed=fixed, least=SMALL if chosen.name == "tape" else 0, low=chosen.low)
+    loss = (_flat if chosen.name == "flat" else _cheap)(loss_of, params, inputs, labels, fixed)
+    parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
+    return dict(zip(params, parts, strict=True))
+
+
+def _cheap(
+    loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, fixed: bool
+) -> Tensor:
+    chosen = _WAY.get()
+    tape = chosen.name == "tape"
+    cheap = Cheap(fixed=fixed, least=SMALL if tape else 0, low=chosen.low, mapped=not tape)
 
     def seen(params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         cheap.images = inputs
         return loss_of(params, inputs, labels)
 
     with cheap:
-        if chosen.name == "tape":
-            loss = seen(params, inputs, labels)
-        else:
-            # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
-            mapped = torch.func.vmap(seen, in_dims=(0, 1, 1), randomness="different")
-            loss = mapped(dict(params), inputs, labels).sum()
-    parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
-    return dict(zip(params, parts, strict=True))
+        if tape:
+            return seen(params, inputs, labels)
+        # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
+        mapped = torch.func.vmap(seen, in_dims=(0, 1, 1), randomness="different")
+        return mapped(dict(params), inputs, labels).sum()  # type: ignore[no-any-return]
+
+
+def _flat(
+    loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, fixed: bool
+) -> Tensor:
+    images, targets = (t.transpose(0, 1).flatten(0, 1) for t in (inputs, labels))
+    flat = Flat(
+        params=params, restarts=inputs.shape[1], images=images, fixed=fixed, low=_WAY.get().low
+    )
+    with flat:
+        loss = loss_of(params, images, targets)
+    if loss is not flat.loss:
+        raise Unfit("a loss that is not cross entropy")
+    return loss
 
 
 def descend(

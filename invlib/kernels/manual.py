@@ -85,13 +85,10 @@ def _sums(
 
     def total(a: Tensor, b: Tensor, weight: float) -> Tensor:
         product = a.to(dtype) * b.to(dtype)
-        part = (
-            product.flatten(1).sum(1)
-            if stacked and product.ndim > 1
-            else product
-            if stacked
-            else product.sum()
-        )
+        if stacked and product.ndim == 1:  # a number each; no dimensions would mean all
+            part = product
+        else:
+            part = product.sum(tuple(range(stacked, product.ndim)))
         return part if weight == 1 else weight * part
 
     dots = [total(c, t, w) for c, t, w in zip(candidate, target, weights, strict=True)]
