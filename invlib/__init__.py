@@ -30,6 +30,7 @@ from invlib.presets import best
 from invlib.reconstruction import Frames, Progress, Reconstruction
 from invlib.recursive import recursive_inversion
 from invlib.smoothing import Smoothing
+from invlib.surrogate import as_one_gradient
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "Report",
     "Smoothing",
     "StepDecay",
+    "as_one_gradient",
     "best",
     "deep_leakage",
     "errors",

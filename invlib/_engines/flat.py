@@ -137,10 +137,11 @@ class Flat(TorchFunctionMode):
     def _biased(self, found: Tensor, bias: Tensor | None, more: int) -> Tensor:
         if bias is None:
             return found
-        bias = bias.view(*bias.shape, *[1] * more)
-        if id(bias) not in self.stacks and bias.ndim == 1 + more:
-            return found + bias
-        return (found.unflatten(0, (self.restarts, -1)) + bias.unsqueeze(1)).flatten(0, 1)
+        ones = [1] * more
+        if id(bias) not in self.stacks:
+            return found + bias.view(-1, *ones)
+        found = found.unflatten(0, (self.restarts, -1)) + bias.view(self.restarts, 1, -1, *ones)
+        return torch.flatten(found, 0, 1)
 
 
 def _dims(args: Sequence[Any], kwargs: Mapping[str, Any], name: str, default: Any = None) -> tuple[int, ...]:
@@ -153,9 +154,8 @@ def _leaves_images(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """Say whether a function that can mix images of a batch does not, as it is called here."""
     x = args[0] if args else None
     if func in (torch.cat, Tensor.chunk, torch.chunk):
-        at = 2 if func is not torch.cat else 1
-        (dim,) = args[at : at + 1] or (kwargs.get("dim", 0),)
-        return dim > 0
+        at = 1 if func is torch.cat else 2
+        return bool((args[at] if len(args) > at else kwargs.get("dim", 0)) > 0)
     if not isinstance(x, Tensor):
         return False
     if func in (torch.flatten, Tensor.flatten):

@@ -27,8 +27,8 @@ class Way:
     Args:
         name: ``"transforms"``, `torch.func.grad`, which nests in every other transform; ``"tape"``, torch's
             own tape, with less overhead; ``"mapped"``, the tape with a leading dimension of restarts on
-            every parameter, and inputs and labels of ``(N, restarts, ...)``; ``"flat"``, the same for networks
-            that treat every image by itself (`invlib._engines.flat`), with less overhead.
+            every parameter, and inputs and labels of ``(N, restarts, ...)``; ``"flat"``, the same with less
+            overhead, for networks that treat every image by itself (`invlib._engines.flat`).
         recompute: keep the weights between local steps alone, and compute each step anew on the way back.
         sharpness: of the network's kinks; None leaves them as they are.
         low: the type in which convolutions and fully connected layers multiply; None keeps the tensors' own.
@@ -86,16 +86,14 @@ def _cheap(
             return seen(params, inputs, labels)
         # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
         mapped = torch.func.vmap(seen, in_dims=(0, 1, 1), randomness="different")
-        return mapped(dict(params), inputs, labels).sum()  # type: ignore[no-any-return]
+        return mapped(dict(params), inputs, labels).sum()
 
 
 def _flat(
     loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, fixed: bool
 ) -> Tensor:
     images, targets = (t.transpose(0, 1).flatten(0, 1) for t in (inputs, labels))
-    flat = Flat(
-        params=params, restarts=inputs.shape[1], images=images, fixed=fixed, low=_WAY.get().low
-    )
+    flat = Flat(params=params, restarts=inputs.shape[1], images=images, fixed=fixed, low=_WAY.get().low)
     with flat:
         loss = loss_of(params, images, targets)
     if loss is not flat.loss:

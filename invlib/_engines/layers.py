@@ -56,10 +56,10 @@ class Convolve:
         stack = self._stack(weight)
         if stack is None:
             return self._slope(slope, x, weight, self.groups, 1)
-        found = self._slope(
+        found: Tensor = self._slope(
             _aside(slope, stack), _aside(x, stack), weight.flatten(0, 1), self.groups * stack, 1
-        )
-        return found.unflatten(0, (stack, -1))
+        ).unflatten(0, (stack, -1))
+        return found
 
     def _stack(self, weight: Tensor) -> int | None:
         return len(weight) if weight.ndim > self.dims else None
@@ -93,7 +93,8 @@ class Multiply:
     def _by(self, x: Tensor, matrix: Tensor) -> Tensor:
         if matrix.ndim == self.dims:
             return x @ matrix
-        return (x.unflatten(0, (len(matrix), -1)) @ matrix).flatten(0, 1)
+        found: Tensor = (x.unflatten(0, (len(matrix), -1)) @ matrix).flatten(0, 1)
+        return found
 
 
 Kind = Convolve | Multiply
@@ -101,11 +102,13 @@ Kind = Convolve | Multiply
 
 def _aside(x: Tensor, stack: int) -> Tensor:
     """(R N, C, H, W) to (N, R C, H, W): every restart is a group of channels with its own weight."""
-    return x.unflatten(0, (stack, -1)).transpose(0, 1).flatten(1, 2)
+    found: Tensor = x.unflatten(0, (stack, -1)).transpose(0, 1).flatten(1, 2)
+    return found
 
 
 def _back(x: Tensor, stack: int) -> Tensor:
-    return x.unflatten(1, (stack, -1)).transpose(0, 1).flatten(0, 1)
+    found: Tensor = x.unflatten(1, (stack, -1)).transpose(0, 1).flatten(0, 1)
+    return found
 
 
 def _shared(weight: Tensor, kind: Kind, fixed: bool) -> Tensor:
@@ -322,9 +325,7 @@ class Cheap(TorchFunctionMode):
             found = F.conv2d(x, kernel, None, *args, **kwargs)
         else:
             first = input is self.images
-            found = convolution(
-                x, kernel, *args, **kwargs, fixed=self.fixed, first=first, mapped=self.mapped
-            )
+            found = convolution(x, kernel, *args, **kwargs, fixed=self.fixed, first=first, mapped=self.mapped)
         found = found.to(input.dtype)
         return found if bias is None else found + bias[:, None, None]
 

@@ -85,10 +85,9 @@ def _sums(
 
     def total(a: Tensor, b: Tensor, weight: float) -> Tensor:
         product = a.to(dtype) * b.to(dtype)
-        if stacked and product.ndim == 1:  # a number each; no dimensions would mean all
-            part = product
-        else:
-            part = product.sum(tuple(range(stacked, product.ndim)))
+        # Of a stack of single numbers nothing is to be summed, and no dimensions would mean all of them.
+        alone = stacked and product.ndim == 1
+        part = product if alone else product.sum(tuple(range(stacked, product.ndim)))
         return part if weight == 1 else weight * part
 
     dots = [total(c, t, w) for c, t, w in zip(candidate, target, weights, strict=True)]
