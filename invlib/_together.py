@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib._problem import Joined, Problem
-from invlib._trials import Trials, run_trials
+from invlib._trials import Trials, run_races
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD
 from invlib.observation import Observation, in_mode
@@ -56,22 +56,15 @@ def attack_together(
         observation.validate(model)
     parts = [attack._problem(model, o) for o in observations]
     starts = [attack._starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
-    guesses = attack.restarts
-    joined = Joined(
-        **{f.name: getattr(parts[0], f.name) for f in fields(Problem)}, parts=tuple(parts), guesses=guesses
-    )
+    common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}
+    joined = Joined(**common, parts=tuple(parts), guesses=attack.restarts)
     with in_mode(model, training=observations[0].training_mode):
-        trials = run_trials(
-            replace(attack, restarts=guesses * len(parts)),
-            joined,
-            [torch.cat(some) for some in zip(*starts, strict=True)],
-            callback=None,
-            progress=progress,
-            checkpoint=None,
+        trials = run_races(
+            attack, joined, [torch.cat(some) for some in zip(*starts, strict=True)], progress=progress
         )
         found = [
-            finish(part, trials.part(slice(k * guesses, (k + 1) * guesses)), observations[k], began)
-            for k, part in enumerate(parts)
+            finish(part, one, observation, began)
+            for part, one, observation in zip(parts, trials, observations, strict=True)
         ]
     share = (time.perf_counter() - began) / len(found)
     return [replace(one, seconds=share) for one in found]
@@ -80,10 +73,11 @@ def attack_together(
 def _check(attack: GradientMatching, observations: Sequence[Observation]) -> None:
     if not observations:
         raise ConfigError("observations is empty; expected at least one")
-    if attack.prune or attack.tolerance is not None or attack.patience is not None:
+    if attack.engine == "compiled" and (attack.tolerance, attack.patience) != (None, None):
         raise ConfigError(
-            f"GradientMatching has prune={attack.prune}, tolerance={attack.tolerance}, "
-            f"patience={attack.patience}; expected none of them for many observations together"
+            f"GradientMatching has tolerance={attack.tolerance} and patience={attack.patience} with "
+            "engine='compiled', which would compile anew whenever one of many observations ends; expected "
+            "neither of them, or engine='auto'"
         )
     if isinstance(attack.init, Tensor):
         raise ConfigError("GradientMatching init is a tensor; expected a name for many observations together")

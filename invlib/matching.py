@@ -67,7 +67,8 @@ class GradientMatching:
         keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
         tolerance: stop when an objective falls to this.
         patience: stop when no restart improved its cost for so many steps.
-        chunk: how many restarts run together; None takes all. Those that do not fit in memory are halved.
+        chunk: how many restarts run together; None takes as many as fit in memory, for which one restart is
+            evaluated once beforehand, uncounted. A chunk that does not fit after all is halved.
         prune: successive halving: the worse half of the restarts stops at every tenth of the run, until one
             is left. Of 32 restarts that is a fifth of the work.
         engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
@@ -196,7 +197,9 @@ class GradientMatching:
         """Attack many observations of one model in one run, each as if it were alone.
 
         Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do.
-        Ctrl-C ends the run for all of them. ``seconds`` is an equal share of the whole.
+        Restarts are pruned among those of their own observation, and one that is done (``tolerance``,
+        ``patience``) stops while the others go on. Ctrl-C ends the run for all of them.
+        ``seconds`` is an equal share of the whole.
 
         Args:
             model: the model that every client received; it is not changed.
@@ -206,8 +209,8 @@ class GradientMatching:
 
         Raises:
             ObservationError: an observation does not fit the model.
-            ConfigError: there is none, they differ in more than updates and labels, or the attack prunes
-                or stops early, which it does for one observation at a time.
+            ConfigError: there is none, they differ in more than updates and labels, the attack begins at
+                given images or matches the largest layers, or it stops early and is compiled.
 
         Taught in: chapter 2
         """

@@ -44,7 +44,8 @@ class Reconstruction:
         seconds: wall-clock time.
         evaluations: how often the network's gradient was computed, over all restarts.
         history: how the cost fell.
-        engine: what ran the steps, and why that was chosen; empty for attacks that have none.
+        engine: what ran the steps, why that was chosen, and how many restarts ran together where memory had a
+            say in it; empty for attacks that have none.
         note: what the attack has to say about its result, in a sentence; may be empty.
 
     Taught in: chapter 2

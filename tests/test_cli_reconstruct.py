@@ -13,7 +13,7 @@ from PIL import Image
 from invlib import (
     _experiment,
     _files,
-    _trials,
+    _group,
     cli,
     data,
     legacy,
@@ -179,13 +179,13 @@ def test_several_images_are_of_different_classes(cifar10: Path) -> None:
 )
 def test_dtype_is_that_of_the_attack(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
     seen = []
-    advance = _trials._Group.advance
+    advance = _group.Group.advance
 
-    def watching(group: _trials._Group) -> None:
+    def watching(group: _group.Group) -> None:
         seen.append(group.values[0].dtype)
         advance(group)
 
-    monkeypatch.setattr(_trials._Group, "advance", watching)
+    monkeypatch.setattr(_group.Group, "advance", watching)
     assert reconstruct_image.main([*SMALL, "--target_id", "-1", "--dtype", name]) == 0
     assert seen == [dtype] * 2
 
@@ -313,13 +313,13 @@ def test_unsigned_is_a_flag_of_rec_mult() -> None:
 
 def test_deterministic_holds_during_the_attack_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    advance = _trials._Group.advance
+    advance = _group.Group.advance
 
-    def watching(group: _trials._Group) -> None:
+    def watching(group: _group.Group) -> None:
         seen.append(torch.backends.cudnn.deterministic)
         advance(group)
 
-    monkeypatch.setattr(_trials._Group, "advance", watching)
+    monkeypatch.setattr(_group.Group, "advance", watching)
     assert reconstruct_image.main([*SMALL, "--target_id", "-1", "--deterministic"]) == 0
     assert seen == [True, True]
     assert not torch.backends.cudnn.deterministic
@@ -387,14 +387,14 @@ def test_table_of_other_columns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_saves_what_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = _trials._Group.advance
+    advance = _group.Group.advance
 
-    def interrupted(group: _trials._Group) -> None:
+    def interrupted(group: _group.Group) -> None:
         if group.step == 2:
             raise KeyboardInterrupt
         advance(group)
 
-    monkeypatch.setattr(_trials._Group, "advance", interrupted)
+    monkeypatch.setattr(_group.Group, "advance", interrupted)
     argv = ["--model", "LeNetZhu", "--iterations", "9", "--device", "cpu", "--target_id", "-1"]
     assert reconstruct_image.main([*argv, "--save_image"]) == 130
     assert "interrupted" in capsys.readouterr().out

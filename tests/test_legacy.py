@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invlib import _trials, legacy, matching
+from invlib import _group, legacy, matching
 from invlib.errors import ConfigError, ObservationError, UnknownNameError
 from invlib.legacy import _reconstructors
 from tests.conftest import random_batch
@@ -393,14 +393,14 @@ def test_inception_can_choose(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ctrl_c_gives_back_what_is_there(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = _trials._Group.advance
+    advance = _group.Group.advance
 
-    def interrupted(group: _trials._Group) -> None:
+    def interrupted(group: _group.Group) -> None:
         if group.step == 3:
             raise KeyboardInterrupt
         advance(group)
 
-    monkeypatch.setattr(_trials._Group, "advance", interrupted)
+    monkeypatch.setattr(_group.Group, "advance", interrupted)
     x, y = normalised()
     observed = gradient(tiny, x, y)
     _, stats = machine(tiny, restarts=2, optim="LBFGS").reconstruct(observed, y, SHAPE)

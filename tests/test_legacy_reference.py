@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from invlib import _trials, legacy, models
+from invlib import _group, legacy, models
 
 REFERENCE = Path(__file__).parent / "reference"
 KNOWN = json.loads((REFERENCE / "inversefed.json").read_text())
@@ -89,15 +89,15 @@ def test_trajectories(
     case: dict[str, Any], arrays: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs: dict[int, list[Tensor]] = {}
-    evaluate = _trials._Group.evaluate
+    evaluate = _group.Group.evaluate
 
-    def recording(group: _trials._Group, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def recording(group: _group.Group, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         result = evaluate(group, values)
         for restart, cost in zip(group.rows, result[0], strict=True):
             costs.setdefault(restart, []).append(cost)
         return result
 
-    monkeypatch.setattr(_trials._Group, "evaluate", recording)
+    monkeypatch.setattr(_group.Group, "evaluate", recording)
     model = network(case, arrays)
     observed = update(case, arrays, model)
     if case["config"]["optim"] == "LBFGS":

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, seen, tmp_path):
 
 
 def test_a_checkpoint_is_written_now_and_then(tiny, seen, tmp_path, monkeypatch):
-    monkeypatch.setattr("invlib._trials.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("invlib._checkpoint.CHECKPOINT_SECONDS", 0.0)
     path = tmp_path / "run.pt"
     sizes = []
     iv.GradientMatching(steps=4)(

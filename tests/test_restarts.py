@@ -1,13 +1,14 @@
 """Many restarts: which go on when they are halved, and what happens when they do not fit in memory."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import invlib as iv
 from invlib import _engines
-from invlib._trials import rungs
+from invlib._race import rungs
 from invlib.errors import ConfigError
 from tests.conftest import build_tiny, random_batch
 
@@ -168,13 +169,125 @@ def test_many_observations_together_are_each_as_if_alone(client, settings, engin
     attack = iv.GradientMatching(steps=6, record_every=2, engine=engine, **settings)
     generators = [torch.Generator().manual_seed(k) for k in range(3)]
     together = attack.together(net, seen, generators=generators)
-    for k, (one, observation) in enumerate(zip(together, seen, strict=True)):
-        alone = attack(net, observation, generator=torch.Generator().manual_seed(k))
-        torch.testing.assert_close(one.trials, alone.trials, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(one.trial_scores, alone.trial_scores, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(one.history.cost, alone.history.cost, rtol=1e-5, atol=1e-9)
-        assert one.evaluations == alone.evaluations
-        assert torch.equal(one.labels, alone.labels)
+    for one, alone in zip(together, one_by_one(attack, net, seen), strict=True):
+        assert_same(one, alone)
+
+
+def one_by_one(attack, net, seen):
+    return [attack(net, one, generator=torch.Generator().manual_seed(k)) for k, one in enumerate(seen)]
+
+
+def assert_same(one, alone):
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-9, equal_nan=True)
+    close(one.trials, alone.trials)
+    close(one.images, alone.images)
+    close(one.trial_scores, alone.trial_scores)
+    assert one.history.steps == alone.history.steps
+    close(one.history.cost, alone.history.cost)
+    close(one.history.objective, alone.history.objective)
+    assert one.evaluations == alone.evaluations
+    assert one.status == alone.status
+    assert torch.equal(one.labels, alone.labels)
+
+
+def together_with_sizes(monkeypatch, attack, net, seen):
+    """Attack together, and return beside the results how many restarts each step took."""
+    device = Small(monkeypatch, room=100)
+    generators = [torch.Generator().manual_seed(k) for k in range(len(seen))]
+    return attack.together(net, seen, generators=generators), device.sizes
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunk": 5}, {"engine": "eager"}, {"keep": "last"}], ids=str)
+def test_each_of_many_observations_keeps_its_own_best(monkeypatch, settings):
+    net, seen = many()
+    attack = iv.GradientMatching(steps=30, restarts=4, prune=True, record_every=2, **settings)
+    alone = one_by_one(attack, net, seen)
+    together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
+    for one, expected in zip(together, alone, strict=True):
+        assert_same(one, expected)
+    if "chunk" not in settings:
+        assert sizes == [12] * 3 + [6] * 3 + [3] * 25
+
+
+def test_many_observations_of_which_some_are_not_finite(monkeypatch):
+    net, seen = many()
+    broken = {name: torch.full_like(part, 1e200) for name, part in seen[1].update.items()}
+    seen[1] = replace(seen[1], update=broken)  # whose square is too large
+    attack = iv.GradientMatching(steps=30, restarts=2, prune=True, objective=iv.objectives.l2, patience=4)
+    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
+    alone = one_by_one(attack, net, seen)
+    assert [one.status for one in alone] == ["max_steps", "non_finite", "max_steps"]
+    together, _ = together_with_sizes(monkeypatch, attack, net, seen)
+    for one, expected in zip(together, alone, strict=True):
+        assert_same(one, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"prune": True}, {"chunk": 8}, {"prune": True, "engine": "eager"}], ids=str
+)
+def test_an_observation_that_is_good_enough_ends_while_others_go_on(monkeypatch, settings):
+    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
+    net, seen = many()
+    attack = iv.GradientMatching(steps=60, restarts=4, record_every=2, **settings)
+    ends = [float(one.history.objective.nan_to_num(1).min()) for one in one_by_one(attack, net, seen)]
+    attack = replace(attack, tolerance=sum(sorted(ends)[1:]) / 2)  # which all but one reach
+    alone = one_by_one(attack, net, seen)
+    assert sorted(one.status for one in alone) == ["converged", "converged", "max_steps"]
+    together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
+    for one, expected in zip(together, alone, strict=True):
+        assert_same(one, expected)
+    assert sum(sizes) == sum(one.evaluations - attack.restarts for one in alone)  # and costs no more
+
+
+@pytest.mark.parametrize("patience", [2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"chunk": 4},
+        {
+            "optimizer": iv.Adam(signed=True, lr=1.0),
+            "fading": 0.01,
+            "priors": ((1e-3, iv.priors.total_variation),),
+        },
+    ],
+    ids=lambda s: "-".join(s),
+)
+def test_an_observation_out_of_patience_ends_while_others_go_on(monkeypatch, settings, patience):
+    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
+    net, seen = many()
+    walk = {"optimizer": iv.Adam(signed=True, lr=0.5), "decay": None} | settings
+    attack = iv.GradientMatching(steps=60, restarts=2, record_every=1, patience=patience, **walk)
+    alone = one_by_one(attack, net, seen)
+    assert len({one.evaluations for one in alone}) > 1
+    together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
+    for one, expected in zip(together, alone, strict=True):
+        assert_same(one, expected)
+    assert sum(sizes) == sum(one.evaluations - attack.restarts for one in alone)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_of_an_observation_that_is_good_enough_no_other_restart_runs(monkeypatch, chunk):
+    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
+    net, seen = many()
+    attack = iv.GradientMatching(steps=10, restarts=3, chunk=chunk, tolerance=10.0)  # any is good enough
+    alone = one_by_one(attack, net, seen)
+    together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
+    for one, expected in zip(together, alone, strict=True):
+        assert_same(one, expected)
+        assert one.trial_scores.isfinite().tolist() == [True] * chunk + [False] * (3 - chunk)
+    assert sizes == [chunk] * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("restarts", "chunk", "sizes"),
+    [(2, 4, [4, 2]), (2, 5, [4, 2]), (2, 1, [1] * 6), (3, 2, [2, 1] * 3), (3, None, [9]), (3, 100, [9])],
+)
+def test_a_chunk_ends_where_an_observation_does(monkeypatch, restarts, chunk, sizes):
+    net, seen = many()
+    attack = iv.GradientMatching(steps=1, restarts=restarts, chunk=chunk)
+    _, found = together_with_sizes(monkeypatch, attack, net, seen)
+    assert found == [size for size in sizes for _ in range(2)]
 
 
 def test_many_observations_whose_labels_are_inferred():
@@ -194,9 +307,8 @@ def test_many_observations_with_an_optimizer_that_takes_one_at_a_time():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prune": True}, "prune=True"),
-        ({"tolerance": 0.1}, "tolerance=0.1"),
-        ({"patience": 3}, "patience=3"),
+        ({"tolerance": 0.1, "engine": "compiled"}, "tolerance=0.1 and patience=None with engine='compiled'"),
+        ({"patience": 3, "engine": "compiled"}, "tolerance=None and patience=3 with engine='compiled'"),
         ({"init": torch.zeros(2, 3, 8, 8)}, "init is a tensor"),
         ({"layers": iv.Layers(which="largest", count=2)}, "layers are the largest"),
     ],

@@ -137,23 +137,31 @@ def _batched(problem: Problem) -> Measure:
             # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
             return _eager(problem, _leaves(problem), values, rows, sharpness, fade)
         params = stacks(len(rows))
-
-        def run(name: Literal["flat", "mapped"]) -> tuple[Tensor, Tensor, list[Tensor]]:
-            return _on_tape(
-                lambda now: problem.costs(now, rows=rows, fade=fade, params=params),
-                values,
-                Way(name=name, recompute=problem.recompute, sharpness=sharpness, low=problem.low),
-            )
-
         nonlocal fit
         if fit:
             try:
-                return run("flat")
+                return _together(problem, params, values, rows, sharpness, fade, "flat")
             except Unfit:
                 fit = False
-        return run("mapped")
+        return _together(problem, params, values, rows, sharpness, fade, "mapped")
 
     return evaluate
+
+
+def _together(
+    problem: Problem,
+    params: dict[str, Tensor],
+    values: list[Tensor],
+    rows: list[int],
+    sharpness: float | None,
+    fade: Fade,
+    name: Literal["flat", "mapped"],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _on_tape(
+        lambda now: problem.costs(now, rows=rows, fade=fade, params=params),
+        values,
+        Way(name=name, recompute=problem.recompute, sharpness=sharpness, low=problem.low),
+    )
 
 
 def _on_tape(
@@ -166,7 +174,8 @@ def _on_tape(
     with torch.enable_grad(), way(chosen):
         cost, objective = cost_of(now)
         slopes = torch.autograd.grad(cost.sum(), now, materialize_grads=True)
-    return cost.detach(), objective.detach(), list(slopes)
+    # Optimisers flatten slopes, which may come with channels last.
+    return cost.detach(), objective.detach(), [slope.contiguous() for slope in slopes]
 
 
 def _mapped(

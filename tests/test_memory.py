@@ -1,0 +1,271 @@
+"""How many restarts run together: the memory of one, measured, against what is free."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import invlib as iv
+from invlib import _engines
+from invlib._engines import memory
+from invlib.models.convnet import ConvNet
+from tests.conftest import build_tiny, random_batch
+
+CPU = torch.device("cpu")
+SIZE = 4000  # bytes of the tensors below
+
+
+def see(net, n=1, client=None, side=8):
+    x, y = random_batch(n, side=side, dtype=next(net.parameters()).dtype)
+    return iv.observe(net, x, y, client or iv.FedSGD(), normalization=iv.CIFAR10)
+
+
+def one_after_another(x):
+    for _ in range(10):
+        x = x * 2
+
+
+def views_and_changes_in_place(x):
+    y = x.clone()
+    x.add_(1).view(10, 100).t()
+    y.view(10, 100).t().add_(1)
+
+
+def two_of_three_at_once(x):
+    a = x * 2
+    b = a * 2
+    del a
+    return b * 2
+
+
+def held_for_the_way_back(x):
+    x = x.clone().requires_grad_()
+    y = x.sin().sin().sin()  # x, what two of them keep, and y
+    y.backward(torch.ones_like(y))  # beside them the ones, a cosine, and its product
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return (x * 2) * slope
+
+
+def a_function_of_ones_own(x):
+    x = x.clone().requires_grad_()
+    y = Squared.apply(x)
+    y.backward(torch.ones_like(y))  # x, y, the ones, x * 2 and the product
+
+
+def mapped(x):
+    return torch.func.vmap(lambda row: (row * 2) * 3)(x.view(10, 100))
+
+
+def differentiated_by_transforms(x):
+    return torch.func.grad(lambda v: (v * v).sum())(x)
+
+
+@pytest.mark.parametrize(
+    ("run", "tensors"),
+    [
+        (one_after_another, 2),
+        (views_and_changes_in_place, 1),
+        (two_of_three_at_once, 2),
+        (held_for_the_way_back, 7),
+        (a_function_of_ones_own, 5),
+        (mapped, 2),
+        (differentiated_by_transforms, 3),
+    ],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+def test_the_peak_of_a_function_whose_peak_is_known(run, tensors):
+    x = torch.ones(1000)
+    assert memory.peak(lambda: run(x), CPU) == pytest.approx(tensors * SIZE, abs=16)  # a scalar or two
+
+
+def test_what_a_function_leaves_behind_is_not_counted_the_next_time():
+    left = []
+    for _ in range(2):
+        assert memory.peak(lambda: left.append(torch.ones(1000) + 1), CPU) == 2 * SIZE
+
+
+@pytest.mark.parametrize("client", [iv.FedSGD(), iv.FedAvg(lr=0.1, local_steps=12)], ids=["FedSGD", "FedAvg"])
+@pytest.mark.parametrize("net", ["many activations", "many parameters"])
+def test_one_restart_needs_its_share_of_what_many_need(client, net):
+    if net == "many activations":
+        net = ConvNet(width=4, image_size=16).eval()
+    else:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.Sigmoid(), nn.Linear(64, 10))
+    attack = iv.GradientMatching(restarts=8)
+    seen = see(net, 2, client, side=16)
+    problem = attack._problem(net, seen)
+    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    step = _engines.measure("batched", problem)
+    everyone = memory.peak(lambda: step(starts, list(range(8)), None, 1.0), CPU)
+    _, need = memory.largest(problem, starts, None)
+    assert need == pytest.approx(everyone / 8, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "unit", "sizes"),
+    [
+        (10, 10, 10, [10]),
+        (10, 9, 10, [5, 5]),
+        (10, 4, 10, [3, 3, 4]),
+        (3, 1, 3, [1, 1, 1]),
+        (12, 5, 4, [4, 4, 4]),  # four of them belong together
+        (12, 9, 4, [4, 8]),
+        (12, 3, 4, [3, 3, 3, 3]),
+    ],
+)
+def test_chunks_are_few_and_equal(count, most, unit, sizes):
+    chunks = memory.split(count, most, unit=unit)
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert [row for chunk in chunks for row in chunk] == list(range(count))
+
+
+def sized(monkeypatch):
+    """Record how many restarts each step takes."""
+    sizes, make = [], _engines.measure
+
+    def measure(engine, problem):
+        step = make(engine, problem)
+
+        def evaluate(values, rows, sharpness, fade):
+            sizes.append(len(rows))
+            return step(values, rows, sharpness, fade)
+
+        return evaluate
+
+    monkeypatch.setattr(_engines, "measure", measure)
+    return sizes
+
+
+def room_for(monkeypatch, restarts, attack, net, seen):
+    """Leave as much memory as so many restarts of an attack need."""
+    problem = attack._problem(net, seen)
+    starts = attack._starts(problem, seen, torch.Generator())
+    _, need = memory.largest(problem, starts, None)
+    kept = 4 * sum(s.nbytes for s in starts)
+    free = (need * restarts + kept + 1) / memory.MARGIN + 1
+    monkeypatch.setattr(memory, "available", lambda device: int(free))
+    return need
+
+
+@pytest.mark.parametrize(("restarts", "sizes"), [(4, [3, 4]), (3, [2, 2, 3]), (0, [1] * 7)])
+def test_restarts_are_split_as_memory_allows_with_the_same_result(monkeypatch, restarts, sizes):
+    net = build_tiny(torch.float64)
+    seen = see(net)
+    attack = iv.GradientMatching(steps=5, restarts=7, record_every=1)
+    whole = attack(net, seen)
+    assert "chunks" not in whole.engine
+    need = room_for(monkeypatch, restarts, attack, net, seen)
+    ran = sized(monkeypatch)
+    split = attack(net, seen)
+    steps = attack.steps + 1  # the last point is measured too
+    assert ran == [size for size in sizes for _ in range(steps)]
+    torch.testing.assert_close(split.trials, whole.trials)
+    torch.testing.assert_close(split.history.cost, whole.history.cost)
+    assert split.evaluations == whole.evaluations
+    words = f", in chunks of {max(sizes)}, for each restart needs about {need / 1e6:.2g} MB"
+    assert split.engine == whole.engine + words
+
+
+def test_a_chunk_that_is_given_is_taken(monkeypatch, tiny, seen):
+    monkeypatch.setattr(memory, "peak", None)
+    ran = sized(monkeypatch)
+    found = iv.GradientMatching(steps=1, restarts=5, chunk=4)(tiny, seen)
+    assert ran == [4, 4, 1, 1]
+    assert "chunks" not in found.engine
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"restarts": 1}, {"restarts": 3, "engine": "eager"}, {"restarts": 3, "optimizer": iv.LBFGS(max_iter=1)}],
+    ids=str,
+)
+def test_where_one_restart_runs_at_a_time_nothing_is_measured(monkeypatch, tiny, seen, settings):
+    monkeypatch.setattr(memory, "peak", None)
+    iv.GradientMatching(steps=1, **settings)(tiny, seen)
+
+
+class Careless(nn.Module):
+    """A network that draws random numbers at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build_tiny()
+
+    def forward(self, x):
+        return self.inner(nn.functional.dropout(x, 0.1))
+
+
+def test_measuring_leaves_no_trace():
+    net = Careless()
+    seen = see(net)
+    attack = iv.GradientMatching(restarts=3)
+    problem = attack._problem(net, seen)
+    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    before = [t.clone() for t in (*net.parameters(), *starts, torch.get_rng_state())]
+    memory.largest(problem, starts, None)
+    for now, was in zip((*net.parameters(), *starts, torch.get_rng_state()), before, strict=True):
+        assert torch.equal(now, was)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_restart_that_does_not_fit_alone_runs_alone(monkeypatch, tiny, seen):
+    def peak(run, device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(memory, "peak", peak)
+    ran = sized(monkeypatch)
+    iv.GradientMatching(steps=1, restarts=2)(tiny, seen)
+    assert ran == [1] * 4
+
+
+def test_a_gpu_is_asked_for_its_own_counts(monkeypatch):
+    class Card:
+        """Torch's account of a card: what is reserved and allocated on it, and the largest so far."""
+
+        now, most, free, reserved = 100, 900, 1000, 160
+
+        def reset_peak_memory_stats(self, device):
+            self.most = self.now
+
+        def run(self):
+            self.most = max(self.most, self.now + 70)
+
+    card = Card()
+    monkeypatch.setattr(
+        torch,
+        "cuda",
+        SimpleNamespace(
+            reset_peak_memory_stats=card.reset_peak_memory_stats,
+            memory_allocated=lambda device: card.now,
+            max_memory_allocated=lambda device: card.most,
+            memory_reserved=lambda device: card.reserved,
+            mem_get_info=lambda device: (card.free, 4000),
+        ),
+    )
+    device = torch.device("cuda")
+    assert memory.peak(card.run, device) == 70
+    assert memory.available(device) == 1060
+
+
+@pytest.mark.gpu
+def test_restarts_are_split_on_a_gpu(monkeypatch):
+    net = build_tiny(torch.float64)
+    seen = see(net)
+    attack = iv.GradientMatching(steps=5, restarts=7)
+    whole = attack(net, seen)
+    net = net.cuda()
+    room_for(monkeypatch, 3, attack, net, seen)
+    split = attack(net, seen)
+    assert "in chunks of 3, for each restart needs about" in split.engine
+    torch.testing.assert_close(split.trials.cpu(), whole.trials)
