@@ -10,6 +10,7 @@ import invlib as iv
 from invlib import _engines
 from invlib._engines import memory
 from invlib.models.convnet import ConvNet
+from tests.benchmarks import baseline
 from tests.conftest import build_tiny, random_batch
 
 CPU = torch.device("cpu")
@@ -204,6 +205,16 @@ class Careless(nn.Module):
 
     def forward(self, x):
         return self.inner(nn.functional.dropout(x, 0.1))
+
+
+@pytest.mark.parametrize("name", ["LeNetZhu", "ConvNet8", "ResNet20"])
+def test_one_restart_takes_no_more_than_the_loop_of_2020(name):
+    net = iv.models.build(name, num_classes=10, seed=0).eval()
+    seen = see(net, side=32)
+    start = torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    theirs = memory.peak(lambda: baseline.attack(net, seen, start, 2), CPU)
+    ours = memory.peak(lambda: iv.inverting_gradients(steps=2)(net, seen), CPU)
+    assert ours <= theirs
 
 
 def test_measuring_leaves_no_trace():

@@ -204,12 +204,10 @@ def _leaves(problem: Problem) -> dict[str, Tensor]:
 def _channels_last(problem: Problem) -> bool:
     """Say whether convolutions should keep the channels of a pixel together: they follow their weights.
 
-    On a CPU that gains a few per cent on networks of up to two million parameters and loses some on larger
-    ones (`tests/benchmarks/bench_layouts.py`). A GPU's units for low precision want it.
+    A GPU's units for low precision want it. On a CPU it gains a few per cent on small networks
+    (`tests/benchmarks/bench_layouts.py`), which is not worth a copy of all weights.
     """
-    if problem.like.device.type == "cpu":
-        return sum(p.numel() for p in problem.params.values()) <= LARGE
-    return problem.low is not None
+    return problem.low is not None and problem.like.is_cuda
 
 
 def _stacked(problem: Problem, restarts: int) -> dict[str, Tensor]:

@@ -274,11 +274,12 @@ def fixed_batch_norm(
     if bias is not None:
         shift = shift + bias
     ones = [1] * (input.ndim - 2)
+    # Not addcmul, whose backward pass multiplies everything by its factor of one and keeps the products.
     if scale.ndim == 1 and shift.ndim == 1:
-        return torch.addcmul(shift.view(-1, *ones), input, scale.view(-1, *ones))
+        return (input * scale.view(-1, *ones)).add_(shift.view(-1, *ones))
     shape = (stack, 1, -1, *ones)
     scale, shift = (t.expand(stack, -1).view(shape) for t in (scale, shift))
-    return torch.addcmul(shift, input.unflatten(0, (stack, -1)), scale).flatten(0, 1)
+    return (input.unflatten(0, (stack, -1)) * scale).add_(shift).flatten(0, 1)
 
 
 class Cheap(TorchFunctionMode):

@@ -7,6 +7,7 @@ differentiated once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,33 @@ from torch.autograd.function import once_differentiable
 from invlib.kernels._checks import accumulator
 
 
+PART = 2**16  # numbers of which the slope is made at once
+
+
 def gradient_statistics(
     candidate: Sequence[Tensor], target: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted dot product and both squared norms."""
     theirs = [t.detach() for t in target]
-    dot, ours = _Statistics.apply(tuple(weights), *candidate, *theirs)
+    # On the way back a part's candidates make room for their slopes: in one piece, both would be there.
+    found = [
+        _Statistics.apply(tuple(weights[part]), *candidate[part], *theirs[part]) for part in _parts(candidate)
+    ]
+    dot, ours = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0) for sums in zip(*found, strict=True))
     dtype = accumulator(*candidate, *target)
     parts = [w * (t := tensor.to(dtype)).mul(t).sum() for tensor, w in zip(theirs, weights, strict=True)]
     return dot, ours, torch.stack(parts).sum()
+
+
+def _parts(tensors: Sequence[Tensor]) -> list[slice]:
+    """Cut a list into parts of at least so many numbers."""
+    cuts, size = [0], 0
+    for k, tensor in enumerate(tensors, 1):
+        size += tensor.numel()
+        if size >= PART or k == len(tensors):
+            cuts.append(k)
+            size = 0
+    return [slice(*ends) for ends in itertools.pairwise(cuts)]
 
 
 class _Statistics(torch.autograd.Function):
@@ -101,8 +120,7 @@ def _slopes(ctx: Any, of_dot: Tensor, of_norm: Tensor) -> tuple[Tensor | None, .
     for c, t, weight in zip(candidate, target, ctx.weights, strict=True):
         # One slope for each of a stack, in front of the tensor's own dimensions.
         shape = (*of_dot.shape, *[1] * (c.ndim - of_dot.ndim))
-        slope = torch.addcmul(
-            t * (weight * of_dot).view(shape), (2 * weight * of_norm).view(shape), c.to(of_norm.dtype)
-        )
+        slope = t * (weight * of_dot).view(shape)
+        slope = slope.addcmul_((2 * weight * of_norm).view(shape), c.to(of_norm.dtype))
         found.append(slope.to(c.dtype))
     return None, *found, *[None] * len(target)

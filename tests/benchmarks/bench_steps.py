@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import invlib as iv
+from invlib._engines.memory import peak
 from tests.benchmarks import baseline
 from tests.benchmarks.conftest import DEVICE
 
@@ -94,7 +95,7 @@ def test_steps(case: Case, race, benchmark) -> None:
     )
     starts = torch.randn(case.restarts, *x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
-    def reference() -> float:
+    def reference(steps: int = steps) -> float:
         # One restart is enough to know what many take: they run one after another.
         found, _ = baseline.attack(model, seen, starts[:1], steps)
         return float(iv.metrics.psnr(found, x).mean())
@@ -107,6 +108,11 @@ def test_steps(case: Case, race, benchmark) -> None:
     # nothing, beside these few it has to be counted.
     work = case.restarts * (steps + 2) / steps
     race(str(case), reference, ours, work=work, target=case.target, rounds=case.rounds)
+    if case.restarts == 1:
+        benchmark.extra_info["megabytes"] = {
+            "baseline": peak(lambda: reference(steps=1), DEVICE) / 1e6,
+            "contender": peak(lambda: replace(attack, steps=1)(model, seen), DEVICE) / 1e6,
+        }
     if not GPU:
         benchmark.extra_info["convolutions"] = share_of_convolutions(ours)
 
