@@ -279,7 +279,8 @@ def fixed_batch_norm(
         return (input * scale.view(-1, *ones)).add_(shift.view(-1, *ones))
     shape = (stack, 1, -1, *ones)
     scale, shift = (t.expand(stack, -1).view(shape) for t in (scale, shift))
-    return (input.unflatten(0, (stack, -1)) * scale).add_(shift).flatten(0, 1)
+    found: Tensor = (input.unflatten(0, (stack, -1)) * scale).add_(shift).flatten(0, 1)
+    return found
 
 
 class Cheap(TorchFunctionMode):

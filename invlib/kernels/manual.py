@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from invlib.kernels._checks import accumulator
 
-
 PART = 2**16  # numbers of which the slope is made at once
 
 
