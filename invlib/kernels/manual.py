@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from invlib.kernels._checks import accumulator
 
-PART = 2**16  # numbers of which the slope is made at once
+PART = 2**15  # numbers of which the slope is made at once
 
 
 def gradient_statistics(
@@ -115,11 +115,14 @@ def _sums(
 
 def _slopes(ctx: Any, of_dot: Tensor, of_norm: Tensor) -> tuple[Tensor | None, ...]:
     candidate, target = _halves(ctx.saved_tensors)
-    found = []
-    for c, t, weight in zip(candidate, target, ctx.weights, strict=True):
+    found: list[Tensor] = list(candidate)
+    # The largest first: while it is made there is a second one of its size, and of the others there is none.
+    for k in sorted(range(len(candidate)), key=lambda k: -candidate[k].numel()):
+        c, t, weight = candidate[k], target[k], ctx.weights[k]
         # One slope for each of a stack, in front of the tensor's own dimensions.
         shape = (*of_dot.shape, *[1] * (c.ndim - of_dot.ndim))
-        slope = t * (weight * of_dot).view(shape)
-        slope = slope.addcmul_((2 * weight * of_norm).view(shape), c.to(of_norm.dtype))
-        found.append(slope.to(c.dtype))
+        slope = torch.addcmul(
+            t * (weight * of_dot).view(shape), (2 * weight * of_norm).view(shape), c.to(of_norm.dtype)
+        )
+        found[k] = slope.to(c.dtype)
     return None, *found, *[None] * len(target)
