@@ -7,6 +7,7 @@ import torch
 
 import invlib as iv
 from invlib.errors import ConfigError, ObservationError
+from invlib.experiments._attacks import OnTheWay
 from tests.conftest import build_tiny, random_batch
 
 
@@ -79,3 +80,11 @@ def test_what_does_not_fit_is_refused(net):
     single = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
     with pytest.raises(ConfigError, match="expected FedAvg"):
         iv.as_one_gradient(net, single)
+
+
+def test_the_experiment_scores_it_through_the_local_steps(net):
+    attack = iv.inverting_gradients(steps=5)
+    seen, _, y = see(net, iv.FedAvg(lr=0.1, local_steps=3), n=1)
+    found = OnTheWay(attack=attack)(net, seen)
+    assert found.score == pytest.approx(attack.score(net, seen, found.images, y))
+    assert torch.equal(found.images, attack(*iv.as_one_gradient(net, seen)).images)
