@@ -314,6 +314,12 @@ def test_what_could_mix_images_is_mapped_instead(case):
     compare(net, seen, "batched")
 
 
+def test_a_tensor_of_the_clients_batch_is_mapped_too():
+    shift = torch.rand(2, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net = Mixing(lambda x, _: x + shift if len(x) > 1 else x)
+    compare(net, see(net, 2), "batched")
+
+
 WEIGHT = torch.arange(1.0, 6, dtype=torch.float64)
 LOSSES = {
     "weighted": (

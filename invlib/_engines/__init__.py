@@ -141,7 +141,9 @@ def _batched(problem: Problem) -> Measure:
         if fit:
             try:
                 return _together(problem, params, values, rows, sharpness, fade, "flat")
-            except Unfit:
+            except torch.OutOfMemoryError:
+                raise
+            except (Unfit, RuntimeError):  # a tensor made for a batch of the client's size, say
                 fit = False
         return _together(problem, params, values, rows, sharpness, fade, "mapped")
 

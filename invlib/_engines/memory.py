@@ -115,7 +115,9 @@ def _step(problem: Problem, first: list[Tensor], sharpness: float | None) -> Non
     params = _stacked(problem, 1)
     try:
         _together(problem, params, first, [0], sharpness, 1.0, "flat")
-    except Unfit:
+    except torch.OutOfMemoryError:
+        raise
+    except (Unfit, RuntimeError):
         _together(problem, params, first, [0], sharpness, 1.0, "mapped")
 
 

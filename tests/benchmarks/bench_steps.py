@@ -56,11 +56,14 @@ CASES = [
     Case(model="ConvNet8", restarts=32, steps=5),
     Case(model="ConvNet64", steps=4, target=aims(1.3, 5)),
     Case(model="ConvNet64", restarts=8, steps=2),
+    Case(model="ConvNet64", restarts=32, steps=1, rounds=2),
     Case(model="ResNet20", steps=15),
     Case(model="ResNet20", restarts=8, steps=8, target=aims(2)),
     Case(model="ResNet20", restarts=32, steps=4),
     Case(model="ResNet20-4", steps=2, target=aims(None, 5)),
     Case(model="ResNet20-4", steps=2, precision="bfloat16"),
+    Case(model="ResNet20-4", restarts=8, steps=1, rounds=3),
+    Case(model="ResNet20-4", restarts=32, steps=1, rounds=2, target=aims(None, 10)),
     # On a CPU a single step takes seconds.
     Case(model="ResNet18", side=224, steps=5 if GPU else 1, rounds=5 if GPU else 3, target=aims(None, 1.5)),
     Case(model="LeNetZhu", images=8, steps=20),
@@ -70,8 +73,6 @@ CASES = [
     Case(model="ResNet20", client=iv.FedAvg(lr=0.01, local_steps=5), steps=3),
 ]
 LARGE = [
-    Case(model="ResNet20-4", restarts=8, steps=5),
-    Case(model="ResNet20-4", restarts=32, steps=5, target=10),
     Case(model="ResNet20-4", restarts=32, steps=5, precision="bfloat16"),
     Case(model="ResNet18", side=224, steps=5, precision="bfloat16"),
     Case(model="ResNet20", client=iv.FedAvg(lr=0.01, local_steps=20), steps=3),
