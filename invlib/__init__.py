@@ -31,6 +31,7 @@ from invlib.reconstruction import Frames, Progress, Reconstruction
 from invlib.recursive import recursive_inversion
 from invlib.smoothing import Smoothing
 from invlib.spreading import spread_restarts
+from invlib.surrogate import as_one_gradient
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "Report",
     "Smoothing",
     "StepDecay",
+    "as_one_gradient",
     "best",
     "deep_leakage",
     "errors",

@@ -33,6 +33,7 @@ class Problem:
     like: Tensor
     stackable: bool
     recompute: bool
+    low: torch.dtype | None
     fingerprint: str
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:

@@ -77,6 +77,10 @@ class GradientMatching:
         recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
             hardly more memory than one of a single step, and up to half as much time again; None does so from
             10 local steps on.
+        precision: in which the network is walked through: ``"full"`` is that of its parameters;
+            ``"bfloat16"`` multiplies in that type in convolutions and fully connected layers, there and back,
+            and keeps everything else, which is fast where the device has units for it. Scores are always
+            measured in full.
         record_every: record the cost every so many steps.
 
     Raises:
@@ -109,6 +113,7 @@ class GradientMatching:
     prune: bool = field(default=False, metadata=_LATER)
     engine: Engine = field(default="auto", metadata=_LATER)
     recompute: bool | None = field(default=None, metadata=_LATER)
+    precision: Literal["full", "bfloat16"] = field(default="full", metadata=_LATER)
     record_every: int = 10
 
     def __post_init__(self) -> None:
@@ -119,6 +124,7 @@ class GradientMatching:
         for name, choices in (
             ("labels", ("auto", "optimize", "optimize_shared")),
             ("keep", ("best", "last")),
+            ("precision", ("full", "bfloat16")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -260,6 +266,7 @@ class GradientMatching:
             like=some,
             stackable=isinstance(observation.protocol, (FedSGD, FedAvg)),
             recompute=_recomputes(self.recompute, observation),
+            low=torch.bfloat16 if self.precision == "bfloat16" else None,
             fingerprint="\n".join(map(_stable, [self, observation.protocol, labels, target])),
         )
 

@@ -8,10 +8,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import invlib as iv
 from invlib import _engines, priors
-from invlib._engines import graphed
+from invlib._engines import graphed, layers
+from invlib._engines.flat import Unfit
+from invlib._engines.gradients import Way, way
 from invlib._engines.layers import Cheap
 from invlib.errors import ConfigError, DeviceError
 from invlib.observation import in_mode
@@ -105,6 +109,66 @@ def test_recomputed_local_steps_change_nothing(engine, client, labels):
     compare(net, see(net, 2, client, side), engine, recompute=True, labels=labels)
 
 
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+def test_recomputed_local_steps_have_the_kinks_of_the_walk(engine):
+    net, side = build("ResNet")
+    compare(net, see(net, 2, CLIENTS["FedAvg"], side), engine, recompute=True, sharpness=4.0)
+
+
+class Multiplied(TorchDispatchMode):
+    """Takes down in which types convolutions and matrix products multiply."""
+
+    HEAVY = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.HEAVY:
+            self.types |= {a.dtype for a in args if isinstance(a, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("family", ["ResNet", "LeNetZhu"])
+def test_bfloat16_multiplies_in_it_there_and_back(family, client, engine):
+    net, side = build(family)
+    net = net.float()
+    seen = see(net, 2, CLIENTS[client], side)
+    found = {}
+    for precision in ("full", "bfloat16"):
+        attack = iv.GradientMatching(restarts=2, precision=precision)
+        problem = attack._problem(net, seen)
+        starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+        with Multiplied() as multiplied:
+            found[precision] = _engines.measure(engine, problem)(starts, [0, 1], None, 1.0)
+        assert multiplied.types == {torch.float32 if precision == "full" else torch.bfloat16}
+    cost, rough = (found[precision][0] for precision in found)
+    torch.testing.assert_close(rough, cost, rtol=0.02, atol=0)
+    slope, rough = (found[precision][2][0].flatten(1) for precision in found)
+    assert rough.dtype is torch.float32
+    assert F.cosine_similarity(slope, rough).min() > 0.95  # a kink near zero can turn
+
+
+def test_scores_are_measured_in_full_precision():
+    net = build_tiny()
+    seen = see(net)
+    attack = iv.GradientMatching(steps=2, precision="bfloat16")
+    found = attack(net, seen)
+    assert found.score == pytest.approx(iv.GradientMatching().score(net, seen, found.images, seen.labels))
+
+
+def test_bfloat16_needs_a_client_that_it_knows():
+    net = build_tiny()
+    seen = replace(see(net), protocol=lambda *args, **kwargs: iv.FedSGD()(*args, **kwargs))
+    with pytest.raises(ConfigError, match="precision='bfloat16' needs a client of invlib"):
+        iv.GradientMatching(precision="bfloat16")(net, seen)
+    with pytest.raises(ConfigError, match="precision is 'half'"):
+        iv.GradientMatching(precision="half")
+
+
 # The largest memory of a process only grows, so the cases come in the order of what they should take.
 MEMORY = """
 import re
@@ -155,6 +219,131 @@ def test_the_convolution_has_first_and_second_derivatives(stride, groups, bias):
     torch.testing.assert_close(ours(*inputs), F.conv2d(*inputs, stride=stride, padding=(1, 0), groups=groups))
     assert torch.autograd.gradcheck(ours, inputs)
     assert torch.autograd.gradgradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("layer", ["convolution", "product"])
+def test_a_layer_of_stacked_weights_is_one_for_each(layer, fixed):
+    """Two restarts of three images, in one batch; fixed weights are the same for both."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    if layer == "convolution":
+        x, weight, apart = draw(6, 4, 5, 6), draw(2, 6, 2, 3, 2), partial(F.conv2d, groups=2, padding=(1, 0))
+        stacked = partial(layers.convolution, groups=2, padding=(1, 0), fixed=fixed, first=False)
+    else:
+        x, weight, apart = draw(6, 4), draw(2, 5, 4), F.linear
+        stacked = partial(layers.product, fixed=fixed, first=False)
+    if fixed:
+        weight = weight[:1].expand_as(weight)
+    x, weight = x.requires_grad_(), weight.contiguous().requires_grad_()
+
+    def by_hand(x, weight):
+        return torch.cat([apart(part, w) for part, w in zip(x.chunk(2), weight, strict=True)])
+
+    found, expected = stacked(x, weight), by_hand(x, weight)
+    torch.testing.assert_close(found, expected)
+    along = [draw(*expected.shape), draw(*x.shape), draw(*weight.shape)]
+    results = []
+    for out in (found, expected):
+        first = torch.autograd.grad(out, (x, weight), along[0], create_graph=True)
+        # What an attack asks for: the slope of the images, through both slopes of the layer.
+        second = torch.autograd.grad(first, x, along[1:])
+        results.append([*first, *second])
+    torch.testing.assert_close(*results)
+    if not fixed:
+        assert torch.autograd.gradgradcheck(stacked, (x, weight))
+
+
+def flat_step(net, seen, **settings):
+    problem = iv.GradientMatching(restarts=2, **settings)._problem(net, seen)
+    starts = [torch.rand(2, *problem.shape, generator=torch.Generator().manual_seed(0)).to(problem.like)]
+    with torch.enable_grad(), way(Way(name="flat")):
+        return problem.costs(starts, rows=[0, 1], fade=1.0, params=_engines._stacked(problem, 2))
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_restarts_of_a_family_go_through_it_as_one_batch(family, client):
+    net, side = build(family)
+    flat_step(net, see(net, 2, CLIENTS[client], side))
+
+
+class Mixing(nn.Module):
+    """A network that does one more thing to its features than the tiny one."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.body, self.act = build_tiny(torch.float64), act
+
+    def forward(self, x):
+        head = self.body[3]
+        return head(self.act(self.body[:3](x), self))
+
+
+STRANGE = {
+    "the mean of the batch": (lambda x, _: x - x.mean(0), "Tensor.mean"),
+    "the mean of everything": (lambda x, _: x - x.mean(), "Tensor.mean"),
+    "a sum over the batch by name": (lambda x, _: x - torch.sum(x, dim=-2), "torch.sum"),
+    "images one after another": (lambda x, _: x.reshape(-1, 96), "Tensor.reshape"),
+    "images side by side": (lambda x, _: torch.cat([x, x], 0)[: len(x)], "torch.cat"),
+    "images turned round": (lambda x, _: x.flip(0), "Tensor.flip"),
+    "a norm of the batch": (
+        lambda x, _: F.batch_norm(x[:, None], None, None, training=True)[:, 0],
+        "learns from the batch",
+    ),
+    "a parameter by itself": (lambda x, net: x * net.body[0].bias.sum(), "Tensor.sum of a parameter"),
+    "an unknown function": (lambda x, _: torch.cumsum(x, 1), "torch.cumsum"),
+    "a norm of each image": (lambda x, _: F.layer_norm(x, (96,)), "layer_norm"),
+    "a layer on more dimensions": (lambda x, _: x[:, None].flatten(1), None),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_what_could_mix_images_is_mapped_instead(case):
+    act, reason = STRANGE[case]
+    net = Mixing(act)
+    seen = see(net, 2)
+    if reason is None:
+        flat_step(net, seen)
+    else:
+        with pytest.raises(Unfit, match=reason):
+            flat_step(net, seen)
+    compare(net, seen, "batched")
+
+
+def test_a_tensor_of_the_clients_batch_is_mapped_too():
+    shift = torch.rand(2, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net = Mixing(lambda x, _: x + shift if len(x) > 1 else x)
+    compare(net, see(net, 2), "batched")
+
+
+WEIGHT = torch.arange(1.0, 6, dtype=torch.float64)
+LOSSES = {
+    "weighted": (
+        lambda out, y: F.cross_entropy(out, y, WEIGHT),
+        "cross entropy",
+    ),
+    "summed": (lambda out, y: F.cross_entropy(out, y, reduction="sum"), "cross entropy"),
+    "squared": (lambda out, y: F.cross_entropy(out, y).square(), "follows the loss"),
+    "of its own": (lambda out, y: F.mse_loss(out, F.one_hot(y, 5).to(out)), "mse_loss|one_hot"),
+    "smoothed": (partial(F.cross_entropy, label_smoothing=0.1), None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_is_not_plain_cross_entropy_is_mapped_instead(name):
+    loss, reason = LOSSES[name]
+    net = build_tiny(torch.float64)
+    seen = see(net, 2, loss=loss)
+    if reason is None:
+        flat_step(net, seen, loss=loss)
+    else:
+        with pytest.raises(Unfit, match=reason):
+            flat_step(net, seen, loss=loss)
+    compare(net, seen, "batched", loss=loss)
 
 
 def test_a_third_derivative_is_refused_instead_of_being_wrong():

@@ -25,6 +25,11 @@ def cost(module, weights):
     return of
 
 
+@pytest.fixture(params=[1, 13, 10**6], ids=["tensor by tensor", "in parts", "in one piece"], autouse=True)
+def _parts(request, monkeypatch):
+    monkeypatch.setattr(manual, "PART", request.param)
+
+
 @pytest.mark.parametrize("weights", [(1.0,) * 4, (0.5, 1.0, 0.0, 2.0)])
 @pytest.mark.parametrize("stacks", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("shared", [True, False], ids=["one target", "a target each"])

@@ -1,6 +1,5 @@
 """How many restarts run together: the memory of one, measured, against what is free."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import invlib as iv
 from invlib import _engines
 from invlib._engines import memory
 from invlib.models.convnet import ConvNet
+from tests.benchmarks import baseline
 from tests.conftest import build_tiny, random_batch
 
 CPU = torch.device("cpu")
@@ -148,15 +148,22 @@ def sized(monkeypatch):
     return sizes
 
 
-def room_for(monkeypatch, restarts, attack, net, seen):
-    """Leave as much memory as so many restarts of an attack need."""
-    problem = attack._problem(net, seen)
-    starts = attack._starts(problem, seen, torch.Generator())
-    _, need = memory.largest(problem, starts, None)
-    kept = 4 * sum(s.nbytes for s in starts)
+def room_for(monkeypatch, restarts, run):
+    """Run an attack; leave room for so many of its restarts; return what it found, and what one needs."""
+    found, largest = [], memory.largest
+
+    def watched(problem, starts, sharpness):
+        most, need = largest(problem, starts, sharpness)
+        found.extend((need, 4 * sum(s.nbytes for s in starts)))
+        return most, need
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "largest", watched)
+        whole = run()
+    need, kept = found
     free = (need * restarts + kept + 1) / memory.MARGIN + 1
     monkeypatch.setattr(memory, "available", lambda device: int(free))
-    return need
+    return whole, need
 
 
 @pytest.mark.parametrize(("restarts", "sizes"), [(4, [3, 4]), (3, [2, 2, 3]), (0, [1] * 7)])
@@ -164,9 +171,8 @@ def test_restarts_are_split_as_memory_allows_with_the_same_result(monkeypatch, r
     net = build_tiny(torch.float64)
     seen = see(net)
     attack = iv.GradientMatching(steps=5, restarts=7, record_every=1)
-    whole = attack(net, seen)
+    whole, need = room_for(monkeypatch, restarts, lambda: attack(net, seen))
     assert "chunks" not in whole.engine
-    need = room_for(monkeypatch, restarts, attack, net, seen)
     ran = sized(monkeypatch)
     split = attack(net, seen)
     steps = attack.steps + 1  # the last point is measured too
@@ -182,8 +188,7 @@ def test_chunks_of_many_observations_end_where_an_observation_does(monkeypatch):
     net = build_tiny(torch.float64)
     seen = [see(net) for _ in range(3)]
     attack = iv.GradientMatching(steps=5, restarts=2, record_every=1)
-    whole = attack.together(net, seen)
-    room_for(monkeypatch, 5, replace(attack, restarts=6), net, seen[0])
+    whole, _ = room_for(monkeypatch, 5, lambda: attack.together(net, seen))
     ran = sized(monkeypatch)
     split = attack.together(net, seen)
     assert ran == [size for size in (2, 4) for _ in range(attack.steps + 1)]
@@ -219,6 +224,16 @@ class Careless(nn.Module):
 
     def forward(self, x):
         return self.inner(nn.functional.dropout(x, 0.1))
+
+
+@pytest.mark.parametrize("name", ["LeNetZhu", "ConvNet8", "ResNet20"])
+def test_one_restart_takes_no_more_than_the_loop_of_2020(name):
+    net = iv.models.build(name, num_classes=10, seed=0).eval()
+    seen = see(net, side=32)
+    start = torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    theirs = memory.peak(lambda: baseline.attack(net, seen, start, 2), CPU)
+    ours = memory.peak(lambda: iv.inverting_gradients(steps=2)(net, seen), CPU)
+    assert ours <= theirs
 
 
 def test_measuring_leaves_no_trace():
@@ -280,7 +295,7 @@ def test_restarts_are_split_on_a_gpu(monkeypatch):
     attack = iv.GradientMatching(steps=5, restarts=7)
     whole = attack(net, seen)
     net = net.cuda()
-    room_for(monkeypatch, 3, attack, net, seen)
+    room_for(monkeypatch, 3, lambda: attack(net, seen))
     split = attack(net, seen)
     assert "in chunks of 3, for each restart needs about" in split.engine
     torch.testing.assert_close(split.trials.cpu(), whole.trials)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from invlib._engines.flat import Unfit
 from invlib._engines.gradients import Way, way
 from invlib.errors import ConfigError, DeviceError
-from invlib.smoothing import rounded
 
 if TYPE_CHECKING:
     from invlib._problem import Problem
@@ -56,6 +56,11 @@ def choose(
         DeviceError: it cannot run on this device.
     """
     device = problem.like.device
+    if problem.low is not None and not problem.stackable:
+        raise ConfigError(
+            "precision='bfloat16' needs a client of invlib, FedSGD or FedAvg, whose layers can be told; "
+            "use precision='full'"
+        )
     if asked == "auto":
         # A captured step has one sharpness; an optimiser that takes restarts together asks once at each.
         if device.type == "cuda" and problem.stackable and not (sharpening and together):
@@ -108,7 +113,9 @@ def _eager(
 
     found = [
         _on_tape(
-            cost_of(row), [v[k] for v in values], sharpness, Way(name="tape", recompute=problem.recompute)
+            cost_of(row),
+            [v[k] for v in values],
+            Way(name="tape", recompute=problem.recompute, sharpness=sharpness, low=problem.low),
         )
         for k, row in enumerate(rows)
     ]
@@ -121,7 +128,7 @@ def _batched(problem: Problem) -> Measure:
     if not problem.stackable:
         return functools.partial(_mapped, problem)
     stacks = functools.lru_cache(maxsize=1)(functools.partial(_stacked, problem))
-    stacked = Way(name="stacked", recompute=problem.recompute)
+    fit = True  # until the network shows that it is not
 
     def evaluate(
         values: list[Tensor], rows: list[int], sharpness: float | None, fade: Fade
@@ -130,26 +137,47 @@ def _batched(problem: Problem) -> Measure:
             # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
             return _eager(problem, _leaves(problem), values, rows, sharpness, fade)
         params = stacks(len(rows))
-        return _on_tape(
-            lambda now: problem.costs(now, rows=rows, fade=fade, params=params), values, sharpness, stacked
-        )
+        nonlocal fit
+        if fit:
+            try:
+                return _together(problem, params, values, rows, sharpness, fade, "flat")
+            except torch.OutOfMemoryError:
+                raise
+            except (Unfit, RuntimeError):  # a tensor made for a batch of the client's size, say
+                fit = False
+        return _together(problem, params, values, rows, sharpness, fade, "mapped")
 
     return evaluate
+
+
+def _together(
+    problem: Problem,
+    params: dict[str, Tensor],
+    values: list[Tensor],
+    rows: list[int],
+    sharpness: float | None,
+    fade: Fade,
+    name: Literal["flat", "mapped"],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _on_tape(
+        lambda now: problem.costs(now, rows=rows, fade=fade, params=params),
+        values,
+        Way(name=name, recompute=problem.recompute, sharpness=sharpness, low=problem.low),
+    )
 
 
 def _on_tape(
     cost_of: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
     values: list[Tensor],
-    sharpness: float | None,
     chosen: Way,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Evaluate a cost and its gradient with torch's tape, whatever the caller's grad mode is."""
     now = [v.detach().requires_grad_() for v in values]
     with torch.enable_grad(), way(chosen):
-        with rounded(sharpness):
-            cost, objective = cost_of(now)
+        cost, objective = cost_of(now)
         slopes = torch.autograd.grad(cost.sum(), now, materialize_grads=True)
-    return cost.detach(), objective.detach(), list(slopes)
+    # Optimisers flatten slopes, which may come with channels last.
+    return cost.detach(), objective.detach(), [slope.contiguous() for slope in slopes]
 
 
 def _mapped(
@@ -160,13 +188,28 @@ def _mapped(
     step = torch.func.grad_and_value(
         functools.partial(problem.cost, fade=fade), argnums=argnums, has_aux=True
     )
-    with rounded(sharpness):
+    with way(Way(sharpness=sharpness)):
         slopes, (cost, objective) = torch.func.vmap(step, randomness="different")(*values)
     return cost.detach(), objective.detach(), [s.detach() for s in slopes]
 
 
 def _leaves(problem: Problem) -> dict[str, Tensor]:
-    return {name: p.detach().requires_grad_() for name, p in problem.params.items()}
+    last = _channels_last(problem)
+    return {
+        name: (p.contiguous(memory_format=torch.channels_last) if last and p.ndim == 4 else p)
+        .detach()
+        .requires_grad_()
+        for name, p in problem.params.items()
+    }
+
+
+def _channels_last(problem: Problem) -> bool:
+    """Say whether convolutions should keep the channels of a pixel together: they follow their weights.
+
+    A GPU's units for low precision want it. On a CPU it gains a few per cent on small networks
+    (`tests/benchmarks/bench_layouts.py`), which is not worth a copy of all weights.
+    """
+    return problem.low is not None and problem.like.is_cuda
 
 
 def _stacked(problem: Problem, restarts: int) -> dict[str, Tensor]:

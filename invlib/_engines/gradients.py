@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from invlib._engines.flat import Flat, Unfit
 from invlib._engines.layers import Cheap
+from invlib.smoothing import rounded
 
 SMALL = 3_000_000  # multiplications of a convolution: measured, see `Cheap`
 
@@ -24,13 +26,19 @@ class Way:
 
     Args:
         name: ``"transforms"``, `torch.func.grad`, which nests in every other transform; ``"tape"``, torch's
-            own tape, with less overhead; ``"stacked"``, the tape with a leading dimension of restarts on
-            every parameter, and inputs and labels of ``(N, restarts, ...)``.
+            own tape, with less overhead; ``"mapped"``, the tape with a leading dimension of restarts on
+            every parameter, and inputs and labels of ``(N, restarts, ...)``; ``"flat"``, the same with less
+            overhead, for networks that treat every image by itself (`invlib._engines.flat`).
         recompute: keep the weights between local steps alone, and compute each step anew on the way back.
+        sharpness: of the network's kinks; None leaves them as they are.
+        low: the type in which convolutions and fully connected layers multiply; None keeps the tensors' own.
+            The transforms know none.
     """
 
-    name: Literal["transforms", "tape", "stacked"] = "transforms"
+    name: Literal["transforms", "tape", "mapped", "flat"] = "transforms"
     recompute: bool = False
+    sharpness: float | None = None
+    low: torch.dtype | None = None
 
 
 _WAY: ContextVar[Way] = ContextVar("way", default=Way())  # noqa: B039 (it is frozen)
@@ -41,7 +49,8 @@ def way(chosen: Way) -> Iterator[None]:
     """Within this context the gradients of a client are computed in that way."""
     token = _WAY.set(chosen)
     try:
-        yield
+        with rounded(chosen.sharpness):
+            yield
     finally:
         _WAY.reset(token)
 
@@ -50,26 +59,46 @@ def gradient(
     loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Return the gradient of a loss by parameter name."""
-    name = _WAY.get().name
-    if name == "transforms":
+    chosen = _WAY.get()
+    if chosen.name == "transforms":
         found: dict[str, Tensor] = torch.func.grad(loss_of)(dict(params), inputs, labels)
         return found
     # The parameters of the first local step are given; those of a later one depend on the images.
-    cheap = Cheap(fixed=all(p.is_leaf for p in params.values()), least=SMALL if name == "tape" else 0)
+    fixed = all(p.is_leaf for p in params.values())
+    loss = (_flat if chosen.name == "flat" else _cheap)(loss_of, params, inputs, labels, fixed)
+    parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
+    return dict(zip(params, parts, strict=True))
+
+
+def _cheap(
+    loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, fixed: bool
+) -> Tensor:
+    chosen = _WAY.get()
+    tape = chosen.name == "tape"
+    cheap = Cheap(fixed=fixed, least=SMALL if tape else 0, low=chosen.low, mapped=not tape)
 
     def seen(params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         cheap.images = inputs
         return loss_of(params, inputs, labels)
 
     with cheap:
-        if name == "tape":
-            loss = seen(params, inputs, labels)
-        else:
-            # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
-            mapped = torch.func.vmap(seen, in_dims=(0, 1, 1), randomness="different")
-            loss = mapped(dict(params), inputs, labels).sum()
-    parts = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
-    return dict(zip(params, parts, strict=True))
+        if tape:
+            return seen(params, inputs, labels)
+        # Only the forward pass is mapped: what is differentiated is one graph of stacked tensors.
+        mapped = torch.func.vmap(seen, in_dims=(0, 1, 1), randomness="different")
+        return mapped(dict(params), inputs, labels).sum()
+
+
+def _flat(
+    loss_of: LossOf, params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, fixed: bool
+) -> Tensor:
+    images, targets = (t.transpose(0, 1).flatten(0, 1) for t in (inputs, labels))
+    flat = Flat(params=params, restarts=inputs.shape[1], images=images, fixed=fixed, low=_WAY.get().low)
+    with flat:
+        loss = loss_of(params, images, targets)
+    if loss is not flat.loss:
+        raise Unfit("a loss that is not cross entropy")
+    return loss
 
 
 def descend(

@@ -15,16 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from invlib._engines import _mapped, _on_tape, _stacked
-from invlib._engines.gradients import Way
+from invlib._engines import _mapped, _stacked, _together
+from invlib._engines.flat import Unfit
 
 if TYPE_CHECKING:
     from invlib._problem import Problem
 
 MARGIN = 0.8  # of what is free: allocators leave gaps, and libraries take room of their own to work in
-_KEPT = (
-    4  # tensors that every restart keeps throughout, each like its start: place, best, and Adam's two means
-)
+_KEPT = 4  # tensors like its start that every restart keeps throughout: place, best, and Adam's two means
 
 
 def largest(problem: Problem, starts: list[Tensor], sharpness: float | None) -> tuple[int, int]:
@@ -115,8 +113,12 @@ def _step(problem: Problem, first: list[Tensor], sharpness: float | None) -> Non
         _mapped(problem, first, [0], sharpness, 1.0)
         return
     params = _stacked(problem, 1)
-    stacked = Way(name="stacked", recompute=problem.recompute)
-    _on_tape(lambda now: problem.costs(now, rows=[0], fade=1.0, params=params), first, sharpness, stacked)
+    try:
+        _together(problem, params, first, [0], sharpness, 1.0, "flat")
+    except torch.OutOfMemoryError:
+        raise
+    except (Unfit, RuntimeError):
+        _together(problem, params, first, [0], sharpness, 1.0, "mapped")
 
 
 class _Live(TorchDispatchMode):

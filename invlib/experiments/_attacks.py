@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from invlib.experiments._cases import Attack
 from invlib.matching import GradientMatching, improved_deep_leakage, inverting_gradients
+from invlib.observation import Observation
 from invlib.optimizers import LBFGS
 from invlib.presets import best
+from invlib.reconstruction import Reconstruction
+from invlib.surrogate import as_one_gradient
 
 _ITERATIONS = 20  # of L-BFGS in a step, one evaluation each
 
@@ -24,6 +31,28 @@ def squared_lbfgs(*, steps: int, restarts: int = 1) -> GradientMatching:
 def cosine_adam(*, steps: int, restarts: int = 1, **settings: Any) -> GradientMatching:
     """Return cosine objective and signed Adam as published, at a budget of evaluations for each restart."""
     return inverting_gradients(steps=steps, restarts=restarts, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTheWay:
+    """An attack on a client of many local steps through one gradient on its way, see `as_one_gradient`.
+
+    The score is measured through all local steps, so that it compares with that of an unrolled attack.
+
+    Args:
+        attack: what is run on that gradient.
+    """
+
+    attack: GradientMatching
+
+    def __call__(
+        self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """Attack an observation."""
+        found = self.attack(*as_one_gradient(model, observation), generator=generator)
+        assert found.labels is not None  # the attack does not optimise them
+        score = self.attack.score(model, observation, found.images, found.labels)
+        return replace(found, score=score, trial_scores=torch.tensor([score]))
 
 
 PUBLISHED: dict[str, Callable[..., Attack]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from invlib.experiments._attacks import cosine_adam
+from dataclasses import replace
+
+from invlib.experiments._attacks import OnTheWay, cosine_adam
 from invlib.experiments._cases import Case, Experiment, Setup, Size
 from invlib.federated import FedAvg
 
@@ -21,10 +23,13 @@ _FULL = tuple(
 
 
 def cases(setup: Setup) -> list[Case]:
-    """Return a case for each kind of client, all attacked through their own local steps."""
+    """Return a case for each kind of client, attacked through its local steps, or as one gradient too."""
     network = "LeNetZhu" if setup.reduced else "ConvNet64"
-    return [
-        Case(
+    attack = cosine_adam(steps=setup.steps, restarts=setup.restarts)
+    found = []
+    for steps, lr, batch, images in _REDUCED if setup.reduced else _FULL:
+        series = f"{images} image{'s' if images > 1 else ''}, {batch} in a step, rate {lr:g}"
+        case = Case(
             columns={
                 "network": network,
                 "images": str(images),
@@ -33,14 +38,22 @@ def cases(setup: Setup) -> list[Case]:
                 "local steps": str(steps),
             },
             network=network,
-            attack=cosine_adam(steps=setup.steps, restarts=setup.restarts),
+            attack=attack,
             protocol=FedAvg(lr=lr, local_steps=steps, batch_size=batch),
             images=images,
             sweep=steps,
-            series=f"{images} image{'s' if images > 1 else ''}, {batch} in a step, rate {lr:g}",
+            series=series,
         )
-        for steps, lr, batch, images in (_REDUCED if setup.reduced else _FULL)
-    ]
+        found.append(case)
+        if steps > 1 and images == 1:
+            cheap = replace(
+                case,
+                columns={**case.columns, "local steps": f"{steps}, as one gradient"},
+                attack=OnTheWay(attack=attack),
+                series=f"{series}, as one gradient",
+            )
+            found.append(cheap)
+    return found
 
 
 EXPERIMENT = Experiment(
@@ -51,6 +64,7 @@ EXPERIMENT = Experiment(
     axis="local steps",
     log=True,
     notes=(
-        "An evaluation runs all local steps of the client, so a client of 100 steps costs 100 times as much.",
+        "An evaluation runs all local steps of the client, so a client of 100 steps costs 100 times as much; "
+        "as one gradient on the client's way it costs one.",
     ),
 )

@@ -7,6 +7,7 @@ differentiated once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +17,33 @@ from torch.autograd.function import once_differentiable
 
 from invlib.kernels._checks import accumulator
 
+PART = 2**15  # numbers of which the slope is made at once
+
 
 def gradient_statistics(
     candidate: Sequence[Tensor], target: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted dot product and both squared norms."""
     theirs = [t.detach() for t in target]
-    dot, ours = _Statistics.apply(tuple(weights), *candidate, *theirs)
+    # On the way back a part's candidates make room for their slopes: in one piece, both would be there.
+    found = [
+        _Statistics.apply(tuple(weights[part]), *candidate[part], *theirs[part]) for part in _parts(candidate)
+    ]
+    dot, ours = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0) for sums in zip(*found, strict=True))
     dtype = accumulator(*candidate, *target)
     parts = [w * (t := tensor.to(dtype)).mul(t).sum() for tensor, w in zip(theirs, weights, strict=True)]
     return dot, ours, torch.stack(parts).sum()
+
+
+def _parts(tensors: Sequence[Tensor]) -> list[slice]:
+    """Cut a list into parts of at least so many numbers."""
+    cuts, size = [0], 0
+    for k, tensor in enumerate(tensors, 1):
+        size += tensor.numel()
+        if size >= PART or k == len(tensors):
+            cuts.append(k)
+            size = 0
+    return [slice(*ends) for ends in itertools.pairwise(cuts)]
 
 
 class _Statistics(torch.autograd.Function):
@@ -85,13 +103,9 @@ def _sums(
 
     def total(a: Tensor, b: Tensor, weight: float) -> Tensor:
         product = a.to(dtype) * b.to(dtype)
-        part = (
-            product.flatten(1).sum(1)
-            if stacked and product.ndim > 1
-            else product
-            if stacked
-            else product.sum()
-        )
+        # Of a stack of single numbers nothing is to be summed, and no dimensions would mean all of them.
+        alone = stacked and product.ndim == 1
+        part = product if alone else product.sum(tuple(range(stacked, product.ndim)))
         return part if weight == 1 else weight * part
 
     dots = [total(c, t, w) for c, t, w in zip(candidate, target, weights, strict=True)]
@@ -101,12 +115,14 @@ def _sums(
 
 def _slopes(ctx: Any, of_dot: Tensor, of_norm: Tensor) -> tuple[Tensor | None, ...]:
     candidate, target = _halves(ctx.saved_tensors)
-    found = []
-    for c, t, weight in zip(candidate, target, ctx.weights, strict=True):
+    found: list[Tensor] = list(candidate)
+    # The largest first: while it is made there is a second one of its size, and of the others there is none.
+    for k in sorted(range(len(candidate)), key=lambda k: -candidate[k].numel()):
+        c, t, weight = candidate[k], target[k], ctx.weights[k]
         # One slope for each of a stack, in front of the tensor's own dimensions.
         shape = (*of_dot.shape, *[1] * (c.ndim - of_dot.ndim))
         slope = torch.addcmul(
             t * (weight * of_dot).view(shape), (2 * weight * of_norm).view(shape), c.to(of_norm.dtype)
         )
-        found.append(slope.to(c.dtype))
+        found[k] = slope.to(c.dtype)
     return None, *found, *[None] * len(target)
