@@ -20,10 +20,8 @@ _REACH = 2  # strides, up and down and to the sides
 # The way from round kinks to sharp ones is 0 to 1: there the search stops, shifted copies are compared, and
 # the rest begins.
 _FOUND, _SHIFTED, _REST = 0.37, 0.5, 0.6
-_SEARCH, _COMPARED = (
-    1 / 6,
-    5 / 6,
-)  # parts of the budget that are spent when the search ends, and at most by copies
+# Which part of the budget is spent when the search ends, and at most when the last copies were compared.
+_SEARCH, _COMPARED = 1 / 6, 5 / 6
 
 
 def moves(model: nn.Module, observation: Observation) -> list[Move]:
@@ -31,7 +29,8 @@ def moves(model: nn.Module, observation: Observation) -> list[Move]:
 
     A network that pools over all places at its end does not ask where things are, only how they lie to the
     grid of its strides: what is shifted by their product gives nearly the same gradient, the border apart.
-    One image only, for in a batch each would have to be shifted by itself; none where nothing is strided.
+    The product is measured: the side of the image over that of the smallest output of a convolution. None for
+    a batch, in which each image would have to be shifted by itself, or where nothing is strided.
     """
     sides: list[Sequence[int]] = []
 
