@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from invlib import data, metrics, models
 from invlib._files import check_indices
+from invlib._options import attack_of
 from invlib.errors import ConfigError, DataError, DeviceError, RecoveryError, UnknownNameError
 from invlib.federated import FedSGD, observe
 from invlib.legacy import FedAvgReconstructor, GradientReconstructor
@@ -86,6 +87,7 @@ class Experiment:
     def __init__(self, args: argparse.Namespace, config: dict[str, Any], *, many: bool) -> None:
         _check(args)
         self.args, self.config = args, checked(config)
+        self.optim, self.why = attack_of(args)
         self.device = _device(args.device)
         self.seed = secrets.randbelow(2**32) if args.seed is None else args.seed
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -149,7 +151,7 @@ class Experiment:
         model = net.model.to(_DTYPES[args.dtype])
         quiet = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
         with quiet if args.deterministic else nullcontext():
-            if args.optim == "best":
+            if self.optim == "best":
                 reconstruction = self._best(model, seen)
             else:
                 reconstruction = self._as_in_2020(model, seen, began)
@@ -173,7 +175,7 @@ class Experiment:
     def _best(self, model: nn.Module, seen: Observation) -> Reconstruction:
         config = self.config
         steps = 1 if self.args.dryrun else config["max_iterations"]
-        attack = best(steps=steps, restarts=config["restarts"], tv=config["total_variation"])
+        attack = best(steps=steps, restarts=config["restarts"], tv=config["total_variation"], prune=True)
         found = attack(model, seen, generator=self.generator, progress=True)
         return replace(found, images=found.images.float())
 

@@ -25,19 +25,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {**DEFAULT_CONFIG, "max_iterations": presets.STEPS, "total_variation": presets.TV},
 }
-# What --optim best chooses by itself, so that a flag for it would go unheard.
-_CHOSEN = (
-    "cost_fn",
-    "indices",
-    "weights",
-    "optim",
-    "signed",
-    "boxed",
-    "lr",
-    "init",
-    "filter",
-    "scoring_choice",
-)
+AUTO = "auto"
+# What --optim best chooses by itself, so that a flag for it would go unheard, and what it chooses, where a
+# flag can say it.
+_CHOSEN: dict[str, Any] = {
+    "cost_fn": "sim",
+    "indices": "def",
+    "weights": "equal",
+    "optim": None,
+    "signed": None,
+    "boxed": None,
+    "lr": None,
+    "init": None,
+    "filter": "none",
+    "scoring_choice": "loss",
+}
 # Config key → the name of its flag.
 _FLAGS = {key: key for key in DEFAULT_CONFIG if key != "lr_decay"} | {
     "optim": "optimizer",
@@ -72,12 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("the attack", "Defaults are those of --optim.")
     how.add_argument(
         "--optim",
-        default="ours",
-        choices=list(PRESETS),
+        default=AUTO,
+        choices=[AUTO, *PRESETS],
         help="ours: cosine and signed Adam (Geiping et al. 2020), 4800 iterations; zhu: squared distance and "
-        "L-BFGS (Zhu et al. 2019), 300 iterations of 20; best: this project's strongest, 1200 iterations",
+        "L-BFGS (Zhu et al. 2019), 300 iterations of 20; best: this project's strongest, "
+        f"{presets.STEPS} evaluations; auto: best on trained weights, where the published attack finds "
+        "little, unless another option asks for what best does not do, and else ours (%(default)s)",
     )
-    how.add_argument("--restarts", type=int, default=1)
+    how.add_argument(
+        "--restarts",
+        type=int,
+        default=1,
+        help="starting points (%(default)s); best stops the worse ones early",
+    )
     how.add_argument("--iterations", "--max_iterations", type=int, help="steps of each restart")
     how.add_argument("--cost_fn", help=_choices(DISTANCES))
     how.add_argument("--indices", help=f"which tensors are compared: {_choices(SUBSETS)}")
@@ -113,15 +122,42 @@ def _choices(names: Any) -> str:
     return ", ".join(names)
 
 
+def attack_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Return what --optim stands for, and in a sentence why."""
+    if args.optim != AUTO:
+        return args.optim, "as --optim says"
+    if not args.trained_model:
+        return (
+            "ours",
+            "the published one, for the weights are fresh; --optim best takes this project's strongest",
+        )
+    unheard = _unheard(args)
+    if unheard:
+        return "ours", f"the published one, for this project's strongest takes no {', '.join(unheard)}"
+    return (
+        "best",
+        "this project's strongest, for the weights are trained; --optim ours takes the published one",
+    )
+
+
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the 2020 config that the options describe."""
-    given = {key: getattr(args, flag) for key, flag in _FLAGS.items()}
-    if args.optim == "best":
-        unheard = [f"--{_FLAGS[key]}" for key in _CHOSEN if given[key] is not None]
-        unheard += ["--soft_labels"] if args.soft_labels else []
-        if unheard:
-            raise ConfigError(
-                f"--optim best was given {', '.join(unheard)}; expected only --iterations, --restarts "
-                "and --tv of the attack's options (it chooses the others by itself)"
-            )
-    return PRESETS[args.optim] | {key: value for key, value in given.items() if value is not None}
+    name, _ = attack_of(args)
+    unheard = _unheard(args) if name == "best" else []
+    if unheard:
+        raise ConfigError(
+            f"--optim best was given {', '.join(unheard)}; expected only --iterations, --restarts "
+            "and --tv of the attack's options (it chooses the others by itself)"
+        )
+    return PRESETS[name] | {key: value for key, value in _given(args).items() if value is not None}
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(args, flag) for key, flag in _FLAGS.items()}
+
+
+def _unheard(args: argparse.Namespace) -> list[str]:
+    """Return the options that are given and that --optim best would not do."""
+    given = _given(args)
+    unheard = [f"--{_FLAGS[key]}" for key, does in _CHOSEN.items() if given[key] not in (None, does)]
+    return [*unheard, "--soft_labels"] if args.soft_labels else unheard

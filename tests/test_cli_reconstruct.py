@@ -18,11 +18,12 @@ from invlib import (
     data,
     legacy,
     models,
+    presets,
     rec_mult,
     reconstruct_image,
     training,
 )
-from invlib._options import config_of
+from invlib._options import PRESETS, attack_of, config_of
 from invlib._tables import append_row, save_image
 from invlib.errors import DataError
 
@@ -78,9 +79,10 @@ def weights(path: str, model: str = "LeNetZhu", **card: object) -> None:
 def test_the_command_of_2020_with_an_embedded_photograph(capsys: pytest.CaptureFixture[str]) -> None:
     weights("models/LeNetZhu-cifar10.safetensors")
     argv = ["--model", "LeNetZhu", "--dataset", "CIFAR10", "--trained_model", "--cost_fn", "sim"]
-    argv += ["--indices", "def", "--restarts", "2", "--save_image", "--target_id", "-1"]
+    argv += ["--indices", "def", "--restarts", "2", "--save_image", "--target_id", "-1", "--optim", "ours"]
     assert reconstruct_image.main([*argv, "--iterations", "3", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
+    assert "attack ours: as --optim says" in out
     assert "--target_id -1: an image that comes with invlib, not one of CIFAR10" in out
     assert "photograph 'chelsea'" in out
     assert "LeNetZhu, trained on CIFAR-10, accuracy 0.625" in out
@@ -214,6 +216,51 @@ def test_the_strongest_attack_can_be_asked_for() -> None:
     argv = ["--model", "ConvNet8", "--iterations", "2", "--device", "cpu", "--seed", "0", "--target_id", "-1"]
     assert reconstruct_image.main([*argv, "--optim", "best", "--restarts", "2"]) == 0
     assert float(rows("tables/table_exp_iv.csv")[1]["psnr"]) < 60
+
+
+def test_trained_weights_are_attacked_by_the_strongest(capsys: pytest.CaptureFixture[str]) -> None:
+    weights("models/ConvNet8-cifar10.safetensors", "ConvNet8")
+    argv = ["--model", "ConvNet8", "--iterations", "60", "--device", "cpu", "--target_id", "-1"]
+    seed = [*argv, "--trained_model", "--cost_fn", "sim", "--indices", "def", "--restarts", "3"]
+    assert reconstruct_image.main(seed) == 0
+    out = capsys.readouterr().out
+    assert "attack best: this project's strongest, for the weights are trained; --optim ours takes" in out
+    assert reconstruct_image.main([*argv[:3], "2", *argv[4:], "--trained_model", "--signed"]) == 0
+    assert "attack ours: the published one, for this project's strongest takes no --signed" in (
+        capsys.readouterr().out
+    )
+    assert [row["OPTIM"] for row in rows("tables/table_exp_iv.csv")] == ["best", "ours"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "ours"),
+        (["--trained_model"], "best"),
+        (["--trained_model", "--optim", "ours"], "ours"),
+        (["--trained_model", "--cost_fn", "sim", "--indices", "def", "--weights", "equal"], "best"),
+        (["--trained_model", "--filter", "none", "--scoring_choice", "loss"], "best"),
+        (["--trained_model", "--restarts", "32", "--tv", "0.2", "--iterations", "9"], "best"),
+        (["--trained_model", "--cost_fn", "l2"], "ours"),
+        (["--trained_model", "--soft_labels"], "ours"),
+        (["--cost_fn", "sim", "--optim", "best"], "best"),
+    ],
+)
+def test_which_attack_is_taken(argv: list[str], name: str) -> None:
+    args, config = parsed(argv)
+    assert attack_of(args)[0] == name
+    given = ("--iterations" in argv and 9) or PRESETS[name]["max_iterations"]
+    assert config["max_iterations"] == given
+
+
+def test_the_strongest_attack_prunes_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        _experiment, "best", lambda **settings: seen.append(settings) or presets.best(**settings)
+    )
+    argv = ["--model", "ConvNet8", "--iterations", "1", "--device", "cpu", "--target_id", "-1"]
+    assert reconstruct_image.main([*argv, "--optim", "best", "--restarts", "2"]) == 0
+    assert seen == [{"steps": 1, "restarts": 2, "tv": presets.TV, "prune": True}]
 
 
 def test_what_the_strongest_attack_does_not_hear_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import invlib as iv
+from invlib._shifts import moves, shifted
 from invlib.errors import ConfigError
 from invlib.smoothing import rounded
 from tests.conftest import random_batch
@@ -177,3 +178,97 @@ def test_images_of_one_label_do_not_start_alike():
     alike = replace(seen, labels=torch.zeros(2, dtype=torch.int64))
     found = iv.best(steps=1)(kinked(), alike)
     assert not torch.allclose(found.images[0], found.images[1], atol=1e-3)
+
+
+def strided():
+    """Two strides of two and the mean over all places: shifted by four pixels, all looks nearly the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        ).eval()
+
+
+def test_shifts_are_by_the_product_of_the_strides():
+    _, seen = see(strided())
+    assert sorted(moves(strided(), seen)) == sorted(
+        (i, j) for i in (-4, 0, 4) for j in (-4, 0, 4) if (i, j) != (0, 0)
+    )
+    # Nothing is strided, a batch, or a network without convolutions: nothing to shift.
+    _, two = see(strided(), n=2)
+    assert moves(strided(), two) == []
+    assert moves(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), seen) == []
+    assert moves(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Flatten(), nn.Linear(128, 5)), seen) == []
+
+
+def test_asking_for_the_strides_leaves_the_network_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5))
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = random_batch(1)
+    moves(net, iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10))
+    assert net.training
+    assert not any(m._forward_hooks for m in net.modules())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_shifted_copy_goes_where_it_is_told():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    down = shifted(x, (1, 0))
+    assert torch.equal(down[..., 1:, :], x[..., :-1, :])
+    assert torch.equal(down[..., 0, :], x[..., 0, :])
+    left = shifted(x, (0, -2))
+    assert torch.equal(left[..., :2], x[..., 2:])
+    assert torch.equal(left[..., 2:], x[..., 3:].expand(1, 1, 4, 2))
+    assert torch.equal(shifted(x, (0, 0)), x)
+
+
+def test_a_search_that_ended_in_a_shifted_copy_finds_its_way():
+    net = strided()
+    # A spot in the corner, which the border tells from one elsewhere, and a start with the spot elsewhere.
+    spot = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(0))
+    x, astray = torch.full((2, 1, 3, 16, 16), 0.5)
+    x[..., :3, :3] = spot
+    astray[..., 4:7, 8:11] = spot
+    seen = iv.observe(net, x, torch.tensor([1]), iv.FedSGD(), normalization=iv.CIFAR10)
+    frames = iv.Frames(every=1)
+    start = {"init": astray, "steps": 600}
+    found = iv.best(**start)(net, seen, callback=frames)
+    alone = iv.best(**start, shifts=0)(net, seen)
+    assert found.score < alone.score
+    assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(alone.images, x)) + 2
+    assert found.evaluations <= 700
+    assert "shifted" in found.note
+    assert "shifted" not in alone.note
+    # It is told as one search: steps go up, and the history goes on.
+    assert frames.steps == sorted(set(frames.steps))
+    assert found.history.steps == sorted(found.history.steps)
+    assert found.history.cost.shape == (len(found.history.steps), 1)
+    again = iv.best(**start)(net, seen)
+    assert torch.equal(found.images, again.images)
+    measured = iv.GradientMatching().score(net, seen, found.images, found.labels)
+    assert found.score == pytest.approx(measured, abs=1e-6)
+
+
+def test_of_all_restarts_the_best_is_shifted():
+    _, seen = see(strided())
+    found = iv.best(steps=500, restarts=3)(strided(), seen)
+    assert found.trials.shape == (3, 1, 3, 8, 8)
+    assert found.score == pytest.approx(float(found.trial_scores.min()))
+    assert torch.equal(found.images, found.trials[int(found.trial_scores.argmin())])
+    one = iv.best(steps=500)(strided(), seen)
+    assert found.evaluations < 2 * one.evaluations
+
+
+def test_shifting_can_be_stopped():
+    _, seen = see(strided())
+    found = iv.best(steps=500)(strided(), seen, callback=lambda progress: progress.step >= 3)
+    assert found.status == "interrupted"
+    with pytest.raises(ConfigError, match="best shifts is -1; expected at least 0"):
+        iv.best(shifts=-1)

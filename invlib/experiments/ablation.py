@@ -36,6 +36,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "no total variation": {"tv": 0.0},
     "priors that do not fade": {"fading": 1.0},
     "start from noise": {"init": "randn"},
+    "no shifted copies": {"shifts": 0},
     "signed Adam": {"optimizer": Adam(lr=0.1, signed=True)},
 }
 _RESTARTS = 4
