@@ -103,14 +103,14 @@ class _Star:
                 else:
                     other = rank
             except RuntimeError:
-                lost = rank
+                lost = rank if lost == _FINE else lost  # the first may be the cause of the next
         for rank in heard:
             try:
                 self._send(torch.tensor([lost, other]), rank)
                 if lost == other == _FINE:
                     self._send(found, rank)
             except RuntimeError:
-                lost = rank
+                lost = rank if lost == _FINE else lost
         self._check(lost, other)
         return found
 

@@ -66,7 +66,7 @@ def work(rank, what):
             return results()
         if what == "differ":
             return [refused(partial(attack, net, seen)) for attack in different(rank)]
-        if what == "kill" and rank == 1:
+        if what == "kill" and rank in (1, 2):
             kill_at(10)
         return BASE(net, seen)
 

@@ -185,6 +185,14 @@ def test_a_worker_killed_in_a_shared_attack_is_named_and_the_record_goes_on(sear
     assert_close(rows(), _record.read("one/guess.jsonl"))
 
 
+def test_the_worker_that_failed_is_named_and_not_those_that_torchrun_ends_then(searching):
+    ended = run(*TORCHRUN[:-1], "3", *GUESSING, "share and kill")
+    assert ended.returncode != 0
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: worker 1 (process ")
+    assert len(rows()) == 1
+
+
 def test_what_has_restarts_is_shared_where_workers_are_many():
     matching = _cases.describe(SEARCH)
     settings = {

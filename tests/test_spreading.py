@@ -78,9 +78,9 @@ def test_some_of_the_workers_are_a_group(tmp_path, alone):
 
 
 @posix
-def test_a_killed_worker_is_named_by_all_that_are_left(tmp_path):
-    assert run(tmp_path, 3, "kill") == [0, -9, 0]
-    for rank in (0, 2):
+def test_the_first_of_the_killed_workers_is_named_by_all_that_are_left(tmp_path):
+    assert run(tmp_path, 4, "kill") == [0, -9, -9, 0]
+    for rank in (0, 3):
         words = (tmp_path / f"raised{rank}").read_text()
         assert re.match(r"WorkerError: worker 1 \(process \d+ on .+\) ended before its share", words), words
 

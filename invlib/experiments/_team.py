@@ -156,13 +156,14 @@ class Leader:
                     raise WorkerError(f"worker {rank} ({name}) failed: {message['trouble']}; {_ADVICE}")
                 if answer == _STOP or "end" in message:
                     return
-        except ConnectionError:
-            self._trouble = WorkerError(
-                f"worker {rank} ({name}) ended before its work was done; expected {self.size} workers to the "
-                f"end; {_ADVICE}"
-            )
         except Exception as error:
-            self._trouble = error
+            if isinstance(error, ConnectionError):
+                error = WorkerError(
+                    f"worker {rank} ({name}) ended before its work was done; expected {self.size} workers to "
+                    f"the end; {_ADVICE}"
+                )
+            # The first is the cause: torchrun ends all the others when one has failed.
+            self._trouble = self._trouble or error
         if self._trouble and not self._closing:
             self._in_trouble.set()
             _thread.interrupt_main(signal.SIGTERM)
