@@ -46,7 +46,9 @@ class Group:
         starts: list[Tensor],
     ) -> None:
         self.attack, self.problem, self.measure, self.rows = attack, problem, measure, rows
-        self.values = [start[rows].clone() for start in starts]
+        # Nobody needs the starting points any more, so that they are walked on where they lie.
+        everyone = rows == list(range(len(starts[0])))
+        self.values = starts if everyone else [start[rows] for start in starts]
         self.best = [v.clone() for v in self.values]
         self.best_cost = torch.full(
             (len(rows),), torch.inf, dtype=problem.like.dtype, device=problem.like.device
