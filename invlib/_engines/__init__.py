@@ -206,7 +206,7 @@ def _leaves(problem: Problem) -> dict[str, Tensor]:
 def _channels_last(problem: Problem) -> bool:
     """Say whether convolutions should keep the channels of a pixel together: they follow their weights.
 
-    A GPU's units for low precision want it. On a CPU it gains a few per cent on small networks
+    A GPU's units for low precision want it. On a CPU it gains some per cent on small networks
     (`tests/benchmarks/bench_layouts.py`), which is not worth a copy of all weights.
     """
     return problem.low is not None and problem.like.is_cuda
