@@ -75,7 +75,7 @@ class GradientMatching:
             ``"compiled"``, all together in one function that is compiled first, which takes a minute or two;
             ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
         recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
-            hardly more memory than one of a single step, and up to half as much time again; None does so from
+            hardly more memory than one of a single step, and about half as much time again; None does so from
             10 local steps on.
         precision: in which the network is walked through: ``"full"`` is that of its parameters;
             ``"bfloat16"`` multiplies in that type in convolutions and fully connected layers, there and back,

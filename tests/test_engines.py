@@ -320,6 +320,25 @@ def test_a_tensor_of_the_clients_batch_is_mapped_too():
     compare(net, see(net, 2), "batched")
 
 
+def test_an_error_of_a_later_step_is_not_taken_for_a_network_that_mixes_images():
+    broken = []
+
+    def act(x, _):
+        if broken and len(x) == 4:  # both restarts of two images in one batch
+            raise RuntimeError("the device is gone")
+        return x
+
+    net = Mixing(act)
+    seen = see(net, 2)
+    problem = iv.GradientMatching(restarts=2)._problem(net, seen)
+    step = _engines.measure("batched", problem)
+    values = [torch.rand(2, *problem.shape, dtype=torch.float64)]
+    step(values, [0, 1], None, 1.0)
+    broken.append(True)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        step(values, [0, 1], None, 1.0)
+
+
 WEIGHT = torch.arange(1.0, 6, dtype=torch.float64)
 LOSSES = {
     "weighted": (

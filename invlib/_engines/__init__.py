@@ -1,8 +1,8 @@
 """What runs the step of an attack: the same cost and gradient, computed in the way that is fastest here.
 
-``eager`` takes one restart after another on torch's tape. ``batched`` takes all of them at once: the forward
-pass is mapped over restarts, and the graph of stacked tensors is differentiated as one. ``compiled`` traces
-that step as one function and compiles it. ``graphed`` captures it as a CUDA graph.
+``eager`` takes one restart after another on torch's tape. ``batched`` takes all of them at once: one graph,
+in which each restart has its own gradient of the weights that all share. ``compiled`` traces that step as one
+function and compiles it. ``graphed`` captures it as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _batched(problem: Problem) -> Measure:
     if not problem.stackable:
         return functools.partial(_mapped, problem)
     stacks = functools.lru_cache(maxsize=1)(functools.partial(_stacked, problem))
-    fit = True  # until the network shows that it is not
+    step = _together(problem)
 
     def evaluate(
         values: list[Tensor], rows: list[int], sharpness: float | None, fade: Fade
@@ -136,34 +136,39 @@ def _batched(problem: Problem) -> Measure:
         if len(rows) == 1:
             # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
             return _eager(problem, _leaves(problem), values, rows, sharpness, fade)
-        params = stacks(len(rows))
-        nonlocal fit
-        if fit:
-            try:
-                return _together(problem, params, values, rows, sharpness, fade, "flat")
-            except torch.OutOfMemoryError:
-                raise
-            except (Unfit, RuntimeError):  # a tensor made for a batch of the client's size, say
-                fit = False
-        return _together(problem, params, values, rows, sharpness, fade, "mapped")
+        return step(stacks(len(rows)), values, rows, sharpness, fade)
 
     return evaluate
 
 
-def _together(
-    problem: Problem,
-    params: dict[str, Tensor],
-    values: list[Tensor],
-    rows: list[int],
-    sharpness: float | None,
-    fade: Fade,
-    name: Literal["flat", "mapped"],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return _on_tape(
-        lambda now: problem.costs(now, rows=rows, fade=fade, params=params),
-        values,
-        Way(name=name, recompute=problem.recompute, sharpness=sharpness, low=problem.low),
-    )
+def _together(problem: Problem) -> Callable[..., tuple[Tensor, Tensor, list[Tensor]]]:
+    """Return a step of stacked parameters: as one batch where the network allows it, else mapped."""
+    fits: bool | None = None  # until the first step shows it
+
+    def step(
+        params: dict[str, Tensor], values: list[Tensor], rows: list[int], sharpness: float | None, fade: Fade
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        def run(name: Literal["flat", "mapped"]) -> tuple[Tensor, Tensor, list[Tensor]]:
+            return _on_tape(
+                lambda now: problem.costs(now, rows=rows, fade=fade, params=params),
+                values,
+                Way(name=name, recompute=problem.recompute, sharpness=sharpness, low=problem.low),
+            )
+
+        nonlocal fits
+        if fits is None:
+            try:
+                found = run("flat")
+            except torch.OutOfMemoryError:
+                raise
+            except (Unfit, RuntimeError):  # a tensor made for a batch of the client's size, say
+                fits = False
+            else:
+                fits = True
+                return found
+        return run("flat" if fits else "mapped")
+
+    return step
 
 
 def _on_tape(

@@ -101,20 +101,11 @@ class Flat(TorchFunctionMode):
         )
         return self._biased(found.to(input.dtype), bias, 0)
 
-    def batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if training or running_mean is None or running_var is None:
+    def batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        found = fixed_batch_norm(*args, **kwargs, stack=self.restarts)
+        if found is None:
             raise Unfit("batch norm that learns from the batch")
-        return fixed_batch_norm(input, running_mean, running_var, weight, bias, eps, self.restarts)
+        return found
 
     def cross_entropy(
         self,
@@ -189,5 +180,5 @@ _APART: set[Any] = {
     *(F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.tanh, torch.tanh, Tensor.tanh),
     *(Tensor.add, Tensor.add_, torch.add, Tensor.mul, torch.mul, Tensor.sub, torch.sub),
     *(F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_unshuffle, F.interpolate),
-    *(Tensor.dim, Tensor.size, Tensor.contiguous),
+    *(Tensor.dim, Tensor.size, Tensor.__len__, Tensor.contiguous),
 }

@@ -249,28 +249,37 @@ def _pair(value: int | tuple[int, ...]) -> list[int]:
 
 def fixed_batch_norm(
     input: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
     stack: int = 1,
-) -> Tensor:
-    """Return a batch norm with fixed statistics.
+) -> Tensor | None:
+    """Return a batch norm with fixed statistics; None where they are those of the batch.
+
+    Arguments as for `torch.nn.functional.batch_norm`, but
 
     Args:
         input: ``(stack * N, C, ...)``.
-        mean: of each channel.
-        variance: of each channel.
+        running_mean: as in torch.
+        running_var: as in torch.
         weight: one for each channel, or a stack of them; None is 1.
         bias: likewise; None is 0.
-        eps: added to the variance.
+        training: as in torch.
+        momentum: has no say in fixed statistics.
+        eps: as in torch.
         stack: how many restarts the batch holds, where weight and bias are stacks.
     """
-    scale = torch.rsqrt(variance + eps)
+    if training or running_mean is None or running_var is None:
+        return None
+    scale = torch.rsqrt(running_var + eps)
     if weight is not None:
         scale = scale * weight
-    shift = -mean * scale
+    shift = -running_mean * scale
     if bias is not None:
         shift = shift + bias
     ones = [1] * (input.ndim - 2)
@@ -313,7 +322,8 @@ class Cheap(TorchFunctionMode):
         if func is F.linear and self.low is not None:
             return self._linear(*args, **(kwargs or {}))
         if func is F.batch_norm:
-            return self._batch_norm(*args, **(kwargs or {}))
+            found = fixed_batch_norm(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if found is None else found
         return func(*args, **(kwargs or {}))
 
     def _conv2d(
@@ -334,21 +344,6 @@ class Cheap(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found = F.linear(lowered(input, self.low), lowered(weight, self.low)).to(input.dtype)
         return found if bias is None else found + bias
-
-    @staticmethod
-    def _batch_norm(
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if training or running_mean is None or running_var is None:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return fixed_batch_norm(input, running_mean, running_var, weight, bias, eps)
 
 
 def lowered(tensor: Tensor, low: torch.dtype | None) -> Tensor:

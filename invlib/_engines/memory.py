@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from invlib._engines import _mapped, _stacked, _together
-from invlib._engines.flat import Unfit
 
 if TYPE_CHECKING:
     from invlib._problem import Problem
@@ -112,13 +111,7 @@ def _step(problem: Problem, first: list[Tensor], sharpness: float | None) -> Non
     if not problem.stackable:
         _mapped(problem, first, [0], sharpness, 1.0)
         return
-    params = _stacked(problem, 1)
-    try:
-        _together(problem, params, first, [0], sharpness, 1.0, "flat")
-    except torch.OutOfMemoryError:
-        raise
-    except (Unfit, RuntimeError):
-        _together(problem, params, first, [0], sharpness, 1.0, "mapped")
+    _together(problem)(_stacked(problem, 1), first, [0], sharpness, 1.0)
 
 
 class _Live(TorchDispatchMode):
