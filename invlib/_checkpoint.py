@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from invlib._fingerprint import differences
 from invlib._race import Race
 from invlib.errors import ConfigError
 
 CHECKPOINT_SECONDS = 30.0
+FORMAT = 3  # of the file
 
 
 class Checkpoint:
-    """The state of all groups in one file, written beside and renamed."""
+    """The state of all groups in one file, written beside and renamed.
 
-    def __init__(self, path: Path | None, fingerprint: str, race: Race) -> None:
-        self.path, self.fingerprint, self.race = path, fingerprint, race
+    Args:
+        path: the file; None writes nothing.
+        identity: what `describe` says of the attack, the model, the observation and the starting points.
+        race: what is saved and restored.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any], race: Race) -> None:
+        self.path, self.identity, self.race = path, {**identity, "format": FORMAT}, race
         self.saved_at = time.monotonic()
 
     def load(self) -> None:
@@ -33,10 +43,11 @@ class Checkpoint:
             raise ConfigError(
                 f"checkpoint {self.path} cannot be read ({error}); remove it to start anew"
             ) from error
-        if saved.get("fingerprint") != self.fingerprint:
+        was = json.loads(saved.get("identity", "{}"))
+        if was != self.identity:
+            other = "; ".join(differences(was, self.identity))
             raise ConfigError(
-                f"checkpoint {self.path} is of another run (other settings or another observation); "
-                "remove it or name another file"
+                f"checkpoint {self.path} is of another run, with {other}; remove it or name another file"
             )
         some = self.race.groups[0]
         for name in ("groups", "fallen"):
@@ -50,7 +61,7 @@ class Checkpoint:
             return
         beside = self.path.with_name(self.path.name + ".part")
         state = {
-            "fingerprint": self.fingerprint,
+            "identity": json.dumps(self.identity),
             "groups": [g.snapshot() for g in self.race.groups],
             "fallen": [g.snapshot() for g in self.race.fallen],
         }

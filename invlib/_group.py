@@ -11,6 +11,7 @@ from torch import Tensor
 
 from invlib import _engines
 from invlib._problem import Problem
+from invlib.optimizers import select
 from invlib.priors import median_filter
 from invlib.reconstruction import Status
 
@@ -73,19 +74,16 @@ class Group:
 
     def part(self, places: list[int]) -> Group:
         """Return a group of some of these restarts, which stands where this one does."""
-        count, index = len(self.rows), torch.tensor(places, device=self.problem.like.device)
-
-        def take(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.index_select(0, index.to(value.device)) if value.shape[:1] == (count,) else value
-            if isinstance(value, list):
-                return [take(v) for v in value]
-            return {k: take(v) for k, v in value.items()} if isinstance(value, dict) else value
-
+        index = torch.tensor(places, device=self.problem.like.device)
         group = copy.copy(self)
-        for name in SAVED:
-            setattr(group, name, take(getattr(self, name)))
         group.rows = [self.rows[k] for k in places]
+        group.values, group.best, group.costs, group.objectives = (
+            [v[index] for v in some] for some in (self.values, self.best, self.costs, self.objectives)
+        )
+        group.best_cost, group.best_objective = self.best_cost[index], self.best_objective[index]
+        group.last_best = None if self.last_best is None else self.last_best[index]
+        group.evaluations = self.evaluations[places]
+        group.state = select(self.attack.optimizer, self.state, index)
         group.latest = None
         return group
 

@@ -25,7 +25,7 @@ class Problem:
     priors: tuple[tuple[float, Prior], ...]
     variables: list[Variable]
     labels: Tensor | None
-    classes: int
+    classes: int | None
     inputs: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor]
@@ -34,7 +34,6 @@ class Problem:
     stackable: bool
     recompute: bool
     low: torch.dtype | None
-    fingerprint: str
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
         if logits is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -93,6 +93,7 @@ def settled(
         progress: show progress bars.
     """
     spent = 0.0
+    score_of: Callable[[Tensor], float] | None = None
 
     def run(first: float, last: float, steps: int, **settings: object) -> Reconstruction:
         part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
@@ -108,8 +109,9 @@ def settled(
     while spent + price <= _COMPARED * search.steps and found.status == "max_steps":
         assert found.labels is not None
         try:
+            score_of = score_of or search._scorer(model, observation, found.labels)
             others = [shifted(found.images, place) for place in places]
-            scores = [search.score(model, observation, other, found.labels) for other in others]
+            scores = [score_of(other) for other in others]
         except KeyboardInterrupt:
             return replace(found, status="interrupted")
         order = sorted(range(len(places)), key=scores.__getitem__)[:copies]

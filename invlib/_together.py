@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from invlib._problem import Joined, Problem
 from invlib._trials import Trials, run_races
 from invlib.errors import ConfigError
-from invlib.federated import FedAvg, FedSGD
-from invlib.observation import Observation, in_mode
+from invlib.observation import Observation, in_mode, stackable
 from invlib.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def attack_together(
             f"generators has {len(chosen)} entries; expected one for each of {len(observations)} observations"
         )
     pairs = list(zip(observations, chosen, strict=True))
-    if not (attack.optimizer.together and isinstance(observations[0].protocol, (FedSGD, FedAvg))):
+    if not (attack.optimizer.together and stackable(observations[0].protocol)):
         return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
     for observation in observations:
         observation.validate(model)

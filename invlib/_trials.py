@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -41,9 +41,18 @@ def run_trials(
     callback: Callback | None,
     progress: bool,
     checkpoint: Path | None,
+    identity: dict[str, Any] | None = None,
 ) -> Trials:
     """Run all restarts, group by group, and return where each ended."""
-    [trials] = run_races(attack, problem, starts, callback=callback, progress=progress, checkpoint=checkpoint)
+    [trials] = run_races(
+        attack,
+        problem,
+        starts,
+        callback=callback,
+        progress=progress,
+        checkpoint=checkpoint,
+        identity=identity,
+    )
     return trials
 
 
@@ -55,6 +64,7 @@ def run_races(
     callback: Callback | None = None,
     progress: bool,
     checkpoint: Path | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> list[Trials]:
     """Run the restarts of all observations, and return for each observation where its own ended."""
     together, team = attack.optimizer.together, _spread.workers()
@@ -76,9 +86,8 @@ def run_races(
     chunks, split = _chunks(attack, problem, own, engine)
     why += split + ("" if team is None else f", spread over {team.size} workers")
     groups = [Group(attack, problem, measure, [rows[k] for k in chunk], starts) for chunk in chunks]
-    fingerprint = f"{problem.fingerprint}\nstarts {[float(s.double().norm()) for s in starts]}\nformat 2"
     race = Race(attack, starts, groups)
-    keeper = Checkpoint(checkpoint, fingerprint, race)
+    keeper = Checkpoint(checkpoint, identity or {}, race)
     keeper.load()
     hidden = not progress or (team is not None and team.rank > 0)
     total = sum((rung - before) * left for before, rung, left in race.plan())

@@ -41,6 +41,11 @@ class FedSGD:
     Taught in: chapter 1
     """
 
+    @property
+    def stackable(self) -> bool:
+        """Whether the client treats every restart of a stack by itself; a subclass has to say so anew."""
+        return type(self) is FedSGD
+
     def __call__(
         self,
         model: nn.Module,
@@ -105,6 +110,11 @@ class FedAvg:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"FedAvg {name} is {value}; expected at least 1")
+
+    @property
+    def stackable(self) -> bool:
+        """Whether the client treats every restart of a stack by itself; a subclass has to say so anew."""
+        return type(self) is FedAvg
 
     def batches(self, num_images: int) -> list[slice]:
         """Return which images each local step uses, in order.

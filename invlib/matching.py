@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from invlib import _engines, objectives, priors
 from invlib._engines import Engine
+from invlib._fingerprint import describe
 from invlib._problem import Problem
 from invlib._together import attack_together
 from invlib._trials import Trials, run_trials
 from invlib.errors import ConfigError
-from invlib.federated import FedAvg, FedSGD
+from invlib.federated import FedAvg
 from invlib.labels import infer
 from invlib.natural import NaturalImages
 from invlib.objectives import Layers, Objective
-from invlib.observation import Loss, Observation, in_mode, num_classes, trainable_parameters
-from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay, Variable
+from invlib.observation import Loss, Observation, in_mode, num_classes, stackable, trainable_parameters
+from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay, Variable, per_restart
 from invlib.priors import Prior
 from invlib.reconstruction import Callback, Reconstruction
 from invlib.smoothing import Smoothing
 
-_LATER = {"later": True}  # a setting that records made before it do not know
 MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than the time that it costs
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
@@ -110,10 +110,10 @@ class GradientMatching:
     tolerance: float | None = None
     patience: int | None = None
     chunk: int | None = None
-    prune: bool = field(default=False, metadata=_LATER)
-    engine: Engine = field(default="auto", metadata=_LATER)
-    recompute: bool | None = field(default=None, metadata=_LATER)
-    precision: Literal["full", "bfloat16"] = field(default="full", metadata=_LATER)
+    prune: bool = False
+    engine: Engine = "auto"
+    recompute: bool | None = None
+    precision: Literal["full", "bfloat16"] = "full"
     record_every: int = 10
 
     def __post_init__(self) -> None:
@@ -131,6 +131,8 @@ class GradientMatching:
                     f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
                 )
         _engines.check(self.engine)
+        if self.prune and self.optimizer.together:
+            per_restart(self.optimizer)
         if not 0 < self.fading <= 1:
             raise ConfigError(f"GradientMatching fading is {self.fading}; expected a number in (0, 1]")
         if self.coordinates is not None and self.median_every is not None:
@@ -169,12 +171,14 @@ class GradientMatching:
 
         Raises:
             ObservationError: the observation does not fit the model.
-            ConfigError: the init tensor has the wrong shape, or the checkpoint is of another run.
+            ConfigError: the init tensor has the wrong shape; the checkpoint is of another run, or could not
+                tell this run from another one (a setting is a lambda, say).
         """
         began = time.perf_counter()
         observation.validate(model)
         problem = self._problem(model, observation)
         starts = self._starts(problem, observation, generator or torch.Generator().manual_seed(0))
+        identity = {} if checkpoint is None else _identity(self, model, observation, starts)
         with in_mode(model, training=observation.training_mode):
             trials = run_trials(
                 self,
@@ -183,6 +187,7 @@ class GradientMatching:
                 callback=callback,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
+                identity=identity,
             )
             return _finish(problem, trials, observation, began)
 
@@ -216,7 +221,7 @@ class GradientMatching:
         """
         return attack_together(self, model, observations, generators, _finish, progress=progress)
 
-    def _problem(self, model: nn.Module, observation: Observation) -> Problem:
+    def _problem(self, model: nn.Module, observation: Observation, labels: Tensor | None = None) -> Problem:
         params = trainable_parameters(model)
         some = next(iter(params.values()))
         target = [observation.update[name].to(some) for name in params]
@@ -224,14 +229,11 @@ class GradientMatching:
         low, high = observation.normalization.box(dtype=some.dtype, device=some.device)
         boxed = self.box and self.coordinates is None
         images = Variable(name="images", low=low, high=high) if boxed else Variable(name="images")
-        classes = num_classes(model, observation.image_shape)
-        optimized = self.labels != "auto"
-        if optimized:
-            labels = None
-        elif observation.labels is not None:
-            labels = observation.labels.to(some.device)
-        else:
-            labels = infer(model, observation).labels
+        optimized = self.labels != "auto" and labels is None
+        if not optimized:
+            if labels is None:
+                labels = observation.labels
+            labels = infer(model, observation).labels if labels is None else labels.to(some.device)
         names = list(params)
 
         def update(inputs: Tensor, targets: Tensor, values: dict[str, Tensor] | None = None) -> list[Tensor]:
@@ -258,16 +260,15 @@ class GradientMatching:
             priors=self.priors,
             variables=[images, Variable(name="labels")] if optimized else [images],
             labels=labels,
-            classes=classes,
+            classes=num_classes(model, observation.image_shape) if optimized else None,
             inputs=inputs,
             decode=observation.normalization.decode,
             encode=observation.normalization.encode,
             shape=(observation.num_images, *observation.image_shape),
             like=some,
-            stackable=isinstance(observation.protocol, (FedSGD, FedAvg)),
+            stackable=stackable(observation.protocol),
             recompute=_recomputes(self.recompute, observation),
             low=torch.bfloat16 if self.precision == "bfloat16" else None,
-            fingerprint="\n".join(map(_stable, [self, observation.protocol, labels, target])),
         )
 
     def _starts(self, problem: Problem, observation: Observation, generator: torch.Generator) -> list[Tensor]:
@@ -291,7 +292,7 @@ class GradientMatching:
         else:
             images = torch.randn(shape, generator=generator)
         starts = [images.to(problem.like)]
-        if problem.labels is None:
+        if problem.classes is not None:
             rows = observation.num_images if self.labels == "optimize" else 1
             logits = [torch.randn(rows, problem.classes, generator=generator) for _ in range(self.restarts)]
             starts.append(torch.stack(logits).to(problem.like))
@@ -310,23 +311,30 @@ class GradientMatching:
             ObservationError: the observation does not fit the model.
         """
         observation.validate(model)
-        # "optimize" only keeps _problem from inferring labels, which are given here.
-        problem = replace(self, labels="optimize")._problem(model, observation)
-        with in_mode(model, training=observation.training_mode):
-            inputs = observation.normalization.encode(images)
-            return float(problem.objective(problem.update(inputs, labels), problem.target))
+        return self._scorer(model, observation, labels)(images)
+
+    def _scorer(
+        self, model: nn.Module, observation: Observation, labels: Tensor
+    ) -> Callable[[Tensor], float]:
+        """Return a function that scores images with given labels, of an observation that is known to fit."""
+        problem = self._problem(model, observation, labels)
+
+        def score(images: Tensor) -> float:
+            with in_mode(model, training=observation.training_mode):
+                return float(problem.score(problem.encode(images), None))
+
+        return score
 
 
-def _stable(value: object) -> str:
-    """Describe a setting in words that are the same in another process (a function's repr is not)."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)}:{float(value.double().norm()):.12g}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_stable, value))}]"
-    if is_dataclass(value):
-        parts = [f"{f.name}={_stable(getattr(value, f.name))}" for f in fields(value)]
-        return f"{type(value).__name__}({', '.join(parts)})"
-    return str(getattr(value, "__qualname__", repr(value)))
+def _identity(
+    attack: GradientMatching, model: nn.Module, observation: Observation, starts: list[Tensor]
+) -> dict[str, Any]:
+    """Return what a run that goes on from a checkpoint has to share with the run that wrote it."""
+    parts = {"attack": attack, "observation": observation, "model": model, "starts": starts}
+    try:
+        return {name: describe(part, code=True) for name, part in parts.items()}
+    except ConfigError as error:
+        raise ConfigError(f"a checkpoint cannot tell this run from others: {error}") from error
 
 
 def _recomputes(asked: bool | None, observation: Observation) -> bool:

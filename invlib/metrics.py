@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +154,7 @@ class Report:
         labels_right: how many of the labels are right, as a multiset; None where there are none.
         num_images: how many images there are.
         grey_psnr: the PSNR of a plain mid-grey image against each true one.
-        mean_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
+        mean_image_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
 
     Taught in: chapter 2
     """
@@ -165,15 +166,29 @@ class Report:
     labels_right: int | None
     num_images: int
     grey_psnr: tuple[float, ...]
-    mean_psnr: tuple[float, ...]
+    mean_image_psnr: tuple[float, ...]
+
+    @property
+    def mean_psnr(self) -> float:
+        """The mean of `psnr` over the images, in dB."""
+        return _mean(self.psnr)
+
+    @property
+    def mean_mse(self) -> float:
+        """The mean of `mse` over the images."""
+        return _mean(self.mse)
+
+    @property
+    def mean_ssim(self) -> float:
+        """The mean of `ssim` over the images; NaN where their sides are under 11 pixels."""
+        return _mean(self.ssim)
 
     def __str__(self) -> str:
-        lines = [f"PSNR {_mean(self.psnr):6.2f} dB   MSE {_mean(self.mse):.2e}"]
+        lines = [f"PSNR {self.mean_psnr:6.2f} dB   MSE {self.mean_mse:.2e}"]
         if self.ssim:
-            lines[0] += f"   SSIM {_mean(self.ssim):.3f}"
-        lines.append(
-            f"floors: grey image {_mean(self.grey_psnr):.2f} dB, mean image {_mean(self.mean_psnr):.2f} dB"
-        )
+            lines[0] += f"   SSIM {self.mean_ssim:.3f}"
+        grey, mean = _mean(self.grey_psnr), _mean(self.mean_image_psnr)
+        lines.append(f"floors: grey image {grey:.2f} dB, mean image {mean:.2f} dB")
         if self.labels_right is not None:
             lines.append(f"labels right: {self.labels_right} of {self.num_images}")
         return "\n".join(lines)
@@ -209,7 +224,7 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
         labels_right=right,
         num_images=len(truth),
         grey_psnr=_floats(psnr(grey, truth)),
-        mean_psnr=_floats(psnr(mean.expand_as(truth), truth)),
+        mean_image_psnr=_floats(psnr(mean.expand_as(truth), truth)),
     )
 
 
@@ -218,4 +233,4 @@ def _floats(values: Tensor) -> tuple[float, ...]:
 
 
 def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

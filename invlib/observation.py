@@ -85,7 +85,12 @@ NORMALIZATIONS = {
 
 
 class ClientStep(Protocol):
-    """What a federated client computes: a differentiable function from images to an update."""
+    """What a federated client computes: a differentiable function from images to an update.
+
+    A client whose attribute ``stackable`` is True promises that it can be called with a leading dimension of
+    restarts on every parameter, with inputs ``(N, restarts, C, H, W)`` and labels ``(N, restarts)``, and
+    treats every restart by itself. Where it is missing or False each restart is computed by itself.
+    """
 
     def __call__(
         self,
@@ -104,6 +109,11 @@ class ClientStep(Protocol):
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
         """Turn one tensor of the update into the loss gradient averaged over the local steps."""
         ...
+
+
+def stackable(protocol: ClientStep) -> bool:
+    """Say whether a client promises that it treats every restart of a stack by itself."""
+    return bool(getattr(protocol, "stackable", False))
 
 
 @dataclass(frozen=True, kw_only=True)

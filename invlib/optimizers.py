@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,11 @@ class Variable:
 
 
 class Optimizer(Protocol):
-    """An optimiser; ``together`` says whether restarts may share one call."""
+    """An optimiser; ``together`` says whether restarts may share one call.
+
+    One that shares calls also says, in ``per_restart``, which entries of its state are tensors, or lists of
+    tensors, whose first dimension is that of the restarts. Those alone are cut when restarts are pruned.
+    """
 
     @property
     def together(self) -> bool:
@@ -50,6 +54,40 @@ class Optimizer(Protocol):
     ) -> None:
         """Move the values one step, in place; the step size is multiplied by ``factor``."""
         ...
+
+
+def per_restart(optimizer: Optimizer) -> tuple[str, ...]:
+    """Return which entries of an optimiser's state have a first dimension of restarts.
+
+    Raises:
+        ConfigError: the optimiser does not say so.
+    """
+    names: tuple[str, ...] | None = getattr(optimizer, "per_restart", None)
+    if names is None:
+        raise ConfigError(
+            f"{type(optimizer).__name__} has no attribute per_restart; expected the names of those entries "
+            "of its state that hold one row for each restart, such as ('m', 'v'), without which restarts "
+            "cannot be pruned or split"
+        )
+    return names
+
+
+def select(optimizer: Optimizer, state: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """Return the state of some restarts: what is declared per restart is cut, everything else is kept.
+
+    Args:
+        optimizer: whose state it is.
+        state: of all restarts.
+        index: int64, which restarts.
+
+    Raises:
+        ConfigError: the optimiser does not declare what is per restart.
+    """
+
+    def rows(value: Any) -> Any:
+        return [v[index] for v in value] if isinstance(value, list) else value[index]
+
+    return state | {name: rows(state[name]) for name in per_restart(optimizer)}
 
 
 def _check_lr(name: str, lr: float) -> None:
@@ -85,6 +123,7 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     together: bool = field(default=True, init=False)
+    per_restart: ClassVar[tuple[str, ...]] = ("m", "v")
 
     def __post_init__(self) -> None:
         _check_lr("Adam", self.lr)
@@ -149,6 +188,7 @@ class SGD:
     momentum: float = 0.9
     signed: bool = False
     together: bool = field(default=True, init=False)
+    per_restart: ClassVar[tuple[str, ...]] = ("u",)
 
     def __post_init__(self) -> None:
         _check_lr("SGD", self.lr)

@@ -189,7 +189,7 @@ def _noise(
     images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
     labels = infer(model, observation).labels if observation.labels is None else observation.labels
     labels = labels.to(some.device)
-    unit = matching.score(model, observation, images, labels)
+    unit = matching._scorer(model, observation, labels)(images)
     of_noise = observe(
         model,
         images,
@@ -199,11 +199,11 @@ def _noise(
         training_mode=observation.training_mode,
         loss=matching.loss,
     )
-    smoothing, asked = Smoothing(), 2
+    smoothing, asked, score = Smoothing(), 2, matching._scorer(model, of_noise, labels)
     for _ in range(_SHARPENINGS):
         asked += 1
         with rounded(smoothing.start):
-            turned = matching.score(model, of_noise, images, labels)
+            turned = score(images)
         if turned <= unit:
             break
         smoothing = Smoothing(start=2 * smoothing.start, end=2 * smoothing.end)

@@ -124,8 +124,8 @@ def measures(result: Result) -> dict[str, Any]:
     report = result.report
     return {
         "rec_loss": result.reconstruction.score,
-        "psnr": sum(report.psnr) / len(report.psnr),
-        "test_mse": sum(report.mse) / len(report.mse),
+        "psnr": report.mean_psnr,
+        "test_mse": report.mean_mse,
         "feat_mse": result.feature_mse,
     }
 

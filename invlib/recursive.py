@@ -20,6 +20,7 @@ from invlib.analytic import SLOPES, layer_input
 from invlib.errors import RecoveryError
 from invlib.federated import FedAvg, FedSGD
 from invlib.labels import infer
+from invlib.matching import GradientMatching
 from invlib.observation import Observation, in_mode
 from invlib.reconstruction import Reconstruction
 
@@ -91,8 +92,6 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> C
         callback: object = None,
         progress: bool = False,
     ) -> Reconstruction:
-        from invlib.matching import GradientMatching  # late: matching uses this module
-
         began = time.perf_counter()
         observation.validate(model)
         if observation.num_images != 1:

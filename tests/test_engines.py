@@ -65,6 +65,37 @@ def compare(net, seen, engine, *, sharpness=None, fade=1.0, restarts=2, **settin
     return got
 
 
+class ClippedSGD(iv.FedSGD):
+    """A client as somebody would write it who clips the whole update, with no thought of restarts."""
+
+    def __call__(self, *args, **kwargs):
+        return clipped(super().__call__(*args, **kwargs))
+
+
+class ClippedAvg(iv.FedAvg):
+    def __call__(self, *args, **kwargs):
+        return clipped(super().__call__(*args, **kwargs))
+
+
+def clipped(update, most=0.01):
+    norm = torch.sqrt(sum(u.square().sum() for u in update.values()))
+    return {name: u * (most / norm).clamp(max=1.0) for name, u in update.items()}
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+@pytest.mark.parametrize(
+    "client", [ClippedSGD(), ClippedAvg(lr=0.1, local_steps=2)], ids=lambda c: type(c).__name__
+)
+def test_a_client_derived_from_ours_is_computed_by_its_own_rule(client, engine):
+    net = build_tiny(torch.float64)
+    seen = see(net, 2, client)
+    cost, _, _ = compare(net, seen, engine, restarts=4, objective=iv.objectives.l2)
+    ours = iv.GradientMatching(objective=iv.objectives.l2, restarts=4, steps=3, engine=engine)
+    one_by_one = replace(ours, chunk=1)
+    torch.testing.assert_close(ours(net, seen).trials, one_by_one(net, seen).trials)
+    assert len(cost) == 4
+
+
 @pytest.mark.parametrize("engine", ["eager", "batched"])
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("family", FAMILIES)

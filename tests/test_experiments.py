@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from invlib import experiments, objectives
+from invlib._fingerprint import describe
 from invlib.errors import ConfigError, DataError, UnknownNameError
 from invlib.experiments import _judge, _record
-from invlib.experiments._cases import describe
 from invlib.federated import FedAvg
 from invlib.matching import inverting_gradients
 from invlib.presets import best

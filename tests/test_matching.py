@@ -1,6 +1,7 @@
 """Gradient matching: restarts, best iterates, scores, stopping, interruption, checkpoints."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -182,17 +183,106 @@ def test_a_run_goes_on_from_its_checkpoint(tiny, seen, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_run_is_refused(tiny, seen, tmp_path):
+def halved(logits, labels):
+    return nn.functional.cross_entropy(logits, labels) / 2
+
+
+def distance_with(power):
+    def distance(candidate, target):
+        return sum((a - b).abs().pow(power).sum() for a, b in zip(candidate, target, strict=True))
+
+    return distance
+
+
+def image_start():
+    return torch.linspace(0, 1, 3 * 64).view(1, 3, 8, 8)
+
+
+OTHER = {
+    "attack.steps": {"steps": 13},
+    "attack.priors": {"priors": ((1e-3, iv.NaturalImages(falloff=0.0).prior(iv.CIFAR10)),)},
+    "attack.loss": {"loss": halved},
+    "attack.objective": {"objective": distance_with(1)},
+    "attack.init": {"init": image_start().flip(-1)},
+    "attack.optimizer.lr": {"optimizer": iv.Adam(lr=0.2)},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tiny, seen, tmp_path, name):
+    path = tmp_path / "run.pt"
+    attack = iv.GradientMatching(
+        steps=12,
+        init=image_start(),
+        objective=distance_with(2),
+        priors=((1e-3, iv.NaturalImages(falloff=1.0).prior(iv.CIFAR10)),),
+    )
+    attack(tiny, seen, checkpoint=path, callback=lambda p: p.step == 5)
+    with pytest.raises(ConfigError, match=rf"run.pt is of another run, with .*{name}"):
+        replace(attack, **OTHER[name])(tiny, seen, checkpoint=path)
+    assert attack(tiny, seen, checkpoint=path).status == "max_steps"
+
+
+def test_a_checkpoint_of_another_model_client_or_start_is_refused_by_name(tiny, seen, tmp_path):
     path = tmp_path / "run.pt"
     attack = iv.GradientMatching(steps=12)
     attack(tiny, seen, checkpoint=path, callback=lambda p: p.step == 5)
-    with pytest.raises(ConfigError, match="is of another run"):
-        replace(attack, steps=13)(tiny, seen, checkpoint=path)
-    with pytest.raises(ConfigError, match="is of another run"):
-        attack(tiny, seen, checkpoint=path, generator=seeded(9))
+    weights = build_tiny()
+    with torch.no_grad():
+        weights[3].bias[0] += 1e-4
+    layers = nn.Sequential(tiny[0], nn.Tanh(), *tiny[2:])
+    update = {n: u + 1e-6 for n, u in seen.update.items()}
+    for net, other, name, generator in [
+        (weights, seen, "model.numbers.3.bias", seeded()),
+        (layers, seen, "model.layers", seeded()),
+        (tiny, replace(seen, update=update), "observation.update.0.weight", seeded()),
+        (tiny, replace(seen, labels=(seen.labels + 1) % 5), "observation.labels", seeded()),
+        (tiny, replace(seen, protocol=iv.FedAvg(lr=1.0, epochs=1)), "observation.protocol", seeded()),
+        (tiny, seen, "starts", seeded(9)),
+    ]:
+        with pytest.raises(ConfigError, match=rf"is of another run, with .*{name}"):
+            attack(net, other, checkpoint=path, generator=generator)
     path.write_bytes(b"garbage")
     with pytest.raises(ConfigError, match="cannot be read"):
         attack(tiny, seen, checkpoint=path)
+
+
+def test_a_checkpoint_takes_partial_functions_and_refuses_what_it_cannot_tell_apart(tiny, seen, tmp_path):
+    path = tmp_path / "run.pt"
+    smooth = partial(nn.functional.cross_entropy, label_smoothing=0.1)
+    attack = iv.GradientMatching(steps=12, loss=smooth)
+    attack(tiny, seen, checkpoint=path, callback=lambda p: p.step == 5)
+    other = partial(nn.functional.cross_entropy, label_smoothing=0.2)
+    with pytest.raises(ConfigError, match=r"attack.loss.label_smoothing=0.1, now 0.2"):
+        replace(attack, loss=other)(tiny, seen, checkpoint=path)
+    again = partial(nn.functional.cross_entropy, label_smoothing=0.1)
+    assert replace(attack, loss=again)(tiny, seen, checkpoint=path).status == "max_steps"
+
+    class Unnamed:
+        def __call__(self, inputs):
+            return inputs.square().mean()
+
+    for priors_, word in [
+        (((1.0, lambda x: x.sum()),), "lambda"),
+        (((1.0, Unnamed()),), "prints its address"),
+    ]:
+        with pytest.raises(ConfigError, match=f"cannot tell this run from others: .*{word}"):
+            replace(attack, priors=priors_)(tiny, seen, checkpoint=path)
+        replace(attack, priors=priors_)(tiny, seen)  # without a checkpoint nothing has to be told apart
+        assert not path.exists()
+
+
+def test_scoring_runs_the_network_no_more_than_it_has_to(tiny, seen):
+    calls = []
+    handle = tiny.register_forward_hook(lambda *_: calls.append(1))
+    images, labels = random_batch()
+    score = iv.GradientMatching(labels="optimize").score(tiny, seen, images, labels)
+    handle.remove()
+    assert len(calls) == 2  # once to check the labels' range, once for the client's step
+    assert score == pytest.approx(0.0, abs=1e-6)
+    bare = nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten())  # no layer to infer labels from
+    hidden = see(bare, reveal_labels=False)
+    assert iv.GradientMatching().score(bare, hidden, images, labels) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_checkpoint_is_written_now_and_then(tiny, seen, tmp_path, monkeypatch):

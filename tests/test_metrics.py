@@ -75,8 +75,19 @@ def test_the_floors_are_what_no_attack_gives():
     truth = torch.stack([torch.full((1, 12, 12), v) for v in (0.2, 0.4)])
     report = iv.evaluate(made(truth), truth)
     assert report.grey_psnr == pytest.approx([-20 * math.log10(0.3), 20.0])
-    assert report.mean_psnr == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert report.mean_image_psnr == pytest.approx([20.0, 20.0], abs=1e-4)
     assert report.labels_right is None
+
+
+def test_means_over_a_batch_are_means_of_its_numbers():
+    truth = torch.stack([torch.full((1, 12, 12), v) for v in (0.2, 0.4)])
+    report = iv.evaluate(made(truth + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)), truth)
+    assert report.psnr == pytest.approx([20.0, 40.0], abs=1e-3)
+    assert report.mean_psnr == pytest.approx(30.0, abs=1e-3)
+    assert report.mean_mse == pytest.approx((1e-2 + 1e-4) / 2, rel=1e-4)
+    assert report.mean_ssim == pytest.approx(sum(report.ssim) / 2)
+    assert "PSNR  30.00 dB" in str(report)
+    assert math.isnan(iv.evaluate(made(random_batch(1)[0]), random_batch(1)[0]).mean_ssim)
 
 
 def test_small_images_have_no_ssim():

@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -100,6 +101,40 @@ def test_a_halved_run_goes_on_from_its_checkpoint(tiny, seen, tmp_path, cut):
     torch.testing.assert_close(resumed.trials, whole.trials)
     torch.testing.assert_close(resumed.history.cost, whole.history.cost, equal_nan=True)
     assert not path.exists()
+
+
+class CyclingAdam(iv.Adam):
+    """An optimiser of one's own, whose state holds a table as long as there are restarts."""
+
+    tables: ClassVar[list[int]] = []
+
+    def init(self, values):
+        return super().init(values) | {"table": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+
+    def step(self, values, variables, state, evaluate, factor):
+        self.tables.append(len(state["table"]))
+        super().step(values, variables, state, evaluate, factor * float(state["table"][state["step"] % 4]))
+
+
+class Undeclared:
+    """An optimiser that does not say what of its state is per restart."""
+
+    together = True
+
+    def init(self, values):
+        return {"mean": [torch.zeros_like(v) for v in values]}
+
+    def step(self, values, variables, state, evaluate, factor):
+        values[0].sub_(evaluate(values)[1][0])
+
+
+def test_halving_cuts_only_what_the_optimizer_declares(tiny, seen):
+    attack = iv.GradientMatching(optimizer=CyclingAdam(), steps=20, restarts=4, prune=True)
+    assert attack(tiny, seen).status == "max_steps"
+    assert set(CyclingAdam.tables) == {4}
+    with pytest.raises(ConfigError, match="Undeclared has no attribute per_restart; expected the names"):
+        replace(attack, optimizer=Undeclared())
+    assert replace(attack, optimizer=Undeclared(), prune=False)(tiny, seen).status == "max_steps"
 
 
 def test_frames_show_the_leader_of_a_halved_run(tiny, seen):

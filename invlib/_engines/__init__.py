@@ -128,6 +128,7 @@ def _batched(problem: Problem) -> Measure:
     if not problem.stackable:
         return functools.partial(_mapped, problem)
     stacks = functools.lru_cache(maxsize=1)(functools.partial(_stacked, problem))
+    alone = functools.cache(functools.partial(_leaves, problem))
     step = _together(problem)
 
     def evaluate(
@@ -135,7 +136,7 @@ def _batched(problem: Problem) -> Measure:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         if len(rows) == 1:
             # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
-            return _eager(problem, _leaves(problem), values, rows, sharpness, fade)
+            return _eager(problem, alone(), values, rows, sharpness, fade)
         return step(stacks(len(rows)), values, rows, sharpness, fade)
 
     return evaluate

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from invlib.errors import ConfigError
 from invlib.federated import FedSGD
 from invlib.observation import ClientStep, Normalization, Observation
 from invlib.reconstruction import Reconstruction
@@ -135,38 +132,3 @@ class Experiment:
     notes: tuple[str, ...] = ()
     axis: str = ""
     log: bool = False
-
-
-def describe(value: Any) -> Any:
-    """Return a setting as JSON can hold it, in words that are the same in every process.
-
-    >>> describe(FedSGD())
-    {'': 'FedSGD'}
-    """
-    if isinstance(value, Tensor):
-        return f"tensor {tuple(value.shape)}, norm {float(value.double().norm()):.12g}"
-    if is_dataclass(value) and not isinstance(value, type):
-        # A setting that came later is left out at its default: records from before it can still go on.
-        known = [
-            f for f in fields(value) if not (f.metadata.get("later") and getattr(value, f.name) == f.default)
-        ]
-        named = {f.name: describe(getattr(value, f.name)) for f in known}
-        return {"": type(value).__name__, **named}
-    if isinstance(value, Mapping):
-        return {str(key): describe(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [describe(entry) for entry in value]
-    if isinstance(value, functools.partial):
-        given = {**{str(k): describe(v) for k, v in enumerate(value.args)}, **describe(value.keywords)}
-        return {"": describe(value.func), **given}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if hasattr(value, "__qualname__"):
-        # Two lambdas have one name, and a setting that cannot be told from another is no setting.
-        if "<lambda>" in value.__qualname__:
-            raise ConfigError(f"{value.__qualname__} has no name; expected a named function as a setting")
-        enclosed = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
-        if enclosed:  # a function that another one made: it is what it was made with
-            return {"": str(value.__qualname__), **describe(enclosed)}
-        return str(value.__qualname__)
-    return repr(value)

@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
+from invlib._fingerprint import describe
 from invlib.errors import ConfigError
 from invlib.experiments import _gallery
-from invlib.experiments._cases import Case, Experiment, Setup, describe
+from invlib.experiments._cases import Case, Experiment, Setup
 from invlib.experiments._gallery import Gallery
 from invlib.experiments._networks import Networks, check
+
+# Settings that the oldest records do not know, at the value that those were made with.
+ADDED_LATER = {
+    "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class Plan:
             "num_classes": case.num_classes,
             "classes": {str(old): new for old, new in case.labels.items()},
             "normalization": describe(case.normalization),
-            "attack": describe(case.attack),
+            "attack": describe(case.attack, added_later=ADDED_LATER),
             "protocol": describe(case.protocol),
             "images": case.images,
             "labels": "known" if case.reveal_labels else "inferred",
