@@ -30,7 +30,6 @@ from invlib.presets import best
 from invlib.reconstruction import Frames, Progress, Reconstruction
 from invlib.recursive import recursive_inversion
 from invlib.smoothing import Smoothing
-from invlib.spreading import spread_restarts
 from invlib.surrogate import as_one_gradient
 
 __version__ = "0.1.0"
@@ -82,7 +81,6 @@ __all__ = [
     "priors",
     "recursive_inversion",
     "save_observation",
-    "spread_restarts",
 ]
 
 

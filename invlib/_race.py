@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from invlib._group import Group
-from invlib._spread import whole
 from invlib.reconstruction import Callback, Progress, Status
 
 if TYPE_CHECKING:
@@ -152,7 +151,6 @@ class Race:
         for group in self.groups:
             cost = torch.where(torch.isfinite(group.best_cost), group.best_cost, torch.inf)
             reached[group.rows], running[group.rows] = cost.to(reached), 1.0
-        reached, running = whole(torch.stack([reached, running]))
         ranked: dict[int, list[tuple[float, int]]] = {}
         for row in running.nonzero().flatten().tolist():
             ranked.setdefault(row // self.attack.restarts, []).append((float(reached[row]), row))
@@ -173,13 +171,13 @@ class Race:
         return "converged" if "converged" in ended else "max_steps"
 
     def ends(self) -> Ends:
-        """Return where the restarts stand, with those that other processes run."""
+        """Return where the restarts stand."""
 
         def filled(shape: tuple[int, ...], of: Callable[[Group], Tensor], like: Tensor) -> Tensor:
             found = like.new_zeros(self.total, *shape)
             for group in self.all():
                 found[group.rows] = of(group).to(found)
-            return whole(found)
+            return found
 
         def count(of: Callable[[Group], int]) -> Tensor:
             return filled((), lambda group: torch.tensor(of(group)), torch.zeros(0, dtype=torch.int64))

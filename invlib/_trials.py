@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from invlib import _engines, _spread
+from invlib import _engines
 from invlib._checkpoint import Checkpoint
 from invlib._engines import memory
 from invlib._group import Group
@@ -67,11 +67,8 @@ def run_races(
     identity: dict[str, Any] | None = None,
 ) -> list[Trials]:
     """Run the restarts of all observations, and return for each observation where its own ended."""
-    together, team = attack.optimizer.together, _spread.workers()
-    _spread.agree(
-        attack, starts, problem.target, callback=callback is not None, checkpoint=checkpoint is not None
-    )
-    size = 1 if not together else (attack.chunk or _spread.largest_share(len(starts[0])))
+    together = attack.optimizer.together
+    size = 1 if not together else (attack.chunk or len(starts[0]))
     engine, why = _engines.choose(
         attack.engine,
         problem,
@@ -81,22 +78,19 @@ def run_races(
         fading=attack.fading != 1,
     )
     measure = _engines.measure(engine, problem)
-    rows = _spread.share(len(starts[0]))
-    own = starts if team is None else [start[rows] for start in starts]
-    chunks, split = _chunks(attack, problem, own, engine)
-    why += split + ("" if team is None else f", spread over {team.size} workers")
-    groups = [Group(attack, problem, measure, [rows[k] for k in chunk], starts) for chunk in chunks]
+    chunks, split = _chunks(attack, problem, starts, engine)
+    why += split
+    groups = [Group(attack, problem, measure, list(chunk), starts) for chunk in chunks]
     race = Race(attack, starts, groups)
     keeper = Checkpoint(checkpoint, identity or {}, race)
     keeper.load()
-    hidden = not progress or (team is not None and team.rank > 0)
     total = sum((rung - before) * left for before, rung, left in race.plan())
-    with tqdm(total=total, initial=race.done(), disable=hidden, desc="gradient matching", unit="step") as bar:
+    with tqdm(
+        total=total, initial=race.done(), disable=not progress, desc="gradient matching", unit="step"
+    ) as bar:
         try:
             ended = race.run(callback, bar, keeper.save_now_and_then)
         except KeyboardInterrupt:
-            if team is not None:
-                raise  # the others go on, and wait for what this process has
             ended = False
     if ended:
         keeper.remove()
@@ -129,10 +123,7 @@ def _chunks(
     """Return which restarts run together, and what to say of it where memory alone says so."""
     count = len(starts[0])
     size = 1 if not attack.optimizer.together else (attack.chunk or count)
-    if count == 0:
-        return [], ""  # more workers than restarts
-    # Of several observations, of which this process alone runs the restarts, each is treated as if alone.
-    unit = attack.restarts if count % attack.restarts == 0 else 1
+    unit = attack.restarts
     if engine == "eager" or size == 1 or attack.chunk is not None:
         # A chunk holds some observations, or a part of one.
         size, block = (size - size % unit, count) if size > unit else (size, unit)

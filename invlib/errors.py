@@ -30,4 +30,4 @@ class DeviceError(InvlibError, RuntimeError):
 
 
 class WorkerError(InvlibError, RuntimeError):
-    """One of several processes that share a run failed, or ended before its work was done."""
+    """A process that ran attacks for this one ended before its work was done."""

@@ -419,3 +419,12 @@ def test_a_record_can_be_kept_without_pictures(here, monkeypatch):
     assert "PSNR" in str(experiments.table("results/guess.jsonl"))
     with pytest.raises(errors.DataError, match="no pictures; expected at least one attack made without"):
         experiments.figure("results/guess.jsonl")
+
+
+def test_the_table_does_not_depend_on_the_order_of_the_rows(here, monkeypatch):
+    register(monkeypatch, dark=Guess(level=0.2), light=Guess(level=0.8))
+    assert cli.main(["experiment", "guess", "--device", "cpu"]) == 0
+    path = Path("results/guess.jsonl")
+    table = str(experiments.table(path))
+    path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
+    assert str(experiments.table(path)) == table

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import os
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 
 from invlib._experiment import _device
 from invlib.errors import DataError
-from invlib.experiments import EXPERIMENTS, _plan, _run, _team, figure, get, table
+from invlib.experiments import EXPERIMENTS, _plan, _run, figure, get, table
 from invlib.experiments._plan import Plan
 
 DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
 EPILOG = """\
 examples:
   python -m invlib experiment table1 --images 4 --reduced --figure table1.png
-  torchrun --nproc-per-node 8 -m invlib experiment table1 --full
 
 The record gets a row for each attack, on the disk at once: after Ctrl-C or a kill the same command goes on
 where it was. A record of other settings is refused, unless --fresh begins a new one. Without --reduced or
 --full the form is the full one on a GPU and the reduced one on a CPU. CIFAR10 is taken where it is on this
 disk (in INVLIB_DATA or the cache), else the embedded patches.
 
-Under torchrun, on one machine or more, the attacks are shared out to all workers, each on a GPU of its own.
-Where fewer attacks are left than there are workers, all of them share the restarts of each. Worker 0 keeps
-the record, whose rows are those that one process makes on such a device with as many threads (but for
-rounding, where restarts are shared), in the order in which the attacks end. A worker that fails ends the run,
-which then goes on with or without torchrun. More than one GPU is not yet measured.
-
 exit status:
-  0; 2 where an option, the record, data or weights do not fit, or another worker failed; 130 after Ctrl-C.
-  torchrun's own is 1 where that of a worker is not 0.
+  0; 2 where an option, the record, data or weights do not fit; 130 after Ctrl-C.
 """
 
 
@@ -77,25 +67,16 @@ def cli(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: an option, the record, data or weights do not fit.
     """
-    with _team.joined() as team:
-        if not isinstance(team, _team.Follower):
-            return _lead(args, team)
-        # Worker 0 alone is heard; what fails here is sent to it, or is a traceback.
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            _run.follow(team, lambda: _planned(args, own=True))
-    return 0
-
-
-def _lead(args: argparse.Namespace, leader: _team.Leader | None) -> int:
-    plan = _planned(args, own=leader is not None)
+    plan = _planned(args)
     path = args.out or Path("results") / f"{args.name}.jsonl"
     form = "reduced" if _reduced(args, plan.device) else "full"
     print(f"{args.name}, {form} form: {len(plan.cases)} cases, {plan.images} clients")
-    where = f"device {plan.device}" + (f", {leader.size} workers" if leader else "")
     # At once: the progress bar that follows is written to another stream.
-    print(f"images: {plan.settings['dataset']} ({args.split}) from {plan.first} on; {where}", flush=True)
-    fresh = args.fresh and not _team.restarted()  # what this very run recorded is not begun anew
-    made = _run.run(plan, path, fresh=fresh, pictures=not args.no_pictures, leader=leader)
+    print(
+        f"images: {plan.settings['dataset']} ({args.split}) from {plan.first} on; device {plan.device}",
+        flush=True,
+    )
+    made = _run.run(plan, path, fresh=args.fresh, pictures=not args.no_pictures)
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
     if args.figure is not None:
@@ -107,9 +88,8 @@ def _lead(args: argparse.Namespace, leader: _team.Leader | None) -> int:
     return 0
 
 
-def _planned(args: argparse.Namespace, *, own: bool) -> Plan:
+def _planned(args: argparse.Namespace) -> Plan:
     experiment, device = get(args.name), _device(args.device)
-    device = _team.own(device) if own else device
     return _plan.plan(
         args.name,
         experiment,

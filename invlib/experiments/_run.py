@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import math
-import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +17,12 @@ from tqdm.auto import tqdm
 
 import invlib
 from invlib import _trained, metrics
-from invlib._spread import spread_over
 from invlib.errors import DataError
 from invlib.experiments import _judge, _record
 from invlib.experiments._cases import Case
 from invlib.experiments._networks import Network
 from invlib.experiments._plan import Plan, key
 from invlib.experiments._record import Record, Row
-from invlib.experiments._team import Follower, Leader
 from invlib.federated import observe
 from invlib.reconstruction import Reconstruction
 
@@ -39,7 +34,6 @@ def run(
     fresh: bool = False,
     pictures: bool = True,
     progress: bool = True,
-    leader: Leader | None = None,
 ) -> int:
     """Run what the record lacks, and return how many attacks that were.
 
@@ -50,9 +44,6 @@ def run(
         pictures: keep the originals and what became of them in the record, for the figure. An image that may
             not be passed on must not be kept, and no exact reconstruction of it either.
         progress: show a progress bar.
-        leader: shares the attacks with other processes, or the restarts of each where there are fewer attacks
-            than processes; each row is the same whoever made it, but the rows are in the order in which the
-            attacks ended.
 
     Raises:
         DataError: the record is locked, broken, or of other settings.
@@ -73,106 +64,17 @@ def run(
                 bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
             )
         )
-        shared, tasks = _shared(tasks, settings, leader.size if leader else 1)
-        clock = _Clock(
-            list(record.rows),
-            [case.name for case, _ in shared + tasks],
-            leader.size if leader and not shared else 1,
-        )
-        one_by_one = threading.Lock()  # the rows of other processes come in threads
-
-        def keep(row: Row) -> None:
-            with one_by_one:
-                new = pictures and not _has_truth(record, row)
-                truth = _truth(plan, plan.known[row["case"]], row["image"])[0] if new else None
-                row["truth"] = None if truth is None else _judge.png(truth)
-                row["reconstruction"] = row["reconstruction"] if pictures else None
-                record.append(row)
-                clock.ended(row["case"], row["seconds"])
-                bar.set_postfix_str(f"{clock.left()}after {row['case']}", refresh=False)
-                bar.update()
-
-        def attack(case: Case, first: int) -> None:
-            with one_by_one:
-                bar.set_postfix_str(f"{clock.left()}now {case.name}")
-            keep(_attack(plan, case, first, settings[case.name]))
-
-        if leader:
-            stack.enter_context(leader.at_work(_job(plan, tasks, shared), keep))
-            with spread_over(leader):
-                for case, first in shared:
-                    attack(case, first)
-        for number in leader.turns(len(tasks)) if leader else range(len(tasks)):
-            attack(*tasks[number])
-    return len(shared) + len(tasks)
-
-
-def follow(follower: Follower, make: Callable[[], Plan]) -> None:
-    """Do those of the leader's tasks that fall to this process.
-
-    Args:
-        follower: the tie to the leader.
-        make: makes the plan; only once the leader has made its own, which may have downloaded a data set.
-
-    Raises:
-        InvlibError: this machine has other images, weights or settings than the leader's.
-    """
-    job = follower.job()
-    plan = make()
-    _agree(_job(plan, []), job)
-    settings = {case.name: plan.case_settings(case) for case in plan.cases}
-    with spread_over(follower):
-        for name, first in job["shared"]:
-            _found(plan, plan.known[name], first)  # worker 0 has it too, and makes the row
-    for number in follower.turns(len(job["tasks"])):
-        name, first = job["tasks"][number]
-        follower.send(row=_attack(plan, plan.known[name], first, settings[name]))
-
-
-def _shared(
-    tasks: list[tuple[Case, int]], settings: dict[str, dict[str, Any]], workers: int
-) -> tuple[list[tuple[Case, int]], list[tuple[Case, int]]]:
-    """Return the tasks that all workers do together, each a share of the restarts, and the other ones.
-
-    Together they do what has restarts to share, where there are fewer tasks than workers.
-    """
-    together = [len(tasks) < workers and _shareable(settings[case.name]["attack"]) for case, _ in tasks]
-    return [t for t, yes in zip(tasks, together, strict=True) if yes], [
-        t for t, yes in zip(tasks, together, strict=True) if not yes
-    ]
-
-
-def _shareable(attack: Any) -> bool:
-    """Say whether an attack, as `describe` describes it, is gradient matching from several starts."""
-    if isinstance(attack, list):
-        return any(_shareable(part) for part in attack)
-    if not isinstance(attack, dict):
-        return False
-    if attack.get("") == "GradientMatching":
-        return attack["restarts"] > 1 and attack["tolerance"] is None and attack["patience"] is None
-    return any(_shareable(part) for part in attack.values())
-
-
-def _job(
-    plan: Plan, tasks: Sequence[tuple[Case, int]], shared: Sequence[tuple[Case, int]] = ()
-) -> dict[str, Any]:
-    """Return what all processes have to agree on, and the tasks."""
-    pixels = plan.gallery.images.mul(255).round().to(torch.uint8).cpu().numpy()
-    return {
-        "settings": {case.name: plan.case_settings(case) for case in plan.cases},
-        "images": hashlib.sha256(pixels.tobytes()).hexdigest(),
-        "tasks": [(case.name, first) for case, first in tasks],
-        "shared": [(case.name, first) for case, first in shared],
-    }
-
-
-def _agree(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    for name, settings in theirs["settings"].items():
-        here = json.loads(_record.encode(mine["settings"].get(name, {})))
-        if here != settings:
-            raise DataError(f"case {name!r} with {_difference(settings, here)} here; expected worker 0's")
-    if mine["images"] != theirs["images"]:
-        raise DataError("the data set has other images here; expected those of worker 0")
+        clock = _Clock(list(record.rows), [case.name for case, _ in tasks])
+        for case, first in tasks:
+            bar.set_postfix_str(f"{clock.left()}now {case.name}")
+            row = _attack(plan, case, first, settings[case.name])
+            new = pictures and not _has_truth(record, row)
+            row["truth"] = _judge.png(_truth(plan, case, first)[0]) if new else None
+            row["reconstruction"] = row["reconstruction"] if pictures else None
+            record.append(row)
+            clock.ended(row["case"], row["seconds"])
+            bar.update()
+    return len(tasks)
 
 
 def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> set[tuple[str, int]]:
@@ -312,9 +214,9 @@ def _device_name(device: torch.device) -> str:
 class _Clock:
     """How long the attacks that are left will take, judged by those of the same case that have ended."""
 
-    def __init__(self, rows: list[Row], waiting: list[str], workers: int) -> None:
+    def __init__(self, rows: list[Row], waiting: list[str]) -> None:
         self.times: dict[str, list[float]] = {}
-        self.waiting, self.workers = list(waiting), workers
+        self.waiting = list(waiting)
         for row in rows:
             self.times.setdefault(row["case"], []).append(float(row["seconds"]))
 
@@ -328,4 +230,4 @@ class _Clock:
             return ""
         usual = sum(known) / len(known)
         expected = [self.times.get(case, [usual]) for case in self.waiting]
-        return f"about {math.ceil(sum(sum(t) / len(t) for t in expected) / self.workers)} s left, "
+        return f"about {math.ceil(sum(sum(t) / len(t) for t in expected))} s left, "
