@@ -48,8 +48,6 @@ def spread_restarts(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             dist.init_process_group("gloo")
             with iv.spread_restarts():
                 found = attack(model, seen)
-
-    Taught in: chapter 2
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError(
