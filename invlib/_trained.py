@@ -38,8 +38,6 @@ class Trained:
     Args:
         model: the network.
         card: how it was made: model, data, accuracy and test set, every setting, seed, command, commit.
-
-    Taught in: chapter 3
     """
 
     model: nn.Module
@@ -56,8 +54,6 @@ def save(trained: Trained, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ConfigError: where the path does not end in ``.safetensors``.
-
-    Taught in: chapter 3
     """
     target = Path(path)
     if target.suffix != ".safetensors":
@@ -78,8 +74,6 @@ def load(path: str | os.PathLike[str]) -> Trained:
     Raises:
         DataError: where weights or card are missing or corrupt, or do not fit each other.
         UnknownNameError: where the zoo has no model of the card's name.
-
-    Taught in: chapter 3
     """
     target = Path(path)
     card = models.model_card("", target)  # a path names its card by itself

@@ -218,8 +218,6 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
 
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
     Blaschko 2021 (R-GAP), arXiv 2010.07733.
-
-    Taught in: chapter 1
     """
     stages = _stages(model, observation)
     weights = {s.name: observation.update[f"{s.name}.weight"] for s in stages}

@@ -86,8 +86,6 @@ def from_arrays(
     """Make an observation of a mapping from parameter names to arrays (NumPy or torch).
 
     Arguments and errors as for `from_gradients`.
-
-    Taught in: chapter 1
     """
     update = {name: torch.as_tensor(value) for name, value in arrays.items()}
     return _checked(
@@ -184,7 +182,7 @@ def save_observation(observation: Observation, path: str | Path) -> None:
         ObservationError: the protocol is another one.
         DataError: the file cannot be written.
 
-    Taught in: chapter 1
+    Taught in: chapter 4
     """
     protocol = observation.protocol
     if not isinstance(protocol, (FedSGD, FedAvg)):
@@ -218,7 +216,7 @@ def load_observation(path: str | Path) -> Observation:
     Raises:
         DataError: the file is missing, corrupt, or holds something else.
 
-    Taught in: chapter 1
+    Taught in: chapter 4
     """
     path = Path(path)
     if not path.is_file():

@@ -26,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments; None takes those of the process.
-
-    Taught in: chapter 3
     """
     parser = argparse.ArgumentParser(prog="python -m invlib", description="Gradient inversion and its audit.")
     parser.add_argument("--version", action="version", version=f"invlib {invlib.__version__}")

@@ -46,8 +46,6 @@ def resource(name: str) -> Path:
 
     Raises:
         DataError: where no such file exists; the message names the places that were looked at.
-
-    Taught in: chapter 1
     """
     places = [_PACKAGE / "_data" / name, _PACKAGE.parent / "data" / name]
     for place in places:
@@ -57,10 +55,7 @@ def resource(name: str) -> Path:
 
 
 def sample_names() -> list[str]:
-    """Return the names that `samples` knows.
-
-    Taught in: chapter 1
-    """
+    """Return the names that `samples` knows."""
     return list(_SAMPLES)
 
 
@@ -69,8 +64,6 @@ def slug(name: str) -> str:
 
     Raises:
         UnknownNameError: where `load` knows no data set of that name.
-
-    Taught in: chapter 3
     """
     if name not in _SETS:
         raise UnknownNameError(f"no data set {name!r}; known: {', '.join([*_SETS, *_SAMPLES])}")
@@ -144,8 +137,6 @@ def load(
         UnknownNameError: where there is no data set of that name.
         ConfigError: where `split` is unknown or an index out of range.
         DataError: where the data set is nowhere to be had; the message says what failed and what to do.
-
-    Taught in: chapter 1
     """
     if name in _SAMPLES:
         return samples(name, indices)
@@ -183,8 +174,6 @@ def default(
     Raises:
         ConfigError: where `split` is unknown or an index out of range.
         DataError: where a file is there but corrupt.
-
-    Taught in: chapter 1
     """
     found = _on_disk("CIFAR10", split, root, indices)
     if found is not None:
@@ -211,8 +200,6 @@ def folder(
     Raises:
         ConfigError: where an index is out of range.
         DataError: where the folder has no images, one cannot be read, or their sizes differ.
-
-    Taught in: chapter 1
     """
     return _files.read_images(_files.list_images(Path(path)), size, indices, str(path))
 
@@ -248,8 +235,6 @@ def describe(name: str, index: int | None = None) -> str:
     Raises:
         UnknownNameError: where nothing has that name.
         ConfigError: where the index is out of range.
-
-    Taught in: chapter 1
     """
     if name not in _SAMPLES:
         slug(name)

@@ -48,8 +48,6 @@ class ForwardMatching:
 
     Source: the attack is that of Geiping et al. 2020, arXiv 2003.14053, but for the blocks; the derivative is
     that of Pearlmutter 1994, "Fast exact multiplication by the Hessian".
-
-    Taught in: chapter 3
     """
 
     steps: int = 1000

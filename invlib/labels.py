@@ -21,8 +21,6 @@ class LabelInference:
         labels: int64 ``(N,)``, ascending: their order within the batch leaves no trace in a mean gradient.
         counts: int64 ``(classes,)``, how many images of each class.
         method: which rule gave them, in words.
-
-    Taught in: chapter 1
     """
 
     labels: Tensor
@@ -36,7 +34,7 @@ def classifier(model: nn.Module) -> tuple[str, str | None]:
     Raises:
         RecoveryError: the model has no fully connected layer.
 
-    Taught in: chapter 1
+    Taught in: chapter 4
     """
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear:

@@ -216,8 +216,6 @@ class GradientMatching:
             ObservationError: an observation does not fit the model.
             ConfigError: there is none, they differ in more than updates and labels, the attack begins at
                 given images or matches the largest layers, or it stops early and is compiled.
-
-        Taught in: chapter 2
         """
         return attack_together(self, model, observations, generators, _finish, progress=progress)
 
@@ -411,8 +409,6 @@ def deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: object) -> 
     Arguments and errors as for `inverting_gradients`; a step is up to 20 iterations of L-BFGS.
 
     Source: Zhu et al. 2019, arXiv 1906.08935, algorithm 1.
-
-    Taught in: chapter 2
     """
     return preset(
         GradientMatching(
@@ -445,8 +441,6 @@ def preset(attack: GradientMatching, settings: Mapping[str, object]) -> Gradient
 
     Raises:
         ConfigError: a setting is unknown or out of range.
-
-    Taught in: chapter 2
     """
     unknown = [name for name in settings if name not in GradientMatching.__dataclass_fields__]
     if unknown:

@@ -35,8 +35,6 @@ def mse(images: Tensor, truth: Tensor) -> Tensor:
 
     Raises:
         ConfigError: the shapes differ.
-
-    Taught in: chapter 1
     """
     _check(images, truth)
     return (images - truth).square().flatten(1).mean(1)
@@ -65,8 +63,6 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
         ConfigError: the shapes differ, or a side is under 11 pixels.
 
     Source: Wang et al. 2004, computed by torchmetrics.
-
-    Taught in: chapter 2
     """
     _check(images, truth)
     if min(images.shape[2:]) < 11:
@@ -86,8 +82,6 @@ def lpips(images: Tensor, truth: Tensor) -> Tensor:
         DataError: the AlexNet weights are not at hand and cannot be fetched.
 
     Source: Zhang et al. 2018, arXiv 1801.03924, computed by torchmetrics.
-
-    Taught in: chapter 3
     """
     _check(images, truth)
     _torchmetrics()
@@ -155,8 +149,6 @@ class Report:
         num_images: how many images there are.
         grey_psnr: the PSNR of a plain mid-grey image against each true one.
         mean_image_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
-
-    Taught in: chapter 2
     """
 
     mse: tuple[float, ...]

@@ -60,8 +60,6 @@ def l1(candidate: Tensors, target: Tensors, weights: Sequence[float] | None = No
     r"""Return the absolute distance :math:`\sum_i w_i \|c_i - t_i\|_1` of two updates.
 
     Arguments and errors as for `cosine`.
-
-    Taught in: chapter 2
     """
     return _sum(candidate, target, weights, lambda c, t: (c - t).abs().sum())
 
@@ -70,8 +68,6 @@ def maximum(candidate: Tensors, target: Tensors, weights: Sequence[float] | None
     r"""Return :math:`\sum_i w_i \max |c_i - t_i|`, the largest difference in each tensor, added up.
 
     Arguments and errors as for `cosine`.
-
-    Taught in: chapter 2
     """
     return _sum(candidate, target, weights, lambda c, t: (c - t).abs().max())
 
@@ -122,8 +118,6 @@ class Layers:
     Example:
         >>> Layers(which="last", count=2).choose([torch.ones(3)] * 5)
         ([3, 4], None)
-
-    Taught in: chapter 2
     """
 
     which: Literal["all", "first", "last", "largest"] = "all"

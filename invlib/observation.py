@@ -30,8 +30,6 @@ class Normalization:
     Example:
         >>> UNIT.encode(torch.full((1, 1, 2, 2), 0.5)).mean().item()
         0.5
-
-    Taught in: chapter 2
     """
 
     mean: tuple[float, ...]

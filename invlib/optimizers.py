@@ -114,8 +114,6 @@ class Adam:
         ConfigError: lr is not positive.
 
     Source: Kingma and Ba 2015, arXiv 1412.6980; signed, Geiping et al. 2020, arXiv 2003.14053, section 5.
-
-    Taught in: chapter 2
     """
 
     lr: float = 0.1
@@ -180,8 +178,6 @@ class SGD:
         ConfigError: lr is not positive, or momentum is out of range.
 
     Source: Sutskever et al. 2013, in the form that torch.optim.SGD gives it.
-
-    Taught in: chapter 2
     """
 
     lr: float = 0.1
@@ -239,8 +235,6 @@ class LBFGS:
         ConfigError: lr is not positive, or the line search is unknown.
 
     Source: Liu and Nocedal 1989; `torch.optim.LBFGS`.
-
-    Taught in: chapter 2
     """
 
     lr: float = 1.0

@@ -51,8 +51,6 @@ def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
         ConfigError: width is not positive.
 
     Source: Charbonnier et al. 1994, "Two deterministic half-quadratic regularization algorithms".
-
-    Taught in: chapter 3
     """
     if not width > 0:
         raise ConfigError(f"rounded_total_variation width is {width}; expected a positive number")
@@ -68,8 +66,6 @@ def l2_norm(inputs: Tensor) -> Tensor:
         inputs: ``(N, C, H, W)``, normalised.
 
     Source: Yin et al. 2021, arXiv 2104.07586, section 3.2.
-
-    Taught in: chapter 2
     """
     return inputs.square().mean()
 

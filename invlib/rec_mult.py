@@ -45,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments; None takes those of the process.
-
-    Taught in: chapter 4
     """
     parser = argparse.ArgumentParser(prog="python -m invlib.rec_mult", description=DESCRIPTION, epilog=EPILOG)
     add_arguments(parser)
@@ -56,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that only this command has.
-
-    Taught in: chapter 4
-    """
+    """Add the options that only this command has."""
     group = parser.add_argument_group("the series")
     group.add_argument("--num_exp", type=int, default=10, help="clients in a row (%(default)s)")
     group.add_argument("--unsigned", dest="signed", action="store_false", help="the same as --no-signed")
@@ -72,8 +67,6 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InvlibError: an option does not fit, or data or weights are missing.
-
-    Taught in: chapter 4
     """
     if args.num_exp < 1:
         raise ConfigError(f"--num_exp is {args.num_exp}; expected at least 1")

@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments; None takes those of the process.
-
-    Taught in: chapter 3
     """
     parser = argparse.ArgumentParser(
         prog="python -m invlib.reconstruct_image", description=DESCRIPTION, epilog=EPILOG
@@ -62,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InvlibError: an option does not fit, or data or weights are missing.
-
-    Taught in: chapter 3
     """
     config = config_of(args)
     experiment = Experiment(args, config, many=args.num_images > 1)

@@ -47,8 +47,6 @@ class Reconstruction:
         engine: what ran the steps, why that was chosen, and how many restarts ran together where memory had a
             say in it; empty for attacks that have none.
         note: what the attack has to say about its result, in a sentence; may be empty.
-
-    Taught in: chapter 2
     """
 
     images: Tensor
@@ -83,8 +81,6 @@ class Progress:
         images: a function giving the best images so far ``(N, C, H, W)`` in [0, 1] of the best running
             restart; nothing is copied from the device until it is called.
         cost: a function giving the lowest cost so far.
-
-    Taught in: chapter 2
     """
 
     step: int

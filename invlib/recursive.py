@@ -120,10 +120,7 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> C
 
 
 def is_chain(model: nn.Module, observation: Observation) -> bool:
-    """Return whether `recursive_inversion` applies: one image, one gradient, and a chain that can be undone.
-
-    Taught in: chapter 3
-    """
+    """Return whether `recursive_inversion` applies: one image, one gradient, a chain that can be undone."""
     protocol = observation.protocol
     once = isinstance(protocol, FedSGD) or (isinstance(protocol, FedAvg) and len(protocol.batches(1)) == 1)
     if observation.num_images != 1 or not once:

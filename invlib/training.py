@@ -282,10 +282,7 @@ def _gpus(device: str | torch.device) -> list[torch.device]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``python -m invlib train`` understands to a parser.
-
-    Taught in: chapter 3
-    """
+    """Add what ``python -m invlib train`` understands to a parser."""
     parser.add_argument("--model", required=True, help="name of a network of the zoo")
     parser.add_argument("--dataset", required=True, choices=list(NORMALIZATIONS), help="what to train on")
     parser.add_argument("--strategy", default="conservative", choices=["conservative", "adam"])
@@ -312,8 +309,6 @@ def cli(args: argparse.Namespace) -> int:
 
     Raises:
         InvlibError: as `train`, `save` and `invlib.data.load` do.
-
-    Taught in: chapter 3
     """
     if args.out.suffix != ".safetensors":  # said now, not after hours
         raise ConfigError(f"--out is {str(args.out)!r}; expected a name that ends in '.safetensors'")

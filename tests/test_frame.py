@@ -1,7 +1,8 @@
 """The frame around the chapters: what the README, the table of contents and the commands promise is there."""
 
+import ast
 import hashlib
-import inspect
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -114,18 +115,41 @@ def test_pins_satisfy_what_the_package_asks_for():
         assert pins[requirement.name] in requirement.specifier, requirement
 
 
-def test_every_public_name_says_which_chapter_teaches_it():
+def definitions(body, within):
+    """Yield the qualified name and the docstring of each function, class and method in a module's code."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield within + node.name, ast.get_docstring(node) or ""
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node.body, f"{within}{node.name}.")
+
+
+def named_in(notebook):
+    """Return module and qualified name of all that a notebook refers to as `iv.…` or `invlib.…`."""
     import invlib
 
-    public = {name: getattr(invlib, name) for name in invlib.__all__}
-    public |= {f"viz.{name}": getattr(invlib.viz, name) for name in invlib.viz.__all__}
-    del public["viz.style"]  # the figures call it; no chapter does
-    chapters = {path.name[0] for path in (ROOT / "chapters").glob("*.ipynb")}
-    for name, thing in public.items():
-        if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, Exception)):
-            taught = re.search(r"^Taught in: chapter (\d)$", inspect.getdoc(thing) or "", flags=re.MULTILINE)
-            assert taught, name
-            assert taught[1] in chapters, name
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(read(notebook))["cells"])
+    found = set()
+    for dotted in re.findall(r"\b(?:iv|invlib)((?:\.\w+)+)", text):
+        thing = invlib
+        for part in dotted.split(".")[1:]:
+            thing = getattr(thing, part, None)
+            found.add((getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)))
+    return found
+
+
+def test_a_chapter_that_a_docstring_names_names_the_thing():
+    named = {path.name[0]: named_in(path) for path in (ROOT / "chapters").glob("*.ipynb")}
+    count = 0
+    for path in (ROOT / "invlib").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for name, text in definitions(ast.parse(path.read_text(encoding="utf-8")).body, ""):
+            for line in re.findall(r"^.*Taught in.*$", text, flags=re.MULTILINE):
+                taught = re.fullmatch(r"Taught in: chapter (\d)", line)
+                assert taught, f"{module}.{name}: {line}"
+                assert (module, name) in named[taught[1]], f"{module}.{name} is not in chapter {taught[1]}"
+                count += 1
+    assert count >= 40
 
 
 def test_version_is_the_same_everywhere():

@@ -47,8 +47,6 @@ def get(name: str) -> Experiment:
 
     Raises:
         UnknownNameError: there is none of that name; the message lists those there are.
-
-    Taught in: chapter 3
     """
     if name not in EXPERIMENTS:
         raise UnknownNameError(f"no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
@@ -63,8 +61,6 @@ def table(record: str | os.PathLike[str]) -> Table:
 
     Raises:
         DataError: the record is missing, broken or empty.
-
-    Taught in: chapter 3
     """
     return _report.build(_report.read(record), EXPERIMENTS, str(record))
 
@@ -98,8 +94,6 @@ def curve(record: str | os.PathLike[str]) -> Figure:
 
     Raises:
         DataError: the record is missing, broken or empty, or sweeps no setting.
-
-    Taught in: chapter 3
     """
     from invlib.experiments import _figures
 

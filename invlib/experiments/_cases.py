@@ -15,10 +15,7 @@ from invlib.reconstruction import Reconstruction
 
 
 class Attack(Protocol):
-    """Anything that turns an observation into images, as every attack of invlib does.
-
-    Taught in: chapter 2
-    """
+    """Anything that turns an observation into images, as every attack of invlib does."""
 
     def __call__(
         self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
@@ -35,8 +32,6 @@ class Size:
         images: clients that are attacked in each case.
         steps: network evaluations of each restart.
         restarts: starting points of each attack.
-
-    Taught in: chapter 3
     """
 
     images: int
@@ -53,8 +48,6 @@ class Setup:
         restarts: starting points of each attack.
         reduced: whether the networks of the reduced form are wanted.
         slug: the data set's short name, which trained weights carry (``"cifar10"`` for the patches too).
-
-    Taught in: chapter 3
     """
 
     steps: int
@@ -82,8 +75,6 @@ class Case:
         paper: what the paper has in this place, to be printed beside it.
         sweep: where the experiment sweeps a setting, the number on the horizontal axis.
         series: which line of the figure the number belongs to.
-
-    Taught in: chapter 3
     """
 
     columns: Mapping[str, str]
@@ -120,8 +111,6 @@ class Experiment:
         notes: sentences under the table: what a reader must know to read it.
         axis: the name of the swept setting; empty where there is none.
         log: whether its axis is logarithmic.
-
-    Taught in: chapter 3
     """
 
     title: str

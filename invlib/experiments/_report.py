@@ -27,8 +27,6 @@ class Table:
         columns: the headings.
         rows: one word for each heading.
         caption: what the table shows, and how its numbers are to be read.
-
-    Taught in: chapter 3
     """
 
     columns: tuple[str, ...]

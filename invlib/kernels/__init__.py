@@ -47,8 +47,6 @@ def choose(impl: Impl | None, tensor: Tensor) -> Impl:
     Raises:
         ConfigError: if impl is none of the three.
         DeviceError: if ``impl="triton"`` cannot run here; the message says why.
-
-    Taught in: chapter 2
     """
     if impl is None:
         # A compiler fuses the reference by itself, and a graph being captured forbids the pointer upload.
@@ -95,8 +93,6 @@ def gradient_statistics(
         ConfigError: if the lists do not fit each other (the message names the tensor and both shapes), are
             empty or hold a tensor of zero size, or the weights do not fit them.
         DeviceError: if ``impl="triton"`` cannot run.
-
-    Taught in: chapter 2
     """
     checked = check_lists(candidate, target, weights)
     if _choose_for_lists(impl, candidate, target) == "reference":
@@ -135,8 +131,6 @@ def squared_difference(
         ConfigError: if the lists do not fit each other (the message names the tensor and both shapes), are
             empty or hold a tensor of zero size, or the weights do not fit them.
         DeviceError: if ``impl="triton"`` cannot run.
-
-    Taught in: chapter 2
     """
     checked = check_lists(candidate, target, weights)
     if _choose_for_lists(impl, candidate, target) == "reference":
@@ -171,8 +165,6 @@ def total_variation(
         ConfigError: if images has another number of dimensions, no numbers or no floating-point ones, or the
             reduction is unknown.
         DeviceError: if ``impl="triton"`` cannot run.
-
-    Taught in: chapter 2
     """
     check_images(images, reduction)
     if choose(impl, images) == "reference":
@@ -227,8 +219,6 @@ def adam_step_(
     Raises:
         ConfigError: if a tensor does not fit x, the step is below 1 or a beta is out of range.
         DeviceError: if ``impl="triton"`` cannot run.
-
-    Taught in: chapter 2
     """
     check_adam(x, {"grad": grad, "m": m, "v": v}, {"low": low, "high": high}, step, betas)
     module = reference if choose(impl, x) == "reference" else _triton()

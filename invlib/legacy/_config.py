@@ -129,8 +129,6 @@ def attack(
 
     Raises:
         ConfigError: a key or a value is unknown; the message names the choices.
-
-    Taught in: chapter 2
     """
     c = checked(config)
     optimizers: dict[str, Optimizer] = {

@@ -124,8 +124,6 @@ def reconstruction_costs(
         ConfigError: a name is unknown, or the lists do not fit each other.
 
     Source: Geiping et al. 2020, arXiv 2003.14053, equation 4.
-
-    Taught in: chapter 2
     """
     distance, layers = comparison(cost_fn, indices, weights)
     rows, factors = layers.choose(input_gradient)

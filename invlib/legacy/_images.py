@@ -18,8 +18,6 @@ def total_variation(x: Tensor) -> Tensor:
 
     Raises:
         ConfigError: wrong number of dimensions.
-
-    Taught in: chapter 2
     """
     return priors.total_variation(x)
 
@@ -39,8 +37,6 @@ def psnr(img_batch: Tensor, ref_batch: Tensor, batched: bool = False, factor: fl
 
     Raises:
         ConfigError: the shapes differ.
-
-    Taught in: chapter 1
     """
     if img_batch.shape != ref_batch.shape or img_batch.ndim != 4:
         raise ConfigError(
@@ -61,8 +57,6 @@ class MedianPool2d(nn.Module):
         stride: distance of two windows, or (vertical, horizontal).
         padding: pixels added around, or (left, right, top, bottom).
         same: choose the padding so that the size is that of the input divided by the stride.
-
-    Taught in: chapter 2
     """
 
     def __init__(

@@ -33,8 +33,6 @@ def construct_model(
 
     Raises:
         UnknownNameError: there is no such network.
-
-    Taught in: chapter 3
     """
     key = seed if modelkey is None else modelkey
     if key is None:
@@ -80,8 +78,6 @@ def loss_steps(
         ConfigError: a number is out of range.
 
     Source: McMahan et al. 2017, arXiv 1602.05629; Geiping et al. 2020, arXiv 2003.14053, section 6.
-
-    Taught in: chapter 4
     """
     client: ClientStep = local_training(local_steps, lr, batch_size)
     params = trainable_parameters(model)

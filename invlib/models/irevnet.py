@@ -69,8 +69,6 @@ class IRevNet(nn.Module):
 
     Raises:
         ConfigError: The images do not fit or the activation is unknown.
-
-    Taught in: chapter 3
     """
 
     def __init__(

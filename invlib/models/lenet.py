@@ -21,8 +21,6 @@ class LeNetZhu(nn.Module):
 
     Raises:
         ConfigError: The activation is unknown.
-
-    Taught in: chapter 2
     """
 
     def __init__(

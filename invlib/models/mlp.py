@@ -23,8 +23,6 @@ class FullyConnected(nn.Sequential):
 
     Raises:
         ConfigError: The activation is unknown.
-
-    Taught in: chapter 1
     """
 
     def __init__(

@@ -42,8 +42,6 @@ class MobileNetwork(nn.Module):
 
     Raises:
         ConfigError: The activation is unknown.
-
-    Taught in: chapter 3
     """
 
     def __init__(

@@ -97,8 +97,6 @@ class ResNet(nn.Module):
 
     Raises:
         ConfigError: A setting is unknown.
-
-    Taught in: chapter 3
     """
 
     def __init__(

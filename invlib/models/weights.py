@@ -18,10 +18,7 @@ SETTINGS = ("num_classes", "in_channels", "image_size", "activation", "batch_nor
 
 
 def available() -> dict[str, tuple[str, ...]]:
-    """Return the data sets that each model has shipped weights for: model name → data set slugs.
-
-    Taught in: chapter 3
-    """
+    """Return the data sets that each model has shipped weights for: model name → data set slugs."""
     from invlib import data  # late: data brings image readers that building a network does not need
 
     try:
@@ -65,8 +62,6 @@ def locate(name: str, weights: str | os.PathLike[str]) -> Path:
     Raises:
         UnknownNameError: There are no shipped weights of that name; the message lists those there are.
         DataError: The path does not exist.
-
-    Taught in: chapter 3
     """
     from invlib import data
 
@@ -100,8 +95,6 @@ def card_settings(name: str, path: Path, asked: dict[str, Any], own_activation: 
     Raises:
         ConfigError: The card is another model's, or contradicts what was asked for (all faults at once).
         DataError: The card is corrupt.
-
-    Taught in: chapter 3
     """
     card_path = path.with_suffix(".json")
     if not card_path.is_file():
@@ -123,10 +116,7 @@ def card_settings(name: str, path: Path, asked: dict[str, Any], own_activation: 
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a ``.safetensors`` file by name, or raise ``DataError`` where it cannot be read.
-
-    Taught in: chapter 3
-    """
+    """Return the tensors of a ``.safetensors`` file by name; ``DataError`` where it cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -143,8 +133,6 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
 
     Raises:
         DataError: They do not fit; the message lists every fault.
-
-    Taught in: chapter 3
     """
     state = model.state_dict()
     counts = {name for name in state if name.endswith("num_batches_tracked")}

@@ -159,7 +159,7 @@ def bars(
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['20.5', '14.0']
 
-    Taught in: chapter 3
+    Taught in: chapter 1
     """
     series = _series(values, len(labels), "labels")
     result, axes = _axes(2.6, series)
