@@ -124,7 +124,8 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
         layer: the layer's name in ``model.named_modules()``.
 
     Raises:
-        RecoveryError: there is no such layer, it has no bias, or its bias gradient is zero.
+        RecoveryError: there is no such layer, it has no bias, the update lacks it, or its bias gradient is
+            zero.
 
     Taught in: chapter 1
     """
@@ -135,7 +136,14 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
             f"{layer!r} is {type(module).__name__}; "
             f"expected a fully connected layer with a bias, one of {known}"
         )
-    return layer_input(observation.update[f"{layer}.weight"], observation.update[f"{layer}.bias"])
+    return layer_input(_sent(observation, f"{layer}.weight"), _sent(observation, f"{layer}.bias"))
+
+
+def _sent(observation: Observation, name: str) -> Tensor:
+    """Return one tensor of the update; a frozen layer is not sent."""
+    if name not in observation.update:
+        raise RecoveryError(f"the update lacks {name!r}; expected it, since the input follows from it")
+    return observation.update[name]
 
 
 # The slope of an activation, from its output alone: all that a recovered layer input tells.
@@ -214,20 +222,19 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
         The normalised input ``(C * H * W,)`` and the residual of the layer at the image.
 
     Raises:
-        RecoveryError: the model is no such chain, or a gradient on the way is zero.
+        RecoveryError: the model is no such chain, or a gradient on the way is zero or was not sent.
 
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
     Blaschko 2021 (R-GAP), arXiv 2010.07733.
     """
     stages = _stages(model, observation)
-    weights = {s.name: observation.update[f"{s.name}.weight"] for s in stages}
     biased = [k for k, s in enumerate(stages) if s.layer.bias is not None]
+    top = biased[0] if biased else len(stages) - 1
+    weights = {s.name: _sent(observation, f"{s.name}.weight") for s in stages[: top + 1]}
     if biased:
-        top = biased[0]
-        delta = observation.update[f"{stages[top].name}.bias"]
+        delta = _sent(observation, f"{stages[top].name}.bias")
         inputs = layer_input(weights[stages[top].name], delta).inputs
     else:
-        top = len(stages) - 1
         delta, inputs = _unbiased_head(model, observation, stages[-1])
     for k in range(top, 0, -1):
         below = stages[k - 1]
@@ -287,6 +294,10 @@ def fully_connected(*, tolerance: float = 1e-2) -> Callable[..., Reconstruction]
     mixture of the images, and the attack returns as many of them as there are images, those that lie
     nearest to [0, 1] and differ, and says in ``note`` that they are mixtures.
 
+    Hidden labels are inferred by `invlib.labels.infer`: exactly for one image, as an estimate, in ascending
+    order, for a batch. The images do not depend on them, so that where the update does not tell them (its
+    last fully connected layer was frozen) they are None, and ``note`` says why.
+
     Args:
         tolerance: the residual up to which a single image is called exact.
 
@@ -324,18 +335,29 @@ def fully_connected(*, tolerance: float = 1e-2) -> Callable[..., Reconstruction]
                 f"{observation.num_images} images; the {len(inputs)} shown lie nearest to the range of images"
             )
         images = observation.normalization.decode(inputs.view(-1, *observation.image_shape)).clamp(0, 1)
+        labels, unknown = _labels(model, observation)
         return Reconstruction(
             images=images,
-            labels=observation.labels,
+            labels=labels,
             score=residual,
             trial_scores=torch.tensor([residual]),
             trials=images[None],
             status="closed_form",
             seconds=time.perf_counter() - began,
-            note=note,
+            note=note + unknown,
         )
 
     return attack
+
+
+def _labels(model: nn.Module, observation: Observation) -> tuple[Tensor | None, str]:
+    """Return the labels, inferred where they are hidden; where that fails, None and what to say of it."""
+    if observation.labels is not None:
+        return observation.labels, ""
+    try:
+        return infer(model, observation).labels, ""
+    except RecoveryError as error:
+        return None, f"; the labels are unknown: {error}"
 
 
 def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int]:
@@ -344,7 +366,7 @@ def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float
         raise RecoveryError(
             f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
         )
-    weight, bias = observation.update[f"{first.name}.weight"], observation.update[f"{first.name}.bias"]
+    weight, bias = _sent(observation, f"{first.name}.weight"), _sent(observation, f"{first.name}.bias")
     _, rows = row_inputs(weight, bias)
     images = observation.normalization.decode(rows.view(-1, *observation.image_shape)).flatten(1)
     outside = (images - images.clamp(0, 1)).square().mean(1)

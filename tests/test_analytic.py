@@ -25,10 +25,14 @@ def chain(*biases, activation=nn.ReLU, dtype=torch.float32):
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
-def see(net, n=1, protocol=None, seed=0):
+def see(net, n=1, protocol=None, seed=0, labels=None):
+    """Return images and what the server sees of them; labels that are given are hidden from it."""
     dtype = next(net.parameters()).dtype
     x, y = random_batch(n, seed=seed, dtype=dtype)
-    return x, iv.observe(net, x, y, protocol or iv.FedSGD(), normalization=iv.CIFAR10)
+    y, hidden = (y, False) if labels is None else (torch.tensor(labels), True)
+    return x, iv.observe(
+        net, x, y, protocol or iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=not hidden
+    )
 
 
 def relative_error(found, truth):
@@ -96,6 +100,68 @@ def test_no_label_is_needed_where_no_layer_has_a_bias():
     x, seen = see(net)
     rec = iv.fully_connected()(net, replace(seen, labels=None))
     assert relative_error(rec.images, x) < 1e-5
+
+
+@pytest.mark.parametrize("protocol", [iv.FedSGD(), iv.FedAvg(lr=0.05, local_steps=3)], ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("label", range(5))
+def test_the_hidden_label_of_one_image_comes_with_it(protocol, last, label):
+    net = chain(True, True, last, dtype=torch.float64)
+    x, seen = see(net, protocol=protocol, labels=[label])
+    rec = iv.fully_connected()(net, seen)
+    assert rec.labels.tolist() == [label]
+    assert relative_error(rec.images, x) < 1e-5
+
+
+@pytest.mark.parametrize("labels", [[4, 1, 1], [2, 2, 2], [3, 0, 4, 1]])
+def test_the_hidden_labels_of_a_batch_are_counted(labels):
+    net = chain(True, True, True, dtype=torch.float64)
+    _, seen = see(net, n=len(labels), labels=labels)
+    assert iv.fully_connected()(net, seen).labels.tolist() == sorted(labels)
+
+
+def test_of_a_batch_whose_images_move_rows_of_their_own_all_images_and_labels_come_back():
+    # Image k is bright in its own row of pixels, and unit k looks there and nowhere else.
+    x = 0.1 + 0.2 * torch.rand(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.ReLU(), nn.Linear(3, 5)).double()
+    with torch.no_grad():
+        net[1].weight.zero_()
+        for k in range(3):
+            x[k, :, k] += 0.6
+            net[1].weight[k].view(3, 8, 8)[:, k] = 1 / 24
+        net[1].bias.fill_(-0.5)
+    labels = torch.tensor([3, 0, 3])
+    seen = iv.observe(net, x, labels, iv.FedSGD(), normalization=iv.UNIT, reveal_labels=False)
+    rec = iv.fully_connected()(net, seen)
+    report = iv.evaluate(rec, x, labels)
+    assert min(report.psnr) > 100
+    assert report.labels_right == 3
+
+
+def test_labels_that_are_given_are_kept():
+    net = chain(True, True, True, dtype=torch.float64)
+    _, seen = see(net, n=3)
+    given = torch.tensor([4, 0, 2])
+    assert torch.equal(iv.fully_connected()(net, replace(seen, labels=given)).labels, given)
+
+
+def test_where_the_last_layer_was_not_sent_the_image_comes_without_its_label():
+    net = chain(True, True, True, dtype=torch.float64)
+    net[-1].requires_grad_(False)
+    x, seen = see(net, labels=[2])
+    rec = iv.fully_connected()(net, seen)
+    assert relative_error(rec.images, x) < 1e-5
+    assert rec.labels is None
+    assert "the labels are unknown: the update lacks '5.weight'" in rec.note
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_first_layer_that_was_not_sent_is_named(n):
+    net = chain(True, True, True)
+    net[1].requires_grad_(False)
+    _, seen = see(net, n=n)
+    with pytest.raises(RecoveryError, match=r"the update lacks '1.weight'; expected it"):
+        iv.fully_connected()(net, seen)
 
 
 def test_fedavg_of_one_image_is_exact_at_the_first_layer():
