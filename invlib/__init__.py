@@ -11,7 +11,13 @@ from invlib.analytic import fully_connected
 from invlib.capture import from_arrays, from_gradients, from_state_dicts, load_observation, save_observation
 from invlib.federated import FedAvg, FedSGD, observe
 from invlib.forward import ForwardMatching
-from invlib.matching import GradientMatching, deep_leakage, improved_deep_leakage, inverting_gradients
+from invlib.matching import (
+    GradientMatching,
+    attack_many,
+    deep_leakage,
+    improved_deep_leakage,
+    inverting_gradients,
+)
 from invlib.metrics import Report, evaluate
 from invlib.natural import NaturalImages
 from invlib.objectives import Layers
@@ -62,6 +68,7 @@ __all__ = [
     "Smoothing",
     "StepDecay",
     "as_one_gradient",
+    "attack_many",
     "best",
     "deep_leakage",
     "errors",

@@ -109,7 +109,7 @@ def settled(
     while spent + price <= _COMPARED * search.steps and found.status == "max_steps":
         assert found.labels is not None
         try:
-            score_of = score_of or search._scorer(model, observation, found.labels)
+            score_of = score_of or search.scorer(model, observation, found.labels)
             others = [shifted(found.images, place) for place in places]
             scores = [score_of(other) for other in others]
         except KeyboardInterrupt:

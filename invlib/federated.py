@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib._engines.gradients import LossOf, descend, gradient
+from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, descend, gradient
 from invlib.errors import ConfigError, ObservationError
 from invlib.observation import (
     ClientStep,
@@ -56,12 +56,13 @@ class FedSGD:
         buffers: Mapping[str, Tensor] | None = None,
         loss: Loss = F.cross_entropy,
         on_step: OnStep | None = None,
+        mode: GradientMode = PLAIN,
     ) -> dict[str, Tensor]:
         """Return the gradient by parameter name."""
         params = dict(trainable_parameters(model) if params is None else params)
         if on_step is not None:
             on_step(params, inputs)
-        return gradient(_loss_of(model, buffers, loss), params, inputs, labels)
+        return gradient(_loss_of(model, buffers, loss), params, inputs, labels, mode)
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
         """Return the update itself: it is already the mean gradient."""
@@ -143,6 +144,7 @@ class FedAvg:
         buffers: Mapping[str, Tensor] | None = None,
         loss: Loss = F.cross_entropy,
         on_step: OnStep | None = None,
+        mode: GradientMode = PLAIN,
     ) -> dict[str, Tensor]:
         """Return the weight difference by parameter name."""
         start = dict(trainable_parameters(model) if params is None else params)
@@ -150,7 +152,8 @@ class FedAvg:
         for rows in self.batches(inputs.shape[0]):
             if on_step is not None:
                 on_step(now, inputs[rows])
-            now = descend(_loss_of(model, buffers, loss), now, inputs[rows], labels[rows], self.lr)
+            loss_of = _loss_of(model, buffers, loss)
+            now = descend(loss_of, now, inputs[rows], labels[rows], self.lr, mode)
         return {name: now[name] - start[name] for name in start}
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,22 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib import _engines, objectives, priors
-from invlib._engines import Engine
+from invlib import objectives, priors
 from invlib._fingerprint import describe
-from invlib._problem import Problem
-from invlib._together import attack_together
-from invlib._trials import Trials, run_trials
+from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg
 from invlib.labels import infer
 from invlib.natural import NaturalImages
 from invlib.objectives import Layers, Objective
-from invlib.observation import Loss, Observation, in_mode, num_classes, stackable, trainable_parameters
+from invlib.observation import (
+    Loss,
+    Observation,
+    in_mode,
+    num_classes,
+    stackable,
+    takes_mode,
+    trainable_parameters,
+)
 from invlib.optimizers import LBFGS, Adam, Optimizer, StepDecay, Variable, per_restart
 from invlib.priors import Prior
 from invlib.reconstruction import Callback, Reconstruction
-from invlib.smoothing import Smoothing
+from invlib.search import engines
+from invlib.search.checkpoint import Checkpoint
+from invlib.search.hooks import Bar, Hook, Told
+from invlib.search.problem import Joined, Problem
+from invlib.search.run import SearchResult, run
+from invlib.search.settings import EngineName, SearchSettings
+from invlib.smoothing import Smoothing, rounded
 
 MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than the time that it costs
 
@@ -72,7 +83,6 @@ class GradientMatching:
         prune: successive halving: the worse half of the restarts stops at every tenth of the run, until one
             is left. Of 32 restarts that is a fifth of the work.
         engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
-            ``"compiled"``, all together in one function that is compiled first, which takes a minute or two;
             ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
         recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
             hardly more memory than one of a single step, and about half as much time again; None does so from
@@ -111,7 +121,7 @@ class GradientMatching:
     patience: int | None = None
     chunk: int | None = None
     prune: bool = False
-    engine: Engine = "auto"
+    engine: EngineName = "auto"
     recompute: bool | None = None
     precision: Literal["full", "bfloat16"] = "full"
     record_every: int = 10
@@ -130,7 +140,7 @@ class GradientMatching:
                 raise ConfigError(
                     f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
                 )
-        _engines.check(self.engine)
+        engines.check(self.engine)
         if self.prune and self.optimizer.together:
             per_restart(self.optimizer)
         if not 0 < self.fading <= 1:
@@ -176,74 +186,65 @@ class GradientMatching:
         """
         began = time.perf_counter()
         observation.validate(model)
-        problem = self._problem(model, observation)
-        starts = self._starts(problem, observation, generator or torch.Generator().manual_seed(0))
-        identity = {} if checkpoint is None else _identity(self, model, observation, starts)
+        problem = self.problem(model, observation)
+        starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
+        hooks: list[Hook] = [Bar(show=progress)]
+        if checkpoint is not None:
+            hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
+        if callback is not None:
+            hooks.append(Told(callback))
         with in_mode(model, training=observation.training_mode):
-            trials = run_trials(
-                self,
-                problem,
-                starts,
-                callback=callback,
-                progress=progress,
-                checkpoint=None if checkpoint is None else Path(checkpoint),
-                identity=identity,
-            )
-            return _finish(problem, trials, observation, began)
+            [result] = run(problem, starts, self.search, hooks)
+            return _finish(problem, result, observation, began)
 
-    def together(
-        self,
-        model: nn.Module,
-        observations: Sequence[Observation],
-        *,
-        generators: Sequence[torch.Generator] | None = None,
-        progress: bool = False,
-    ) -> list[Reconstruction]:
-        """Attack many observations of one model in one run, each as if it were alone.
+    @property
+    def search(self) -> SearchSettings:
+        """The settings that the loop of the search reads."""
+        return SearchSettings(**{f.name: getattr(self, f.name) for f in fields(SearchSettings)})
 
-        Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do.
-        Restarts are pruned among those of their own observation, and one that is done (``tolerance``,
-        ``patience``) stops while the others go on. Ctrl-C ends the run for all of them.
-        ``seconds`` is an equal share of the whole.
+    def problem(self, model: nn.Module, observation: Observation, labels: Tensor | None = None) -> Problem:
+        """Return what this attack minimises, for an observation that is known to fit the model.
 
         Args:
-            model: the model that every client received; it is not changed.
-            observations: what the server saw, of clients with the same protocol and shapes.
-            generators: draw the starting points, one for each observation; None makes them with seed 0.
-            progress: show a progress bar.
+            model: the model that the client received.
+            observation: what the server saw.
+            labels: of the images; None takes those of the observation, infers or optimises them.
 
         Raises:
-            ObservationError: an observation does not fit the model.
-            ConfigError: there is none, they differ in more than updates and labels, the attack begins at
-                given images or matches the largest layers, or it stops early and is compiled.
+            RecoveryError: labels are to be inferred and cannot be.
         """
-        return attack_together(self, model, observations, generators, _finish, progress=progress)
-
-    def _problem(self, model: nn.Module, observation: Observation, labels: Tensor | None = None) -> Problem:
-        params = trainable_parameters(model)
-        some = next(iter(params.values()))
-        target = [observation.update[name].to(some) for name in params]
+        own = trainable_parameters(model)
+        some = next(iter(own.values()))
+        target = [observation.update[name].to(some) for name in own]
         indices, weights = self.layers.choose(target)
-        low, high = observation.normalization.box(dtype=some.dtype, device=some.device)
+        lower, upper = observation.normalization.box(dtype=some.dtype, device=some.device)
         boxed = self.box and self.coordinates is None
-        images = Variable(name="images", low=low, high=high) if boxed else Variable(name="images")
+        images = Variable(name="images", low=lower, high=upper) if boxed else Variable(name="images")
         optimized = self.labels != "auto" and labels is None
         if not optimized:
             if labels is None:
                 labels = observation.labels
             labels = infer(model, observation).labels if labels is None else labels.to(some.device)
-        names = list(params)
+        names = list(own)
+        protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
-        def update(inputs: Tensor, targets: Tensor, values: dict[str, Tensor] | None = None) -> list[Tensor]:
-            found = observation.protocol(
-                model,
-                inputs,
-                targets,
-                params=params if values is None else values,
-                buffers={name: b.detach() for name, b in model.named_buffers()},
-                loss=self.loss,
-            )
-            return [found[names[i]] for i in indices]
+        def update(
+            inputs: Tensor,
+            targets: Tensor,
+            params: dict[str, Tensor] | None = None,
+            mode: GradientMode = PLAIN,
+        ) -> list[Tensor]:
+            settings: dict[str, Any] = {
+                "params": own if params is None else params,
+                "buffers": {name: b.detach() for name, b in model.named_buffers()},
+                "loss": self.loss,
+            }
+            if understands:
+                sent = protocol(model, inputs, targets, **settings, mode=mode)
+            else:
+                with rounded(mode.sharpness):
+                    sent = protocol(model, inputs, targets, **settings)
+            return [sent[names[i]] for i in indices]
 
         def inputs(place: Tensor) -> Tensor:
             if self.coordinates is None:
@@ -254,7 +255,7 @@ class GradientMatching:
             update=update,
             objective=_weighted(self.objective, weights),
             target=[target[i] for i in indices],
-            params=params,
+            params=own,
             priors=self.priors,
             variables=[images, Variable(name="labels")] if optimized else [images],
             labels=labels,
@@ -264,13 +265,25 @@ class GradientMatching:
             encode=observation.normalization.encode,
             shape=(observation.num_images, *observation.image_shape),
             like=some,
-            stackable=stackable(observation.protocol),
+            stackable=stackable(protocol),
             recompute=_recomputes(self.recompute, observation),
-            low=torch.bfloat16 if self.precision == "bfloat16" else None,
+            compute_dtype=torch.bfloat16 if self.precision == "bfloat16" else None,
         )
 
-    def _starts(self, problem: Problem, observation: Observation, generator: torch.Generator) -> list[Tensor]:
-        """Draw all starting points at once, on the CPU, so that neither device nor chunk changes them."""
+    def starts(self, problem: Problem, observation: Observation, generator: torch.Generator) -> list[Tensor]:
+        """Draw all starting points at once, on the CPU, so that neither device nor chunk changes them.
+
+        Args:
+            problem: what is minimised.
+            observation: what the server saw.
+            generator: draws them.
+
+        Returns:
+            ``(restarts, N, C, H, W)``, normalised or in coordinates; and logits where labels are optimised.
+
+        Raises:
+            ConfigError: the init tensor has the wrong shape.
+        """
         shape = (self.restarts, *problem.shape)
         if isinstance(self.init, Tensor):
             if tuple(self.init.shape) not in (shape, shape[1:]):
@@ -309,17 +322,15 @@ class GradientMatching:
             ObservationError: the observation does not fit the model.
         """
         observation.validate(model)
-        return self._scorer(model, observation, labels)(images)
+        return self.scorer(model, observation, labels)(images)
 
-    def _scorer(
-        self, model: nn.Module, observation: Observation, labels: Tensor
-    ) -> Callable[[Tensor], float]:
-        """Return a function that scores images with given labels, of an observation that is known to fit."""
-        problem = self._problem(model, observation, labels)
+    def scorer(self, model: nn.Module, observation: Observation, labels: Tensor) -> Callable[[Tensor], float]:
+        """Return `score` as a function of images alone, of an observation that is known to fit the model."""
+        problem = self.problem(model, observation, labels)
 
         def score(images: Tensor) -> float:
             with in_mode(model, training=observation.training_mode):
-                return float(problem.score(problem.encode(images), None))
+                return float(problem.score(problem.encode(images)))
 
         return score
 
@@ -349,7 +360,7 @@ def _weighted(
     return lambda candidate, target: objective(candidate, target, weights)
 
 
-def _finish(problem: Problem, trials: Trials, observation: Observation, began: float) -> Reconstruction:
+def _finish(problem: Problem, trials: SearchResult, observation: Observation, began: float) -> Reconstruction:
     """Measure every restart anew on the images that are given back, and choose by that score."""
     images = problem.decode(problem.inputs(trials.values[0])).clamp(0, 1)
     logits = trials.values[1] if len(trials.values) > 1 else None
@@ -374,7 +385,97 @@ def _finish(problem: Problem, trials: Trials, observation: Observation, began: f
         evaluations=trials.evaluations + images.shape[0],
         history=trials.history,
         engine=trials.engine,
+        engine_reason=trials.engine_reason,
+        chunks=trials.chunks,
     )
+
+
+def attack_many(
+    attack: GradientMatching,
+    model: nn.Module,
+    observations: Sequence[Observation],
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+    progress: bool = False,
+) -> list[Reconstruction]:
+    """Attack many observations of one model in one run, each as if it were alone.
+
+    Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do. Restarts
+    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``),
+    an optimiser that takes one restart at a time and a client that cannot be stacked run one observation
+    after another. Ctrl-C ends the run for all of them.
+
+    Args:
+        attack: what is run.
+        model: the model that every client received; it is not changed.
+        observations: what the server saw, of clients with the same protocol and shapes.
+        generators: draw the starting points, one for each observation; None makes them with seed 0.
+        progress: show a progress bar.
+
+    Returns:
+        One reconstruction for each observation; its ``seconds`` are an equal share of the whole.
+
+    Raises:
+        ObservationError: an observation does not fit the model.
+        ConfigError: there is none, they differ in more than updates and labels, or the attack begins at
+            given images or matches the largest layers.
+
+    Example:
+        >>> import invlib as iv
+        >>> model = iv.models.build("LeNetZhu", num_classes=10, seed=0)
+        >>> images, labels = iv.data.samples("photos32", indices=[0, 1])
+        >>> seen = [
+        ...     iv.observe(model, images[k:k+1], labels[k:k+1], iv.FedSGD(), normalization=iv.CIFAR10)
+        ...     for k in range(2)
+        ... ]
+        >>> len(iv.attack_many(iv.inverting_gradients(steps=2), model, seen))
+        2
+    """
+    began = time.perf_counter()
+    _check_alike(attack, observations)
+    chosen = generators or [torch.Generator().manual_seed(0) for _ in observations]
+    if len(chosen) != len(observations):
+        raise ConfigError(
+            f"generators has {len(chosen)} entries; expected one for each of {len(observations)} observations"
+        )
+    pairs = list(zip(observations, chosen, strict=True))
+    early = (attack.tolerance, attack.patience) != (None, None)
+    if early or not (attack.optimizer.together and stackable(observations[0].protocol)):
+        return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
+    for observation in observations:
+        observation.validate(model)
+    parts = [attack.problem(model, o) for o in observations]
+    starts = [attack.starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
+    common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}
+    joined = Joined(**common, parts=tuple(parts), guesses=attack.restarts)
+    with in_mode(model, training=observations[0].training_mode):
+        results = run(
+            joined,
+            [torch.cat(some) for some in zip(*starts, strict=True)],
+            attack.search,
+            [Bar(show=progress)],
+        )
+        done = [_finish(*each, began) for each in zip(parts, results, observations, strict=True)]
+    share = (time.perf_counter() - began) / len(done)
+    return [replace(one, seconds=share) for one in done]
+
+
+def _check_alike(attack: GradientMatching, observations: Sequence[Observation]) -> None:
+    if not observations:
+        raise ConfigError("observations is empty; expected at least one")
+    if isinstance(attack.init, Tensor):
+        raise ConfigError("GradientMatching init is a tensor; expected a name for many observations")
+    if attack.layers.which == "largest":
+        raise ConfigError(
+            "GradientMatching layers are the largest, which differ from one update to the next; expected "
+            "others for many observations"
+        )
+    for name in ("protocol", "num_images", "image_shape", "normalization", "training_mode"):
+        first = getattr(observations[0], name)
+        for k, observation in enumerate(observations):
+            value = getattr(observation, name)
+            if value != first:
+                raise ConfigError(f"observation {k} has {name} {value}; expected {first}, as the first has")
 
 
 def inverting_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,8 +101,12 @@ class ClientStep(Protocol):
         buffers: Mapping[str, Tensor] | None = None,
         loss: Loss = ...,
         on_step: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
+        mode: Any = ...,
     ) -> dict[str, Tensor]:
-        """Return the update by parameter name."""
+        """Return the update by parameter name.
+
+        ``mode`` says how gradients are computed; a client that has no such argument is not told.
+        """
         ...
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
@@ -112,6 +117,23 @@ class ClientStep(Protocol):
 def stackable(protocol: ClientStep) -> bool:
     """Say whether a client promises that it treats every restart of a stack by itself."""
     return bool(getattr(protocol, "stackable", False))
+
+
+def takes_mode(protocol: ClientStep) -> bool:
+    """Say whether a client can be told how to compute its gradients, by an argument ``mode``.
+
+    A subclass that hands on all keyword arguments takes it where the class that it derives from does.
+    """
+    for cls in type(protocol).__mro__:
+        call = vars(cls).get("__call__")
+        if call is None:
+            continue
+        named = inspect.signature(call).parameters if inspect.isfunction(call) else {}
+        if "mode" in named:
+            return True
+        if not any(p.kind is p.VAR_KEYWORD for p in named.values()):
+            return False
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,7 +189,7 @@ def _noise(
     images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
     labels = infer(model, observation).labels if observation.labels is None else observation.labels
     labels = labels.to(some.device)
-    unit = matching._scorer(model, observation, labels)(images)
+    unit = matching.scorer(model, observation, labels)(images)
     of_noise = observe(
         model,
         images,
@@ -199,7 +199,7 @@ def _noise(
         training_mode=observation.training_mode,
         loss=matching.loss,
     )
-    smoothing, asked, score = Smoothing(), 2, matching._scorer(model, of_noise, labels)
+    smoothing, asked, score = Smoothing(), 2, matching.scorer(model, of_noise, labels)
     for _ in range(_SHARPENINGS):
         asked += 1
         with rounded(smoothing.start):

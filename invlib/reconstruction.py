@@ -44,8 +44,9 @@ class Reconstruction:
         seconds: wall-clock time.
         evaluations: how often the network's gradient was computed, over all restarts.
         history: how the cost fell.
-        engine: what ran the steps, why that was chosen, and how many restarts ran together where memory had a
-            say in it; empty for attacks that have none.
+        engine: what ran the steps: ``"eager"``, ``"batched"`` or ``"graphed"``; empty for attacks without.
+        engine_reason: why that was chosen, in a clause.
+        chunks: how many restarts ran together, chunk by chunk.
         note: what the attack has to say about its result, in a sentence; may be empty.
     """
 
@@ -59,6 +60,8 @@ class Reconstruction:
     evaluations: int = 0
     history: History = field(default_factory=History)
     engine: str = ""
+    engine_reason: str = ""
+    chunks: tuple[int, ...] = ()
     note: str = ""
 
     def __repr__(self) -> str:

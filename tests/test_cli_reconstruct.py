@@ -4,6 +4,7 @@ import csv
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from PIL import Image
 from invlib import (
     _experiment,
     _files,
-    _group,
     cli,
     data,
     legacy,
@@ -26,6 +26,7 @@ from invlib import (
 from invlib._options import PRESETS, attack_of, config_of
 from invlib._tables import append_row, save_image
 from invlib.errors import DataError
+from invlib.search import run
 
 SMALL = ["--model", "LeNetZhu", "--iterations", "2", "--device", "cpu", "--seed", "0"]
 
@@ -181,13 +182,13 @@ def test_several_images_are_of_different_classes(cifar10: Path) -> None:
 )
 def test_dtype_is_that_of_the_attack(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
     seen = []
-    advance = _group.Group.advance
+    step = run.step
 
-    def watching(group: _group.Group) -> None:
-        seen.append(group.values[0].dtype)
-        advance(group)
+    def watching(problem: Any, settings: Any, measure: Any, state: Any) -> None:
+        seen.append(state.values[0].dtype)
+        step(problem, settings, measure, state)
 
-    monkeypatch.setattr(_group.Group, "advance", watching)
+    monkeypatch.setattr(run, "step", watching)
     assert reconstruct_image.main([*SMALL, "--target_id", "-1", "--dtype", name]) == 0
     assert seen == [dtype] * 2
 
@@ -360,13 +361,13 @@ def test_unsigned_is_a_flag_of_rec_mult() -> None:
 
 def test_deterministic_holds_during_the_attack_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    advance = _group.Group.advance
+    step = run.step
 
-    def watching(group: _group.Group) -> None:
+    def watching(problem: Any, settings: Any, measure: Any, state: Any) -> None:
         seen.append(torch.backends.cudnn.deterministic)
-        advance(group)
+        step(problem, settings, measure, state)
 
-    monkeypatch.setattr(_group.Group, "advance", watching)
+    monkeypatch.setattr(run, "step", watching)
     assert reconstruct_image.main([*SMALL, "--target_id", "-1", "--deterministic"]) == 0
     assert seen == [True, True]
     assert not torch.backends.cudnn.deterministic
@@ -434,14 +435,14 @@ def test_table_of_other_columns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_saves_what_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = _group.Group.advance
+    step = run.step
 
-    def interrupted(group: _group.Group) -> None:
-        if group.step == 2:
+    def interrupted(problem: Any, settings: Any, measure: Any, state: Any) -> None:
+        if state.step == 2:
             raise KeyboardInterrupt
-        advance(group)
+        step(problem, settings, measure, state)
 
-    monkeypatch.setattr(_group.Group, "advance", interrupted)
+    monkeypatch.setattr(run, "step", interrupted)
     argv = ["--model", "LeNetZhu", "--iterations", "9", "--device", "cpu", "--target_id", "-1"]
     assert reconstruct_image.main([*argv, "--save_image"]) == 130
     assert "interrupted" in capsys.readouterr().out

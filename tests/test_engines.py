@@ -12,13 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import invlib as iv
-from invlib import _engines, priors
-from invlib._engines import graphed, layers
-from invlib._engines.flat import Unfit
-from invlib._engines.gradients import Way, way
-from invlib._engines.layers import Cheap
+from invlib import priors
+from invlib.autodiff import layers
+from invlib.autodiff.gradients import GradientMode
+from invlib.autodiff.layers import DoubleBackwardLayers
+from invlib.autodiff.stacked import NotStackable
 from invlib.errors import ConfigError, DeviceError
 from invlib.observation import in_mode
+from invlib.search import engines
+from invlib.search.engines import graphed, selection
+from invlib.search.engines.batched import stacked_parameters
 from tests.conftest import build_tiny, random_batch
 from tests.test_models_gradients import FAMILIES
 
@@ -40,10 +43,10 @@ def build(family):
         return make().double().eval(), side
 
 
-def by_transforms(problem, values, sharpness, fade):
+def by_transforms(problem, values, sharpness, factor):
     """The slow and obvious way: torch.func, one restart after another, with torch's own layers."""
     step = torch.func.grad_and_value(
-        partial(problem.cost, fade=fade), argnums=tuple(range(len(values))), has_aux=True
+        partial(problem.cost, prior_factor=factor), argnums=tuple(range(len(values))), has_aux=True
     )
     with iv.smoothing.rounded(sharpness):
         found = [step(*[v[r] for v in values]) for r in range(len(values[0]))]
@@ -55,12 +58,12 @@ def by_transforms(problem, values, sharpness, fade):
     )
 
 
-def compare(net, seen, engine, *, sharpness=None, fade=1.0, restarts=2, **settings):
+def compare(net, seen, engine, *, sharpness=None, factor=1.0, restarts=2, **settings):
     attack = iv.GradientMatching(priors=((0.1, priors.total_variation),), restarts=restarts, **settings)
-    problem = attack._problem(net, seen)
-    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
-    expected = by_transforms(problem, starts, sharpness, fade)
-    got = _engines.measure(engine, problem)(starts, list(range(restarts)), sharpness, fade)
+    problem = attack.problem(net, seen)
+    starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
+    expected = by_transforms(problem, starts, sharpness, factor)
+    got = engines.build(engine, problem)(starts, list(range(restarts)), sharpness, factor)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-12)
     return got
 
@@ -111,7 +114,7 @@ def test_every_family_has_the_same_cost_and_gradient(family, client, engine):
     [
         {"labels": "optimize"},
         {"labels": "optimize_shared"},
-        {"sharpness": 4.0, "fade": 0.3},
+        {"sharpness": 4.0, "factor": 0.3},
         {"coordinates": iv.NaturalImages()},
         {"objective": iv.objectives.l1},
         {"layers": iv.Layers(which="last", count=3, weights="linear")},
@@ -171,10 +174,10 @@ def test_bfloat16_multiplies_in_it_there_and_back(family, client, engine):
     found = {}
     for precision in ("full", "bfloat16"):
         attack = iv.GradientMatching(restarts=2, precision=precision)
-        problem = attack._problem(net, seen)
-        starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+        problem = attack.problem(net, seen)
+        starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
         with Multiplied() as multiplied:
-            found[precision] = _engines.measure(engine, problem)(starts, [0, 1], None, 1.0)
+            found[precision] = engines.build(engine, problem)(starts, [0, 1], None, 1.0)
         assert multiplied.types == {torch.float32 if precision == "full" else torch.bfloat16}
     cost, rough = (found[precision][0] for precision in found)
     torch.testing.assert_close(rough, cost, rtol=0.02, atol=0)
@@ -228,8 +231,8 @@ def test_many_local_steps_are_recomputed_by_default():
     net = build_tiny()
     for steps, expected in ((9, False), (10, True)):
         seen = see(net, 1, iv.FedAvg(lr=0.01, local_steps=steps))
-        assert iv.GradientMatching()._problem(net, seen).recompute is expected
-        assert iv.GradientMatching(recompute=False)._problem(net, seen).recompute is False
+        assert iv.GradientMatching().problem(net, seen).recompute is expected
+        assert iv.GradientMatching(recompute=False).problem(net, seen).recompute is False
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -244,7 +247,7 @@ def test_the_convolution_has_first_and_second_derivatives(stride, groups, bias):
     inputs = [draw(2, 4, 5, 6), draw(6, 4 // groups, 3, 2)] + ([draw(6)] if bias else [])
 
     def ours(x, weight, b=None):
-        with Cheap(fixed=False):
+        with DoubleBackwardLayers(fixed=False):
             return F.conv2d(x, weight, b, stride=stride, padding=(1, 0), groups=groups)
 
     torch.testing.assert_close(ours(*inputs), F.conv2d(*inputs, stride=stride, padding=(1, 0), groups=groups))
@@ -288,18 +291,23 @@ def test_a_layer_of_stacked_weights_is_one_for_each(layer, fixed):
         assert torch.autograd.gradgradcheck(stacked, (x, weight))
 
 
-def flat_step(net, seen, **settings):
-    problem = iv.GradientMatching(restarts=2, **settings)._problem(net, seen)
+def stacked_step(net, seen, **settings):
+    problem = iv.GradientMatching(restarts=2, **settings).problem(net, seen)
     starts = [torch.rand(2, *problem.shape, generator=torch.Generator().manual_seed(0)).to(problem.like)]
-    with torch.enable_grad(), way(Way(name="flat")):
-        return problem.costs(starts, rows=[0, 1], fade=1.0, params=_engines._stacked(problem, 2))
+    return problem.costs(
+        starts,
+        rows=[0, 1],
+        prior_factor=1.0,
+        params=stacked_parameters(problem, 2),
+        mode=GradientMode(kind="stacked"),
+    )
 
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_restarts_of_a_family_go_through_it_as_one_batch(family, client):
     net, side = build(family)
-    flat_step(net, see(net, 2, CLIENTS[client], side))
+    stacked_step(net, see(net, 2, CLIENTS[client], side))
 
 
 class Mixing(nn.Module):
@@ -338,10 +346,10 @@ def test_what_could_mix_images_is_mapped_instead(case):
     net = Mixing(act)
     seen = see(net, 2)
     if reason is None:
-        flat_step(net, seen)
+        stacked_step(net, seen)
     else:
-        with pytest.raises(Unfit, match=reason):
-            flat_step(net, seen)
+        with pytest.raises(NotStackable, match=reason):
+            stacked_step(net, seen)
     compare(net, seen, "batched")
 
 
@@ -361,8 +369,8 @@ def test_an_error_of_a_later_step_is_not_taken_for_a_network_that_mixes_images()
 
     net = Mixing(act)
     seen = see(net, 2)
-    problem = iv.GradientMatching(restarts=2)._problem(net, seen)
-    step = _engines.measure("batched", problem)
+    problem = iv.GradientMatching(restarts=2).problem(net, seen)
+    step = engines.build("batched", problem)
     values = [torch.rand(2, *problem.shape, dtype=torch.float64)]
     step(values, [0, 1], None, 1.0)
     broken.append(True)
@@ -389,16 +397,16 @@ def test_a_loss_that_is_not_plain_cross_entropy_is_mapped_instead(name):
     net = build_tiny(torch.float64)
     seen = see(net, 2, loss=loss)
     if reason is None:
-        flat_step(net, seen, loss=loss)
+        stacked_step(net, seen, loss=loss)
     else:
-        with pytest.raises(Unfit, match=reason):
-            flat_step(net, seen, loss=loss)
+        with pytest.raises(NotStackable, match=reason):
+            stacked_step(net, seen, loss=loss)
     compare(net, seen, "batched", loss=loss)
 
 
 def test_a_third_derivative_is_refused_instead_of_being_wrong():
     x, w = (torch.rand(1, 1, 3, 3, requires_grad=True) for _ in range(2))
-    with Cheap(fixed=False):
+    with DoubleBackwardLayers(fixed=False):
         y = F.conv2d(x, w).square().sum()
     first = torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
     second = torch.autograd.grad(first, x, create_graph=True)[0]
@@ -409,7 +417,7 @@ def test_a_third_derivative_is_refused_instead_of_being_wrong():
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_padding_by_name_is_left_to_torch(padding):
     x, w = torch.rand(1, 2, 5, 5), torch.rand(3, 2, 3, 3)
-    with Cheap(fixed=True):
+    with DoubleBackwardLayers(fixed=True):
         assert torch.equal(F.conv2d(x, w, padding=padding), torch.conv2d(x, w, padding=padding))
 
 
@@ -424,15 +432,19 @@ def test_engines_give_one_result(optimizer):
     for other in (batched, auto):
         torch.testing.assert_close(other.trials, eager.trials, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(other.history.cost, eager.history.cost, rtol=1e-5, atol=1e-9)
-    assert eager.engine == "eager: asked for"
-    assert auto.engine.startswith("batched: 3 restarts" if optimizer.together else "eager: one restart")
+    assert (eager.engine, eager.engine_reason) == ("eager", "asked for")
+    together = optimizer.together
+    assert auto.engine == ("batched" if together else "eager")
+    assert auto.engine_reason == ("3 restarts of 653 parameters" if together else "one restart at a time")
+    assert auto.chunks == ((3,) if together else (1, 1, 1))
 
 
 def test_a_large_network_takes_its_restarts_in_turn(monkeypatch):
-    monkeypatch.setattr(_engines, "LARGE", 10)
+    monkeypatch.setattr(selection, "LARGE", 10)
     net = build_tiny()
     found = iv.GradientMatching(steps=1, restarts=2)(net, see(net))
-    assert found.engine == "eager: 653 parameters, with which one restart keeps a CPU busy"
+    assert found.engine == "eager"
+    assert found.engine_reason == "653 parameters, with which one restart keeps a CPU busy"
 
 
 class Stranger:
@@ -460,8 +472,7 @@ def test_a_client_of_ones_own_runs_too(engine):
     ("engine", "settings", "error", "words"),
     [
         ("graphed", {}, DeviceError, "engine='graphed' needs a CUDA device, got cpu"),
-        ("compiled", {"smoothing": iv.Smoothing()}, ConfigError, "smoothing or fading"),
-        ("compiled", {"fading": 0.5}, ConfigError, "smoothing or fading"),
+        ("compiled", {}, ConfigError, "engine is 'compiled'; expected one of"),
         ("quick", {}, ConfigError, "engine is 'quick'; expected one of"),
     ],
 )
@@ -470,9 +481,9 @@ def test_an_engine_that_cannot_run_says_so(tiny, seen, engine, settings, error, 
         iv.GradientMatching(engine=engine, **settings)(tiny, seen)
 
 
-def test_a_client_of_ones_own_is_not_traced(tiny, seen):
+def test_a_client_of_ones_own_is_not_captured(tiny, seen):
     with pytest.raises(ConfigError, match="FedSGD or FedAvg"):
-        iv.GradientMatching(engine="compiled")(tiny, replace(seen, protocol=Stranger()))
+        iv.GradientMatching(engine="graphed")(tiny, replace(seen, protocol=Stranger()))
 
 
 def test_attacks_run_where_grad_mode_is_off(tiny, seen):
@@ -481,21 +492,6 @@ def test_attacks_run_where_grad_mode_is_off(tiny, seen):
         found = attack(tiny, seen)
     assert torch.equal(found.images, attack(tiny, seen).images)
     assert all(p.grad is None for p in tiny.parameters())
-
-
-def test_the_traced_step_is_the_step():
-    """What the compiler is given; that it compiles is tested apart, for it takes half a minute."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    net, side = build("ResNet")
-    seen = see(net, 1, side=side)
-    attack = iv.GradientMatching(restarts=2)
-    problem = attack._problem(net, seen)
-    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
-    step = _engines.measure("batched", problem)
-    traced = make_fx(lambda values: step(values, [0, 1], None, 1.0))(starts)
-    others = [s.roll(1, -1) for s in starts]
-    torch.testing.assert_close(traced(others), step(others, [0, 1], None, 1.0))
 
 
 class Replayed:
@@ -515,19 +511,19 @@ def test_a_replayed_step_takes_the_values_and_the_fading_of_its_call(monkeypatch
     net, side = build("ResNet")
     seen = see(net, 1, side=side)
     attack = iv.GradientMatching(restarts=2, priors=((0.1, priors.total_variation),))
-    problem = attack._problem(net, seen)
-    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
-    step = _engines.measure("batched", problem)
+    problem = attack.problem(net, seen)
+    starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
+    step = engines.build("batched", problem)
     captures = []
 
     def capture(step, values, rows, sharpness):
-        inside, fade = [v.clone() for v in values], values[0].new_ones(())
-        graph = Replayed(step, inside, rows, sharpness, fade)
+        inside, factor = [v.clone() for v in values], values[0].new_ones(())
+        graph = Replayed(step, inside, rows, sharpness, factor)
         captures.append(rows)
-        return graphed._Captured(graph=graph, values=inside, fade=fade, found=graph.found)
+        return graphed.Captured(graph=graph, values=inside, prior_factor=factor, results=graph.found)
 
-    monkeypatch.setattr(graphed, "_capture", capture)
-    replayed = graphed.graphed(step)
+    monkeypatch.setattr(graphed, "capture", capture)
+    replayed = graphed.GraphedStep(step)
     results = []
     for scale, fade in ((1.0, 1.0), (1.1, 0.3)):
         values = [s * scale for s in starts]
@@ -543,8 +539,8 @@ def test_where_capture_fails_the_step_runs_uncaptured_and_says_why(monkeypatch):
     def fail(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(graphed, "_capture", fail)
-    step = graphed.graphed(lambda values, rows, sharpness, fade: "as it is")
+    monkeypatch.setattr(graphed, "capture", fail)
+    step = graphed.GraphedStep(lambda values, rows, sharpness, fade: "as it is")
     assert step([torch.zeros(1)], [0], None, 1.0) == "as it is"
     assert step.fallback == "operation not permitted when stream is capturing"
 

@@ -3,14 +3,16 @@
 import copy
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from invlib import _group, legacy, matching
+from invlib import legacy, matching
 from invlib.errors import ConfigError, ObservationError, UnknownNameError
 from invlib.legacy import _reconstructors
+from invlib.search import run
 from tests.conftest import random_batch
 
 SHAPE = (3, 8, 8)
@@ -393,14 +395,14 @@ def test_inception_can_choose(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ctrl_c_gives_back_what_is_there(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = _group.Group.advance
+    step = run.step
 
-    def interrupted(group: _group.Group) -> None:
-        if group.step == 3:
+    def interrupted(problem: Any, settings: Any, measure: Any, state: Any) -> None:
+        if state.step == 3:
             raise KeyboardInterrupt
-        advance(group)
+        step(problem, settings, measure, state)
 
-    monkeypatch.setattr(_group.Group, "advance", interrupted)
+    monkeypatch.setattr(run, "step", interrupted)
     x, y = normalised()
     observed = gradient(tiny, x, y)
     _, stats = machine(tiny, restarts=2, optim="LBFGS").reconstruct(observed, y, SHAPE)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from invlib import _group, legacy, models
+from invlib import legacy, models
+from invlib.search.engines import selection
+from invlib.search.problem import Measure
 
 REFERENCE = Path(__file__).parent / "reference"
 KNOWN = json.loads((REFERENCE / "inversefed.json").read_text())
@@ -89,15 +91,20 @@ def test_trajectories(
     case: dict[str, Any], arrays: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs: dict[int, list[Tensor]] = {}
-    evaluate = _group.Group.evaluate
+    build = selection.build
 
-    def recording(group: _group.Group, values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        result = evaluate(group, values)
-        for restart, cost in zip(group.rows, result[0], strict=True):
-            costs.setdefault(restart, []).append(cost)
-        return result
+    def recording(name: Any, problem: Any) -> Measure:
+        measure = build(name, problem)
 
-    monkeypatch.setattr(_group.Group, "evaluate", recording)
+        def evaluate(values: list[Tensor], rows: list[int], *how: Any) -> Any:
+            result = measure(values, rows, *how)
+            for restart, cost in zip(rows, result[0], strict=True):
+                costs.setdefault(restart, []).append(cost)
+            return result
+
+        return evaluate
+
+    monkeypatch.setattr(selection, "build", recording)
     model = network(case, arrays)
     observed = update(case, arrays, model)
     if case["config"]["optim"] == "LBFGS":

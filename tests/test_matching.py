@@ -286,7 +286,7 @@ def test_scoring_runs_the_network_no_more_than_it_has_to(tiny, seen):
 
 
 def test_a_checkpoint_is_written_now_and_then(tiny, seen, tmp_path, monkeypatch):
-    monkeypatch.setattr("invlib._checkpoint.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("invlib.search.checkpoint.EVERY", 0.0)
     path = tmp_path / "run.pt"
     sizes = []
     iv.GradientMatching(steps=4)(

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import invlib as iv
-from invlib import _engines
-from invlib._engines import memory
 from invlib.models.convnet import ConvNet
+from invlib.search.engines import memory, part_of_many, selection
 from tests.benchmarks import baseline
 from tests.conftest import build_tiny, random_batch
 
@@ -105,11 +104,11 @@ def test_one_restart_needs_its_share_of_what_many_need(client, net):
         net = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.Sigmoid(), nn.Linear(64, 10))
     attack = iv.GradientMatching(restarts=8)
     seen = see(net, 2, client, side=16)
-    problem = attack._problem(net, seen)
-    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
-    step = _engines.measure("batched", problem)
+    problem = attack.problem(net, seen)
+    starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
+    step = selection.build("batched", problem)
     everyone = memory.peak(lambda: step(starts, list(range(8)), None, 1.0), CPU)
-    _, need = memory.largest(problem, starts, None)
+    _, need = memory.largest(problem, starts, part_of_many(problem), None)
     assert need == pytest.approx(everyone / 8, rel=0.1)
 
 
@@ -133,7 +132,7 @@ def test_chunks_are_few_and_equal(count, most, unit, sizes):
 
 def sized(monkeypatch):
     """Record how many restarts each step takes."""
-    sizes, make = [], _engines.measure
+    sizes, make = [], selection.build
 
     def measure(engine, problem):
         step = make(engine, problem)
@@ -144,7 +143,7 @@ def sized(monkeypatch):
 
         return evaluate
 
-    monkeypatch.setattr(_engines, "measure", measure)
+    monkeypatch.setattr(selection, "build", measure)
     return sizes
 
 
@@ -152,8 +151,8 @@ def room_for(monkeypatch, restarts, run):
     """Run an attack; leave room for so many of its restarts; return what it found, and what one needs."""
     found, largest = [], memory.largest
 
-    def watched(problem, starts, sharpness):
-        most, need = largest(problem, starts, sharpness)
+    def watched(problem, starts, step, sharpness):
+        most, need = largest(problem, starts, step, sharpness)
         found.extend((need, 4 * sum(s.nbytes for s in starts)))
         return most, need
 
@@ -172,7 +171,7 @@ def test_restarts_are_split_as_memory_allows_with_the_same_result(monkeypatch, r
     seen = see(net)
     attack = iv.GradientMatching(steps=5, restarts=7, record_every=1)
     whole, need = room_for(monkeypatch, restarts, lambda: attack(net, seen))
-    assert "chunks" not in whole.engine
+    assert whole.chunks == (7,)
     ran = sized(monkeypatch)
     split = attack(net, seen)
     steps = attack.steps + 1  # the last point is measured too
@@ -180,21 +179,22 @@ def test_restarts_are_split_as_memory_allows_with_the_same_result(monkeypatch, r
     torch.testing.assert_close(split.trials, whole.trials)
     torch.testing.assert_close(split.history.cost, whole.history.cost)
     assert split.evaluations == whole.evaluations
-    words = f", in chunks of {max(sizes)}, for each restart needs about {need / 1e6:.2g} MB"
-    assert split.engine == whole.engine + words
+    words = f", in chunks, because each restart needs about {need / 1e6:.2g} MB"
+    assert split.engine_reason == whole.engine_reason + words
+    assert split.chunks == tuple(sizes)
 
 
 def test_chunks_of_many_observations_end_where_an_observation_does(monkeypatch):
     net = build_tiny(torch.float64)
     seen = [see(net) for _ in range(3)]
     attack = iv.GradientMatching(steps=5, restarts=2, record_every=1)
-    whole, _ = room_for(monkeypatch, 5, lambda: attack.together(net, seen))
+    whole, _ = room_for(monkeypatch, 5, lambda: iv.attack_many(attack, net, seen))
     ran = sized(monkeypatch)
-    split = attack.together(net, seen)
+    split = iv.attack_many(attack, net, seen)
     assert ran == [size for size in (2, 4) for _ in range(attack.steps + 1)]
     for one, expected in zip(split, whole, strict=True):
         torch.testing.assert_close(one.trials, expected.trials)
-        assert "in chunks of 4, for each restart needs" in one.engine
+        assert one.chunks == (2, 4)
 
 
 def test_a_chunk_that_is_given_is_taken(monkeypatch, tiny, seen):
@@ -202,7 +202,8 @@ def test_a_chunk_that_is_given_is_taken(monkeypatch, tiny, seen):
     ran = sized(monkeypatch)
     found = iv.GradientMatching(steps=1, restarts=5, chunk=4)(tiny, seen)
     assert ran == [4, 4, 1, 1]
-    assert "chunks" not in found.engine
+    assert found.chunks == (4, 1)
+    assert "chunks" not in found.engine_reason
 
 
 @pytest.mark.parametrize(
@@ -240,10 +241,10 @@ def test_measuring_leaves_no_trace():
     net = Careless()
     seen = see(net)
     attack = iv.GradientMatching(restarts=3)
-    problem = attack._problem(net, seen)
-    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    problem = attack.problem(net, seen)
+    starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
     before = [t.clone() for t in (*net.parameters(), *starts, torch.get_rng_state())]
-    memory.largest(problem, starts, None)
+    memory.largest(problem, starts, part_of_many(problem), None)
     for now, was in zip((*net.parameters(), *starts, torch.get_rng_state()), before, strict=True):
         assert torch.equal(now, was)
     assert all(p.grad is None for p in net.parameters())
@@ -297,5 +298,5 @@ def test_restarts_are_split_on_a_gpu(monkeypatch):
     net = net.cuda()
     room_for(monkeypatch, 3, lambda: attack(net, seen))
     split = attack(net, seen)
-    assert "in chunks of 3, for each restart needs about" in split.engine
+    assert split.chunks == (2, 2, 3)
     torch.testing.assert_close(split.trials.cpu(), whole.trials)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import invlib as iv
-from invlib import _engines
-from invlib._group import Group
-from invlib._race import rungs
 from invlib.errors import ConfigError
+from invlib.search import run
+from invlib.search.engines import selection
+from invlib.search.halving import rungs, survivors
 from tests.conftest import build_tiny, random_batch
 
 
@@ -29,6 +29,14 @@ def test_halving_takes_a_fifth_of_the_work():
         work += left * (step - before)
         before = step
     assert work <= 100 * 32 / 3
+
+
+def test_halving_keeps_the_lowest_of_each_observation_and_what_is_not_finite_last():
+    nan, inf = torch.nan, torch.inf
+    costs = torch.tensor([3.0, 1.0, 2.0, nan, nan, inf, 7.0, 5.0])
+    running = torch.tensor([True, True, True, True, True, True, True, False])
+    assert survivors(costs, running, 2, 4).nonzero().flatten().tolist() == [1, 2, 4, 6]
+    assert survivors(costs, running, 4, 4).tolist() == running.tolist()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,7 @@ class Small:
 
     def __init__(self, monkeypatch, room):
         self.sizes = []
-        make = _engines.measure
+        make = selection.build
 
         def measure(engine, problem):
             step = make(engine, problem)
@@ -162,7 +170,7 @@ class Small:
 
             return evaluate
 
-        monkeypatch.setattr(_engines, "measure", measure)
+        monkeypatch.setattr(selection, "build", measure)
 
 
 @pytest.mark.parametrize("prune", [False, True])
@@ -179,11 +187,11 @@ def test_restarts_that_do_not_fit_are_halved_and_go_on(monkeypatch, prune):
     assert split.evaluations == whole.evaluations
     assert device.sizes[:3] == [5, 2, 2] if not prune else device.sizes[:2] == [5, 2]
     assert device.sizes.count(5) == 1  # what did not fit is not tried again
-    assert split.engine == whole.engine + ", halved where they did not fit in memory"
+    assert split.engine_reason == whole.engine_reason + ", halved where they did not fit in memory"
 
 
 def test_what_a_step_held_is_gone_before_its_restarts_are_halved(monkeypatch, tiny, seen):
-    make, part, held, left = _engines.measure, Group.part, [], []
+    make, part, held, left = selection.build, run.select, [], []
 
     def measure(engine, problem):
         step = make(engine, problem)
@@ -197,12 +205,12 @@ def test_what_a_step_held_is_gone_before_its_restarts_are_halved(monkeypatch, ti
 
         return evaluate
 
-    def watched(group, places):
+    def watched(settings, state, places):
         left.append(held[-1]())
-        return part(group, places)
+        return part(settings, state, places)
 
-    monkeypatch.setattr(_engines, "measure", measure)
-    monkeypatch.setattr(Group, "part", watched)
+    monkeypatch.setattr(selection, "build", measure)
+    monkeypatch.setattr(run, "select", watched)
     iv.GradientMatching(steps=1, restarts=4)(tiny, seen)
     assert left == [None, None]
 
@@ -231,7 +239,7 @@ def test_many_observations_together_are_each_as_if_alone(client, settings, engin
     net, seen = many(client=client)
     attack = iv.GradientMatching(steps=6, record_every=2, engine=engine, **settings)
     generators = [torch.Generator().manual_seed(k) for k in range(3)]
-    together = attack.together(net, seen, generators=generators)
+    together = iv.attack_many(attack, net, seen, generators=generators)
     for one, alone in zip(together, one_by_one(attack, net, seen), strict=True):
         assert_same(one, alone)
 
@@ -257,7 +265,7 @@ def together_with_sizes(monkeypatch, attack, net, seen):
     """Attack together, and return beside the results how many restarts each step took."""
     device = Small(monkeypatch, room=100)
     generators = [torch.Generator().manual_seed(k) for k in range(len(seen))]
-    return attack.together(net, seen, generators=generators), device.sizes
+    return iv.attack_many(attack, net, seen, generators=generators), device.sizes
 
 
 @pytest.mark.parametrize("settings", [{}, {"chunk": 5}, {"engine": "eager"}, {"keep": "last"}], ids=str)
@@ -277,7 +285,7 @@ def test_many_observations_of_which_some_are_not_finite(monkeypatch):
     broken = {name: torch.full_like(part, 1e200) for name, part in seen[1].update.items()}
     seen[1] = replace(seen[1], update=broken)  # whose square is too large
     attack = iv.GradientMatching(steps=30, restarts=2, prune=True, objective=iv.objectives.l2, patience=4)
-    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
+    monkeypatch.setattr(run, "CHECK_EVERY", 2)
     alone = one_by_one(attack, net, seen)
     assert [one.status for one in alone] == ["max_steps", "non_finite", "max_steps"]
     together, _ = together_with_sizes(monkeypatch, attack, net, seen)
@@ -285,61 +293,37 @@ def test_many_observations_of_which_some_are_not_finite(monkeypatch):
         assert_same(one, expected)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"prune": True}, {"chunk": 8}, {"prune": True, "engine": "eager"}], ids=str
-)
-def test_an_observation_that_is_good_enough_ends_while_others_go_on(monkeypatch, settings):
-    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
+@pytest.mark.parametrize("early", [{"tolerance": 10.0}, {"patience": 2}], ids=str)
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_an_attack_that_stops_early_runs_one_observation_after_another(monkeypatch, early, chunk):
+    monkeypatch.setattr(run, "CHECK_EVERY", 2)
     net, seen = many()
-    attack = iv.GradientMatching(steps=60, restarts=4, record_every=2, **settings)
-    ends = [float(one.history.objective.nan_to_num(1).min()) for one in one_by_one(attack, net, seen)]
-    attack = replace(attack, tolerance=sum(sorted(ends)[1:]) / 2)  # which all but one reach
+    adam = {"optimizer": iv.Adam(signed=True, lr=0.5), "decay": None}
+    attack = iv.GradientMatching(steps=60, restarts=3, record_every=1, chunk=chunk, **early, **adam)
     alone = one_by_one(attack, net, seen)
-    assert sorted(one.status for one in alone) == ["converged", "converged", "max_steps"]
-    together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
-    for one, expected in zip(together, alone, strict=True):
-        assert_same(one, expected)
-    assert sum(sizes) == sum(one.evaluations - attack.restarts for one in alone)  # and costs no more
-
-
-@pytest.mark.parametrize("patience", [2, 4])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"chunk": 4},
-        {
-            "optimizer": iv.Adam(signed=True, lr=1.0),
-            "fading": 0.01,
-            "priors": ((1e-3, iv.priors.total_variation),),
-        },
-    ],
-    ids=lambda s: "-".join(s),
-)
-def test_an_observation_out_of_patience_ends_while_others_go_on(monkeypatch, settings, patience):
-    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
-    net, seen = many()
-    walk = {"optimizer": iv.Adam(signed=True, lr=0.5), "decay": None} | settings
-    attack = iv.GradientMatching(steps=60, restarts=2, record_every=1, patience=patience, **walk)
-    alone = one_by_one(attack, net, seen)
-    assert len({one.evaluations for one in alone}) > 1
+    assert "converged" in {one.status for one in alone}
+    if "tolerance" in early:  # any restart is good enough, so that no other one runs
+        ran = chunk or 3
+        assert all(
+            one.trial_scores.isfinite().tolist() == [True] * ran + [False] * (3 - ran) for one in alone
+        )
     together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
     for one, expected in zip(together, alone, strict=True):
         assert_same(one, expected)
     assert sum(sizes) == sum(one.evaluations - attack.restarts for one in alone)
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_of_an_observation_that_is_good_enough_no_other_restart_runs(monkeypatch, chunk):
-    monkeypatch.setattr("invlib._race.CHECK_EVERY", 2)
-    net, seen = many()
-    attack = iv.GradientMatching(steps=10, restarts=3, chunk=chunk, tolerance=10.0)  # any is good enough
-    alone = one_by_one(attack, net, seen)
-    together, sizes = together_with_sizes(monkeypatch, attack, net, seen)
-    for one, expected in zip(together, alone, strict=True):
-        assert_same(one, expected)
-        assert one.trial_scores.isfinite().tolist() == [True] * chunk + [False] * (3 - chunk)
-    assert sizes == [chunk] * 2 * 3
+def test_a_restart_that_is_good_enough_ends_those_that_have_begun(monkeypatch):
+    """With a chunk for each restart, the first reaches the tolerance when all of them have begun."""
+    monkeypatch.setattr(run, "CHECK_EVERY", 2)
+    net, [seen, *_] = many()
+    attack = iv.GradientMatching(steps=100, restarts=4, chunk=1, prune=True, record_every=1)
+    lowest = attack(net, seen).history.objective[:11].nan_to_num(torch.inf).min()
+    first = attack(net, seen).history.objective[:11, :].nan_to_num(torch.inf).amin(0)
+    assert first.argmin() != 0
+    found = replace(attack, tolerance=float(lowest))(net, seen)
+    assert found.status == "converged"
+    assert found.evaluations <= 4 * 12 + 4  # of 180
 
 
 @pytest.mark.parametrize(
@@ -355,7 +339,7 @@ def test_a_chunk_ends_where_an_observation_does(monkeypatch, restarts, chunk, si
 
 def test_many_observations_whose_labels_are_inferred():
     net, seen = many(reveal_labels=False)
-    found = iv.GradientMatching(steps=2).together(net, seen)
+    found = iv.attack_many(iv.GradientMatching(steps=2), net, seen)
     for one, observation in zip(found, seen, strict=True):
         assert torch.equal(one.labels, iv.labels.infer(net, observation).labels)
 
@@ -363,15 +347,13 @@ def test_many_observations_whose_labels_are_inferred():
 def test_many_observations_with_an_optimizer_that_takes_one_at_a_time():
     net, seen = many()
     attack = iv.GradientMatching(steps=2, optimizer=iv.LBFGS(max_iter=2))
-    for one, observation in zip(attack.together(net, seen), seen, strict=True):
+    for one, observation in zip(iv.attack_many(attack, net, seen), seen, strict=True):
         assert torch.equal(one.images, attack(net, observation).images)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tolerance": 0.1, "engine": "compiled"}, "tolerance=0.1 and patience=None with engine='compiled'"),
-        ({"patience": 3, "engine": "compiled"}, "tolerance=None and patience=3 with engine='compiled'"),
         ({"init": torch.zeros(2, 3, 8, 8)}, "init is a tensor"),
         ({"layers": iv.Layers(which="largest", count=2)}, "layers are the largest"),
     ],
@@ -379,15 +361,15 @@ def test_many_observations_with_an_optimizer_that_takes_one_at_a_time():
 def test_what_many_observations_cannot_have_is_said(settings, words):
     net, seen = many()
     with pytest.raises(ConfigError, match=words):
-        iv.GradientMatching(**settings).together(net, seen)
+        iv.attack_many(iv.GradientMatching(**settings), net, seen)
 
 
 def test_observations_that_differ_are_refused():
     net, seen = many()
     attack = iv.GradientMatching(steps=1)
     with pytest.raises(ConfigError, match="observation 1 has protocol FedAvg"):
-        attack.together(net, [seen[0], replace(seen[1], protocol=iv.FedAvg(lr=0.1, local_steps=1))])
+        iv.attack_many(attack, net, [seen[0], replace(seen[1], protocol=iv.FedAvg(lr=0.1, local_steps=1))])
     with pytest.raises(ConfigError, match="observations is empty"):
-        attack.together(net, [])
+        iv.attack_many(attack, net, [])
     with pytest.raises(ConfigError, match="generators has 1 entries; expected one for each of 3"):
-        attack.together(net, seen, generators=[torch.Generator()])
+        iv.attack_many(attack, net, seen, generators=[torch.Generator()])

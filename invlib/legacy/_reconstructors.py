@@ -1,4 +1,4 @@
-"""The reconstructors of 2020, as thin dresses of `invlib.GradientMatching`."""
+"""The reconstructors of 2020, as thin wrappers around `invlib.GradientMatching`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib import labels as label_inference
-from invlib._problem import Problem
 from invlib._torchvision import torchvision
-from invlib._trials import Trials, run_trials
 from invlib.capture import from_gradients
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD
@@ -23,6 +21,9 @@ from invlib.matching import preset as adapted
 from invlib.models.imagenet import pretrained
 from invlib.observation import ClientStep, Normalization, Observation, in_mode, trainable_parameters
 from invlib.priors import total_variation
+from invlib.search.hooks import Bar, Told
+from invlib.search.problem import Problem
+from invlib.search.run import SearchResult, run
 
 
 class GradientReconstructor:
@@ -121,8 +122,8 @@ class GradientReconstructor:
             labels="auto" if observation.labels is not None else "optimize_shared",
             loss=self.loss_fn,
         )
-        problem = how._problem(self.model, observation)
-        starts = how._starts(problem, observation, generator)
+        problem = how.problem(self.model, observation)
+        starts = how.starts(problem, observation, generator)
         with in_mode(self.model, training=observation.training_mode):
             runs = _run(how, problem, starts, self._score, dryrun=dryrun, tol=tol, progress=progress)
             return self._choose(problem, runs)
@@ -245,16 +246,14 @@ def _run(
 ) -> _Runs:
     """Run all restarts together; or one by one where a low score ends the run; or the first for a step."""
     size = how.restarts if tol is None and not dryrun else 1
-    parts: list[Trials] = []
+    parts: list[SearchResult] = []
     scores: list[float] = []
     for first in range(0, how.restarts, size):
-        trials = run_trials(
-            replace(how, restarts=size),
+        [trials] = run(
             problem,
             [start[first : first + size] for start in starts],
-            callback=(lambda at: at.step == 1) if dryrun else None,
-            progress=progress,
-            checkpoint=None,
+            replace(how, restarts=size).search,
+            [Bar(show=progress), *([Told(lambda at: at.step == 1)] if dryrun else [])],
         )
         parts.append(trials)
         images, *logits = trials.values

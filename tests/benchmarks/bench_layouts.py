@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import invlib as iv
-from invlib import _engines
+from invlib.search.engines import eager
 from tests.benchmarks.conftest import DEVICE
 
 GPU = DEVICE.type == "cuda"
@@ -22,11 +22,11 @@ def test_channels_last(model: str, steps: int, precision: str, race, monkeypatch
     attack = iv.inverting_gradients(steps=steps * (10 if GPU else 1), precision=precision)
 
     def run(last: bool) -> float:
-        monkeypatch.setattr(_engines, "_channels_last", lambda problem: last)
+        monkeypatch.setattr(eager, "channels_last", lambda problem: last)
         found = attack(net, seen, generator=torch.Generator().manual_seed(0))
         return float(iv.metrics.psnr(found.images, x).mean())
 
-    chosen = _engines._channels_last(attack._problem(net, seen))
+    chosen = eager.channels_last(attack.problem(net, seen))
     race(
         f"{model}, {precision}, channels last{' (chosen)' if chosen else ''}",
         lambda: run(last=False),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import invlib as iv
-from invlib._engines.memory import peak
+from invlib.search.engines.memory import peak
 from tests.benchmarks import baseline
 from tests.benchmarks.conftest import DEVICE
 
@@ -48,8 +48,6 @@ CASES = [
     Case(model="LeNetZhu", steps=60, target=aims(None, 5)),
     Case(model="LeNetZhu", restarts=8, steps=30),
     Case(model="LeNetZhu", restarts=16, steps=30, target=aims(6)),
-    # Tracing takes two seconds in every run, compiled before or not: of a short run that would be most.
-    Case(model="LeNetZhu", restarts=16, engine="compiled", steps=400, target=aims(10)),
     Case(model="LeNetZhu", restarts=32, steps=30),
     Case(model="ConvNet8", steps=30),
     Case(model="ConvNet8", restarts=8, steps=10),

@@ -15,26 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from invlib._engines.layers import convolution, fixed_batch_norm, lowered, product
+from invlib.autodiff.layers import cast, convolution, fixed_batch_norm, product
 
 
-class Unfit(Exception):
+class NotStackable(Exception):
     """A network does something of which it is not known that it treats every image by itself."""
 
 
-class Flat(TorchFunctionMode):
+class StackedForward(TorchFunctionMode):
     """Within this context a network whose parameters are stacks takes one batch of all restarts' images.
 
     The client's loss becomes the sum over restarts. Whatever is not known to treat every image by itself is
-    refused by `Unfit`: batch norm that learns from the batch, parameters that are used in other ways, and
-    functions that are not listed here.
+    refused by `NotStackable`: batch norm that learns from the batch, parameters that are used in other ways,
+    and functions that are not listed here.
 
     Args:
         params: the stacks, by name.
         restarts: how many there are.
         images: ``(restarts * N, C, H, W)``.
         fixed: the parameters do not depend on the images, and all of a stack are the same.
-        low: the type in which convolutions and fully connected layers multiply; None keeps the tensors' own.
+        compute_dtype: the type in which convolutions and fully connected layers multiply; None keeps the
+            tensors' own.
 
     Attributes:
         loss: what the network's last function gave; None before it.
@@ -47,11 +48,12 @@ class Flat(TorchFunctionMode):
         restarts: int,
         images: Tensor,
         fixed: bool,
-        low: torch.dtype | None,
+        compute_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         self.stacks = {id(p) for p in params.values()}
-        self.restarts, self.images, self.fixed, self.low = restarts, images, fixed, low
+        self.restarts, self.images = restarts, images
+        self.fixed, self.compute_dtype = fixed, compute_dtype
         self.loss: Tensor | None = None
 
     def __torch_function__(
@@ -59,15 +61,15 @@ class Flat(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.loss is not None:
-            raise Unfit("something follows the loss")
+            raise NotStackable("something follows the loss")
         own = _OWN.get(func)
         if own is not None:
             return own(self, *args, **kwargs)
         if self._uses_a_stack([*args, *kwargs.values()]):
-            raise Unfit(f"{resolve_name(func) or func} of a parameter")
+            raise NotStackable(f"{resolve_name(func) or func} of a parameter")
         asks = getattr(func, "__name__", "") == "__get__"  # for a shape, say
         if not (asks or func in _APART or _leaves_images(func, args, kwargs)):
-            raise Unfit(resolve_name(func) or str(func))
+            raise NotStackable(resolve_name(func) or str(func))
         return func(*args, **kwargs)
 
     def _uses_a_stack(self, values: Iterable[Any]) -> bool:
@@ -78,34 +80,37 @@ class Flat(TorchFunctionMode):
     def conv2d(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
+        """Take the place of `torch.nn.functional.conv2d`."""
         if input.ndim != 4 or isinstance(kwargs.get("padding", args[1] if len(args) > 1 else 0), str):
-            raise Unfit("conv2d of one image, or padded by name")
-        found = convolution(
-            lowered(input, self.low),
-            lowered(weight, self.low),
+            raise NotStackable("conv2d of one image, or padded by name")
+        output = convolution(
+            cast(input, self.compute_dtype),
+            cast(weight, self.compute_dtype),
             *args,
             **kwargs,
             fixed=self.fixed,
             first=input is self.images,
         )
-        return self._biased(found.to(input.dtype), bias, 2)
+        return self._biased(output.to(input.dtype), bias, 2)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Take the place of `torch.nn.functional.linear`."""
         if input.ndim != 2:
-            raise Unfit("linear of more than two dimensions")
-        found = product(
-            lowered(input, self.low),
-            lowered(weight, self.low),
+            raise NotStackable("linear of more than two dimensions")
+        output = product(
+            cast(input, self.compute_dtype),
+            cast(weight, self.compute_dtype),
             fixed=self.fixed,
             first=input is self.images,
         )
-        return self._biased(found.to(input.dtype), bias, 0)
+        return self._biased(output.to(input.dtype), bias, 0)
 
     def batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        found = fixed_batch_norm(*args, **kwargs, stack=self.restarts)
-        if found is None:
-            raise Unfit("batch norm that learns from the batch")
-        return found
+        """Take the place of `torch.nn.functional.batch_norm`."""
+        output = fixed_batch_norm(*args, **kwargs, stack=self.restarts)
+        if output is None:
+            raise NotStackable("batch norm that learns from the batch")
+        return output
 
     def cross_entropy(
         self,
@@ -118,21 +123,22 @@ class Flat(TorchFunctionMode):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor:
+        """Take the place of `torch.nn.functional.cross_entropy`, and end the network."""
         plain = (weight, size_average, ignore_index, reduce, reduction) == (None, None, -100, None, "mean")
         if input.ndim != 2 or not plain:
-            raise Unfit("cross entropy of another form")
+            raise NotStackable("cross entropy of another form")
         total = F.cross_entropy(input, target, reduction="sum", label_smoothing=label_smoothing)
         self.loss = total / (len(input) // self.restarts)
         return self.loss
 
-    def _biased(self, found: Tensor, bias: Tensor | None, more: int) -> Tensor:
+    def _biased(self, output: Tensor, bias: Tensor | None, more: int) -> Tensor:
         if bias is None:
-            return found
+            return output
         ones = [1] * more
         if id(bias) not in self.stacks:
-            return found + bias.view(-1, *ones)
-        found = found.unflatten(0, (self.restarts, -1)) + bias.view(self.restarts, 1, -1, *ones)
-        return torch.flatten(found, 0, 1)
+            return output + bias.view(-1, *ones)
+        output = output.unflatten(0, (self.restarts, -1)) + bias.view(self.restarts, 1, -1, *ones)
+        return torch.flatten(output, 0, 1)
 
 
 def _dims(args: Sequence[Any], kwargs: Mapping[str, Any], name: str, default: Any = None) -> tuple[int, ...]:
@@ -167,10 +173,10 @@ def _leaves_images(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 _OWN: dict[Any, Callable[..., Tensor]] = {
-    F.conv2d: Flat.conv2d,
-    F.linear: Flat.linear,
-    F.batch_norm: Flat.batch_norm,
-    F.cross_entropy: Flat.cross_entropy,
+    F.conv2d: StackedForward.conv2d,
+    F.linear: StackedForward.linear,
+    F.batch_norm: StackedForward.batch_norm,
+    F.cross_entropy: StackedForward.cross_entropy,
 }
 
 # What treats every number, or every image, by itself, whatever its other arguments are.

@@ -1,24 +1,80 @@
-"""What gradient matching minimises, for one guess or a stack of them."""
+"""What an optimisation attack minimises, for one guess or a stack of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invlib import _engines
+from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.optimizers import Variable
 from invlib.priors import Prior
+
+Factor = float | Tensor
+
+
+class Update(Protocol):
+    """The client's step on a guess, restricted to the tensors that the attack compares."""
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        params: dict[str, Tensor] | None = None,
+        mode: GradientMode = PLAIN,
+    ) -> list[Tensor]:
+        """Return the update of normalised images with these labels; None takes the model's parameters."""
+        ...
+
+
+class Measure(Protocol):
+    """Gives the cost of a stack of guesses, the objective beside it, and the cost's gradients."""
+
+    def __call__(
+        self, values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Evaluate guesses.
+
+        Args:
+            values: images or coordinates ``(R, ...)``, and logits of labels where they are optimised.
+            rows: the number of each guess among all.
+            sharpness: of the softplus in the place of ReLU; None keeps ReLU.
+            prior_factor: a factor of the priors' weights.
+
+        Returns:
+            Cost ``(R,)``, objective ``(R,)``, and a gradient for each entry of ``values``.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is minimised, with everything fixed but the guess."""
+    """What is minimised, with everything fixed but the guess.
 
-    update: Callable[..., list[Tensor]]
+    Args:
+        update: the client's step.
+        objective: the distance of two updates.
+        target: the observed update.
+        params: the model's parameters.
+        priors: pairs of a weight and a prior.
+        variables: what is optimised: images, and labels where they are.
+        labels: of the images; None where they are optimised.
+        classes: how many there are; None where labels are not optimised.
+        inputs: maps what is optimised, pixels or coordinates, to normalised images.
+        decode: maps normalised images to [0, 1].
+        encode: the inverse of ``decode``.
+        shape: ``(N, C, H, W)`` of a guess.
+        like: a tensor of the model's type, on its device.
+        stackable: the client treats every restart of a stack by itself.
+        recompute: compute local steps anew in the backward pass.
+        compute_dtype: the type in which layers multiply; None keeps the parameters' own.
+    """
+
+    update: Update
     objective: Callable[[list[Tensor], list[Tensor]], Tensor]
     target: list[Tensor]
     params: dict[str, Tensor]
@@ -33,9 +89,10 @@ class Problem:
     like: Tensor
     stackable: bool
     recompute: bool
-    low: torch.dtype | None
+    compute_dtype: torch.dtype | None
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
+        """Return the labels of a guess: those that are known, or the softmax of logits."""
         if logits is None:
             assert self.labels is not None
             return self.labels
@@ -46,34 +103,44 @@ class Problem:
         place: Tensor,
         logits: Tensor | None = None,
         *,
-        fade: _engines.Fade = 1.0,
+        prior_factor: Factor = 1.0,
         params: dict[str, Tensor] | None = None,
+        mode: GradientMode = PLAIN,
     ) -> tuple[Tensor, Tensor]:
         """Return the cost of one guess, and its objective beside it.
 
         Args:
-            place: where the optimiser stands: normalised images, or their coordinates.
+            place: what is optimised: normalised images, or their coordinates.
             logits: of soft labels, where they are optimised.
-            fade: a factor of the priors' weights.
+            prior_factor: a factor of the priors' weights.
             params: the parameters; None takes the model's.
+            mode: how the client computes its gradients.
         """
         inputs = self.inputs(place)
-        objective = self.objective(self.update(inputs, self.targets(inputs, logits), params), self.target)
+        update = self.update(inputs, self.targets(inputs, logits), params, mode)
+        objective = self.objective(update, self.target)
         total = objective
         for weight, prior in self.priors:
-            total = total + fade * weight * prior(inputs)
+            total = total + prior_factor * weight * prior(inputs)
         return total, objective
 
     def costs(
-        self, values: list[Tensor], *, rows: list[int], fade: _engines.Fade, params: dict[str, Tensor]
+        self,
+        values: list[Tensor],
+        *,
+        rows: list[int],
+        prior_factor: Factor,
+        params: dict[str, Tensor],
+        mode: GradientMode,
     ) -> tuple[Tensor, Tensor]:
         """Return `cost` for a stack of guesses, with a stack of parameters for each.
 
         Args:
             values: place and logits of each guess.
             rows: the number of each guess among all.
-            fade: as for `cost`.
+            prior_factor: as for `cost`.
             params: a stack of parameters, one for each guess.
+            mode: as for `cost`.
         """
 
         def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -82,11 +149,11 @@ class Problem:
         inputs = mapped(self.inputs)(values[0])
         targets = self.known(rows) if len(values) == 1 else mapped(self.targets)(inputs, values[1])
         # A client takes the dimension of its images first, so that it can cut minibatches from it.
-        update = self.update(inputs.transpose(0, 1), targets.transpose(0, 1), params)
+        update = self.update(inputs.transpose(0, 1), targets.transpose(0, 1), params, mode)
         objective = self.distances(update, rows)
         total = objective
         for weight, prior in self.priors:
-            total = total + fade * weight * mapped(prior)(inputs)
+            total = total + prior_factor * weight * mapped(prior)(inputs)
         return total, objective
 
     def known(self, rows: list[int]) -> Tensor:
@@ -102,14 +169,19 @@ class Problem:
         """Return the problem that a guess is for."""
         return self
 
-    def score(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
-        """Return the objective of one guess, without priors."""
+    def score(self, inputs: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Return the objective of normalised images, without priors, on the network as it is."""
         return self.objective(self.update(inputs, self.targets(inputs, logits)), self.target).detach()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Joined(Problem):
-    """Problems of one model and one kind of client that are solved together, so many guesses for each."""
+    """Problems of one model and one kind of client that are solved in one run.
+
+    Args:
+        parts: the problems.
+        guesses: how many restarts each has.
+    """
 
     parts: tuple[Problem, ...]
     guesses: int

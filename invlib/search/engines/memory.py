@@ -7,7 +7,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from invlib._engines import _mapped, _stacked, _together
-
-if TYPE_CHECKING:
-    from invlib._problem import Problem
+from invlib.search.problem import Measure, Problem
 
 MARGIN = 0.8  # of what is free: allocators leave gaps, and libraries take room of their own to work in
 _KEPT = 4  # tensors like its start that every restart keeps throughout: place, best, and Adam's two means
 
 
-def largest(problem: Problem, starts: list[Tensor], sharpness: float | None) -> tuple[int, int]:
+def largest(
+    problem: Problem, starts: list[Tensor], step: Measure, sharpness: float | None
+) -> tuple[int, int]:
     """Return how many restarts fit in memory together, at least one, and how many bytes one needs.
 
     One restart is evaluated once, for its memory alone: nothing of that evaluation is counted or kept, and
@@ -33,7 +32,8 @@ def largest(problem: Problem, starts: list[Tensor], sharpness: float | None) -> 
     Args:
         problem: what is minimised.
         starts: all starting points, ``(R, ...)``.
-        sharpness: of the network's kinks at the start.
+        step: evaluates one restart as it is evaluated among many.
+        sharpness: of the softplus in the place of ReLU at the start.
     """
     device = problem.like.device
     kept = _KEPT * sum(start.nbytes for start in starts)
@@ -41,7 +41,7 @@ def largest(problem: Problem, starts: list[Tensor], sharpness: float | None) -> 
     first = [start[:1] for start in starts]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            need = peak(functools.partial(_step, problem, first, sharpness), device)
+            need = peak(functools.partial(step, first, [0], sharpness, 1.0), device)
         except torch.OutOfMemoryError:
             need = room + 1  # the run will say so of its first step
     if problem.stackable:
@@ -96,7 +96,7 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def words(size: int) -> str:
-    """Say a number of bytes with two digits.
+    """Format a number of bytes with two significant digits.
 
     Example:
         >>> words(1_234_567), words(999)
@@ -104,14 +104,6 @@ def words(size: int) -> str:
     """
     unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
     return f"{float(f'{size / unit:.2g}'):g} {name}"
-
-
-def _step(problem: Problem, first: list[Tensor], sharpness: float | None) -> None:
-    # One restart by itself would not be stacked; what is asked for is its share of a stack.
-    if not problem.stackable:
-        _mapped(problem, first, [0], sharpness, 1.0)
-        return
-    _together(problem)(_stacked(problem, 1), first, [0], sharpness, 1.0)
 
 
 class _Live(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Layers whose second derivative is cheap: what the step of an attack walks through instead of torch's own.
+"""Layers whose second derivative is cheap, used in place of torch's own while an attack differentiates.
 
 Gradient matching differentiates the backward pass of a network. Torch can do that for every layer, but not
 equally well: the image's part of the second derivative of a convolution is computed there by a convolution
@@ -7,8 +7,8 @@ one addition, is differentiated twice as if its statistics could change. The lay
 numbers for less.
 
 A weight may also be a stack of weights, one for each restart, beside images of all restarts in one batch,
-``(restarts * N, C, H, W)``. Where the attack knows that all of a stack are the same, it walks through the
-first of them alone, and only the weights' own slopes are a matter of each restart.
+``(restarts * N, C, H, W)``. Where all weights of a stack are known to be the same, the first of them is used
+for all images, and only the gradients of the weights are computed for each restart.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Convolve:
     dims = 4
 
     def out(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the outputs."""
         stack, window = self._stack(weight), (self.stride, self.padding, self.dilation)
         if stack is None:
             return torch.conv2d(x, weight, None, *window, self.groups)
@@ -44,32 +45,34 @@ class Convolve:
         return _back(torch.conv2d(aside, weight.flatten(0, 1), None, *window, self.groups * stack), stack)
 
     def to_x(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to ``x``, given that of the outputs."""
         stack = self._stack(weight)
         if stack is None:
             return self._slope(slope, x, weight, self.groups, 0)
-        found = self._slope(
+        output = self._slope(
             _aside(slope, stack), _aside(x, stack), weight.flatten(0, 1), self.groups * stack, 0
         )
-        return _back(found, stack)
+        return _back(output, stack)
 
     def to_weight(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to ``weight``, given that of the outputs."""
         stack = self._stack(weight)
         if stack is None:
             return self._slope(slope, x, weight, self.groups, 1)
-        found: Tensor = self._slope(
+        output: Tensor = self._slope(
             _aside(slope, stack), _aside(x, stack), weight.flatten(0, 1), self.groups * stack, 1
         ).unflatten(0, (stack, -1))
-        return found
+        return output
 
     def _stack(self, weight: Tensor) -> int | None:
         return len(weight) if weight.ndim > self.dims else None
 
     def _slope(self, slope: Tensor, x: Tensor, weight: Tensor, groups: int, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
-        found: Tensor = _backward(
+        output: Tensor = _backward(
             slope, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], groups, mask
         )[which]
-        return found
+        return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,15 @@ class Multiply:
     dims = 2
 
     def out(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the outputs."""
         return self._by(x, weight.mT)
 
     def to_x(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to ``x``, given that of the outputs."""
         return self._by(slope, weight)
 
     def to_weight(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to ``weight``, given that of the outputs."""
         if weight.ndim == self.dims:
             return slope.mT @ x
         slope, x = (t.unflatten(0, (len(weight), -1)) for t in (slope, x))
@@ -93,8 +99,8 @@ class Multiply:
     def _by(self, x: Tensor, matrix: Tensor) -> Tensor:
         if matrix.ndim == self.dims:
             return x @ matrix
-        found: Tensor = (x.unflatten(0, (len(matrix), -1)) @ matrix).flatten(0, 1)
-        return found
+        output: Tensor = (x.unflatten(0, (len(matrix), -1)) @ matrix).flatten(0, 1)
+        return output
 
 
 Kind = Convolve | Multiply
@@ -102,17 +108,17 @@ Kind = Convolve | Multiply
 
 def _aside(x: Tensor, stack: int) -> Tensor:
     """(R N, C, H, W) to (N, R C, H, W): every restart is a group of channels with its own weight."""
-    found: Tensor = x.unflatten(0, (stack, -1)).transpose(0, 1).flatten(1, 2)
-    return found
+    output: Tensor = x.unflatten(0, (stack, -1)).transpose(0, 1).flatten(1, 2)
+    return output
 
 
 def _back(x: Tensor, stack: int) -> Tensor:
-    found: Tensor = x.unflatten(1, (stack, -1)).transpose(0, 1).flatten(0, 1)
-    return found
+    output: Tensor = x.unflatten(1, (stack, -1)).transpose(0, 1).flatten(0, 1)
+    return output
 
 
 def _shared(weight: Tensor, kind: Kind, fixed: bool) -> Tensor:
-    """Return what to walk through: weights that are given are the same for all of a stack."""
+    """Return the weight to compute with: one for all of a stack whose weights are the same."""
     return weight[0] if fixed and weight.ndim > kind.dims else weight
 
 
@@ -182,7 +188,7 @@ class _Slopes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_x: Tensor | None, to_weight: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return what the two slopes feel of ``slope``, the images and the weight.
+        """Return the gradients of both outputs with respect to ``slope``, the images and the weight.
 
         Both are linear in ``slope``, and the first is linear in the weight, the second in the images.
         """
@@ -222,16 +228,16 @@ def convolution(
         padding: as in torch, but a name is left to torch, for it may be uneven.
         dilation: as in torch.
         groups: as in torch.
-        fixed: the weight does not depend on the images: nobody asks for the attack's slope of it, and all
+        fixed: the weight does not depend on the images: the attack needs no gradient of it, and all
             weights of a stack are the same.
-        first: the input is the network's, of which the client asks for no slope.
+        first: the input is the network's, for which the client needs no gradient.
         mapped: `torch.func.vmap` is at work.
     """
     if isinstance(padding, str) or input.ndim != 4:
         return torch.conv2d(input, weight, None, stride, padding, dilation, groups)
     kind = Convolve(stride=_pair(stride), padding=_pair(padding), dilation=_pair(dilation), groups=groups)
-    found: Tensor = (_Mapped if mapped else _Layer).apply(input, weight, kind, fixed, first)
-    return found
+    output: Tensor = (_Mapped if mapped else _Layer).apply(input, weight, kind, fixed, first)
+    return output
 
 
 def product(input: Tensor, weight: Tensor, *, fixed: bool, first: bool) -> Tensor:
@@ -239,8 +245,8 @@ def product(input: Tensor, weight: Tensor, *, fixed: bool, first: bool) -> Tenso
 
     Arguments as for `convolution`.
     """
-    found: Tensor = _Layer.apply(input, weight, Multiply(), fixed, first)
-    return found
+    output: Tensor = _Layer.apply(input, weight, Multiply(), fixed, first)
+    return output
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:
@@ -288,30 +294,30 @@ def fixed_batch_norm(
         return (input * scale.view(-1, *ones)).add_(shift.view(-1, *ones))
     shape = (stack, 1, -1, *ones)
     scale, shift = (t.expand(stack, -1).view(shape) for t in (scale, shift))
-    found: Tensor = (input.unflatten(0, (stack, -1)) * scale).add_(shift).flatten(0, 1)
-    return found
+    output: Tensor = (input.unflatten(0, (stack, -1)) * scale).add_(shift).flatten(0, 1)
+    return output
 
 
-class Cheap(TorchFunctionMode):
-    """Within this context a network's convolutions and fixed batch norms are cheap to differentiate twice.
+class DoubleBackwardLayers(TorchFunctionMode):
+    """Within this context convolutions and fixed batch norms are cheap to differentiate twice.
 
     Args:
         fixed: the parameters do not depend on the images, so that an attack has no use for their gradient.
-        least: multiplications below which a convolution is left to torch, since more is lost by the detour
-            through Python than is gained.
-        low: the type in which convolutions and fully connected layers multiply, there and back; None keeps
-            the tensors' own. Everything else keeps theirs.
+        least: multiplications below which a convolution is left to torch, since the detour through Python
+            costs more than it saves.
+        compute_dtype: the type in which convolutions and fully connected layers multiply, forward and
+            backward; None keeps the tensors' own. Everything else keeps theirs.
         mapped: the network is run by `torch.func.vmap`.
 
     Attributes:
-        images: what the network is given, so that its first convolution is known; None where nobody said.
+        images: what the network is given, so that its first convolution is known; None where it is not.
     """
 
     def __init__(
-        self, *, fixed: bool, least: int = 0, low: torch.dtype | None = None, mapped: bool = False
+        self, *, fixed: bool, least: int = 0, compute_dtype: torch.dtype | None = None, mapped: bool = False
     ) -> None:
         super().__init__()
-        self.fixed, self.least, self.low, self.mapped = fixed, least, low, mapped
+        self.fixed, self.least, self.compute_dtype, self.mapped = fixed, least, compute_dtype, mapped
         self.images: Tensor | None = None
 
     def __torch_function__(
@@ -319,33 +325,35 @@ class Cheap(TorchFunctionMode):
     ) -> Any:
         if func is F.conv2d:
             return self._conv2d(*args, **(kwargs or {}))
-        if func is F.linear and self.low is not None:
+        if func is F.linear and self.compute_dtype is not None:
             return self._linear(*args, **(kwargs or {}))
         if func is F.batch_norm:
-            found = fixed_batch_norm(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {})) if found is None else found
+            output = fixed_batch_norm(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if output is None else output
         return func(*args, **(kwargs or {}))
 
     def _conv2d(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        x, kernel = lowered(input, self.low), lowered(weight, self.low)
+        x, kernel = cast(input, self.compute_dtype), cast(weight, self.compute_dtype)
         # Images times weights, whatever the stride: an upper bound is good enough.
         if weight.numel() * input[:, 0].numel() < self.least:
-            if self.low is None:
+            if self.compute_dtype is None:
                 return F.conv2d(input, weight, bias, *args, **kwargs)
-            found = F.conv2d(x, kernel, None, *args, **kwargs)
+            output = F.conv2d(x, kernel, None, *args, **kwargs)
         else:
             first = input is self.images
-            found = convolution(x, kernel, *args, **kwargs, fixed=self.fixed, first=first, mapped=self.mapped)
-        found = found.to(input.dtype)
-        return found if bias is None else found + bias[:, None, None]
+            output = convolution(
+                x, kernel, *args, **kwargs, fixed=self.fixed, first=first, mapped=self.mapped
+            )
+        output = output.to(input.dtype)
+        return output if bias is None else output + bias[:, None, None]
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found = F.linear(lowered(input, self.low), lowered(weight, self.low)).to(input.dtype)
-        return found if bias is None else found + bias
+        output = F.linear(cast(input, self.compute_dtype), cast(weight, self.compute_dtype)).to(input.dtype)
+        return output if bias is None else output + bias
 
 
-def lowered(tensor: Tensor, low: torch.dtype | None) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return the tensor in that type; None keeps its own."""
-    return tensor if low is None else tensor.to(low)
+    return tensor if dtype is None else tensor.to(dtype)

@@ -1,0 +1,1 @@
+"""How the client's gradient is computed while an attack differentiates it."""

@@ -1,0 +1,106 @@
+"""The choice of an engine by client, device, optimiser and the size of the network.
+
+``eager`` takes one restart after another on torch's tape. ``batched`` takes all of them at once: one graph,
+in which each restart has its own gradient of the weights that all share. ``graphed`` captures that step as a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
+from invlib.errors import ConfigError, DeviceError
+from invlib.search.engines.batched import batched_step
+from invlib.search.engines.eager import eager_step
+from invlib.search.engines.graphed import GraphedStep
+from invlib.search.problem import Measure, Problem
+from invlib.search.settings import EngineName, SearchSettings
+
+LARGE = 2_000_000  # parameters: beyond, one restart keeps a CPU busy, and a stack of them only takes memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What runs the steps.
+
+    Args:
+        chosen: its name.
+        chosen_for: why, in a clause.
+        measure: the step.
+        fallback: says why steps run batched after all; gives nothing where they do not.
+    """
+
+    chosen: EngineName
+    chosen_for: str
+    measure: Measure
+    fallback: Callable[[], str] = str
+
+    @property
+    def name(self) -> str:
+        """What really ran: a step that cannot be captured runs batched."""
+        return "batched" if self.fallback() else self.chosen
+
+    @property
+    def reason(self) -> str:
+        """Why that was chosen."""
+        fallback = self.fallback()
+        return f"steps cannot be captured: {fallback}" if fallback else self.chosen_for
+
+
+def check(name: str) -> None:
+    """Raise `ConfigError` where there is no such engine."""
+    if name not in get_args(EngineName):
+        raise ConfigError(f"GradientMatching engine is {name!r}; expected one of {get_args(EngineName)}")
+
+
+def choose(problem: Problem, settings: SearchSettings, restarts: int) -> Engine:
+    """Return the engine that is asked for, or the one that fits.
+
+    Args:
+        problem: what is minimised.
+        settings: what the loop is told.
+        restarts: how many there are, of all observations.
+
+    Raises:
+        ConfigError: the engine asked for cannot run this client or precision.
+        DeviceError: it cannot run on this device.
+    """
+    if problem.compute_dtype is not None and not problem.stackable:
+        raise ConfigError(
+            "precision='bfloat16' needs a client of invlib, FedSGD or FedAvg, whose layers are known; "
+            "use precision='full'"
+        )
+    name, reason = _fitting(problem, settings, restarts)
+    if settings.engine != "auto":
+        name, reason = settings.engine, "asked for"
+    if name == "graphed" and not problem.stackable:
+        raise ConfigError("engine='graphed' needs a client of invlib, FedSGD or FedAvg; use engine='auto'")
+    if name == "graphed" and problem.like.device.type != "cuda":
+        raise DeviceError(
+            f"engine='graphed' needs a CUDA device, got {problem.like.device}; use engine='auto'"
+        )
+    if name == "graphed":
+        step = GraphedStep(build("batched", problem))
+        return Engine(chosen=name, chosen_for=reason, measure=step, fallback=lambda: step.fallback)
+    return Engine(chosen=name, chosen_for=reason, measure=build(name, problem))
+
+
+def _fitting(problem: Problem, settings: SearchSettings, restarts: int) -> tuple[EngineName, str]:
+    device, together = problem.like.device, settings.optimizer.together
+    # A captured step has one sharpness; an optimiser that takes restarts together asks once at each.
+    changes = settings.smoothing is not None and together
+    if device.type == "cuda" and problem.stackable and not changes:
+        return "graphed", "a CUDA graph avoids the overhead of launching kernels"
+    if not together or min(restarts, settings.chunk or restarts) == 1:
+        return "eager", "one restart at a time"
+    size = sum(p.numel() for p in problem.params.values())
+    if size > LARGE and device.type == "cpu":
+        return "eager", f"{size:,} parameters, with which one restart keeps a CPU busy"
+    return "batched", f"{min(restarts, settings.chunk or restarts)} restarts of {size:,} parameters"
+
+
+def build(name: EngineName, problem: Problem) -> Measure:
+    """Return the step of a problem, uncaptured: of all restarts together, or of one after another."""
+    return eager_step(problem) if name == "eager" else batched_step(problem)
