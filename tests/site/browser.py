@@ -197,8 +197,11 @@ def check_gallery(context: BrowserContext, path: Path, root: Path) -> list[str]:
         return ["there is no gallery"]
     visit = Visit(context, path, root)
     try:
-        visit.page.locator(".gallery-card a:has(img)").first.click(timeout=PATIENCE)
-        visit.page.locator(".cell:has(figure:target) .cell_input").wait_for(timeout=PATIENCE)
+        visit.page.locator(".gallery-card a:has(img)").first.click()
+        cell = visit.page.locator(".cell:has(figure:target)")
+        cell.wait_for()
+        visit.page.wait_for_load_state()
+        cell.locator(".cell_input").wait_for(timeout=PATIENCE)
     except TimeoutError:
         visit.faults.append(f"its first picture leads to {visit.page.url}, where no code is unfolded")
     visit.close()

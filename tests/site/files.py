@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # Processor seconds on a quiet machine. Beside other work caches and hyperthreads are shared, and the same
-# chapter has taken 2.4 times as many.
+# chapter has taken two and a half times as many.
 CHAPTER_SECONDS = 90
 BOOK_SECONDS = 15 * 60
 BUSY = 3
