@@ -2,10 +2,13 @@
 
 import base64
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_notebook
 from sphinx.application import Sphinx
 
 EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
@@ -108,3 +111,23 @@ def test_the_gallery_shows_a_figure_and_leads_to_its_code(build):
 def test_a_figure_that_is_not_there_is_a_warning(build):
     _, warnings = build(".. gallery::\n\n   fig-gone\n")
     assert "gallery: there is no figure 'fig-gone' with a picture" in warnings
+
+
+def test_a_page_is_timed_by_the_processor(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXTENSIONS))
+    import processor_time
+    from jupyter_cache.executors import utils
+
+    def kernel(*_, **__):
+        code = "import time\nwhile time.process_time() < 0.3:\n    pass"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    monkeypatch.setattr(utils, "Timer", utils.Timer)  # to have it put back
+    monkeypatch.setattr(utils, "executenb", kernel)
+    processor_time.setup(None)
+    before = os.times()
+    seconds = utils.single_nb_execution(new_notebook(), None, None, False).time
+    after = os.times()
+    assert seconds >= 0.2
+    children = [times.children_user + times.children_system for times in (before, after)]
+    assert seconds == pytest.approx(children[1] - children[0])

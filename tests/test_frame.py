@@ -152,6 +152,31 @@ def test_a_chapter_that_a_docstring_names_names_the_thing():
     assert count >= 40
 
 
+def lines_of_code(text):
+    """Yield each line of the code blocks of a page, also of those within directives."""
+    for _, kind, body in re.findall(r"^(`{3,})([^\n]*)\n(.*?)^\1$", text, flags=re.MULTILINE | re.DOTALL):
+        if re.match(r"\{(?!code)", kind):
+            yield from lines_of_code(body)
+        else:
+            yield from re.sub(r"\A---\n.*?^---\n", "", body, flags=re.MULTILINE | re.DOTALL).splitlines()
+
+
+def test_code_on_a_page_is_no_wider_than_the_page():
+    count = 0
+    for page in toc_files():
+        if (ROOT / f"{page}.md").exists():
+            lines = list(lines_of_code(read(f"{page}.md")))
+        else:
+            lines = []
+            for cell in json.loads(read(f"{page}.ipynb"))["cells"]:
+                text = "".join(cell["source"])
+                lines += text.splitlines() if cell["cell_type"] == "code" else lines_of_code(text)
+        count += len(lines)
+        # A longer one breaks in a window of 1280 pixels.
+        assert not [line for line in lines if len(line) > 76], page
+    assert count > 2000
+
+
 def test_version_is_the_same_everywhere():
     import invlib
 

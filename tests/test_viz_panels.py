@@ -64,7 +64,7 @@ def parts(panel):
 def wait():
     for thread in threading.enumerate():
         if thread.name == THREAD:
-            thread.join(timeout=60)
+            thread.join(timeout=600)
             assert not thread.is_alive()
 
 
@@ -124,7 +124,7 @@ def test_stop_ends_the_run_and_keeps_what_was_found(photos, networks, sent):
     panel = made(photos, networks, sent[1], attack, steps=100_000)
     *_, run, stop, bar, said = parts(panel)
     run.click()
-    assert reached.wait(timeout=60)
+    assert reached.wait(timeout=600)
     assert run.disabled
     stop.click()
     wait()

@@ -1,7 +1,9 @@
 """What only a browser can tell: scripts that fail, sliders that do not move, text that cannot be read."""
 
 import re
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import BrowserContext, Locator, Playwright, TimeoutError
@@ -9,7 +11,9 @@ from playwright.sync_api import BrowserContext, Locator, Playwright, TimeoutErro
 WIDGET = 'script[type="application/vnd.jupyter.widget-view+json"]'
 # What differs from Playwright's own choice: nothing in the background may ask for the network.
 FLAGS = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
-PATIENCE = 60_000  # milliseconds; a busy machine is slow, not wrong
+PATIENCE = 300_000  # milliseconds; a busy machine is slow, not wrong
+# A page's scripts are told of a new width before the next frame.
+TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 WIDTHS = {"phone": 360, "desk": 1280}
 THEMES = ("light", "dark")
 GRAVE = ("serious", "critical")
@@ -30,9 +34,9 @@ class Visit:
         self.page.on("console", self._console)
         self.page.on("requestfailed", lambda request: self.faults.append(f"cannot load {request.url}"))
         self.page.on("request", lambda request: self._requested(request.url, root.as_uri()))
-        self.page.goto(path.as_uri(), wait_until="load", timeout=PATIENCE)
+        self.page.goto(path.as_uri(), wait_until="load")
         if 'http-equiv="Refresh"' in path.read_text(encoding="utf-8"):
-            self.page.wait_for_url(lambda url: url != path.as_uri(), wait_until="load", timeout=PATIENCE)
+            self.page.wait_for_url(lambda url: url != path.as_uri(), wait_until="load")
         self.page.evaluate("window.MathJax?.startup?.promise")  # formulas are set after the page has loaded
 
     def _console(self, line) -> None:
@@ -79,16 +83,21 @@ class Visit:
         if not handle.get_attribute("aria-label"):
             self.faults.append(f"{name} has no name")
         before = picture(box)
-        handle.focus()
-        for key in ("ArrowRight", "ArrowLeft"):  # one that starts at its end can only go back
-            handle.press(key)
-            self.page.wait_for_timeout(100)
-            if (after := picture(box)) != before:
-                break
-        else:
+        at_its_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+        handle.press("ArrowLeft" if at_its_end else "ArrowRight")
+        if not self._comes(lambda: picture(box) != before):
             self.faults.append(f"{name} does not change its picture")
-        for alt in [alt for alt, _ in after if len(alt.strip()) < 8]:
+        for alt in [alt for alt, _ in picture(box) if len(alt.strip()) < 8]:
             self.faults.append(f"{name} shows an image without a description: {alt!r}")
+
+    def _comes(self, condition: Callable[[], bool]) -> bool:
+        """Wait for a condition and return whether it came true."""
+        end = time.monotonic() + PATIENCE / 1000
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            self.page.wait_for_timeout(20)
+        return True
 
     def check_accessibility(self) -> None:
         """Run axe at both widths and in both themes and keep what it calls serious or critical."""
@@ -123,7 +132,7 @@ class Visit:
         """See that the page fits a phone and a desk without scrolling sideways."""
         for device, width in WIDTHS.items():
             self.page.set_viewport_size({"width": width, "height": 800})
-            self.page.wait_for_timeout(50)
+            self.page.evaluate(TWO_FRAMES)
             # Where it is the body that scrolls, the document's own width says nothing.
             over = self.page.evaluate(
                 "() => Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
@@ -172,7 +181,7 @@ def check_search(context: BrowserContext, root: Path, term: str, expected: str) 
     if not path.is_file():
         return ["there is no search page"]
     visit = Visit(context, path, root)
-    visit.page.goto(f"{path.as_uri()}?q={term}", wait_until="load", timeout=PATIENCE)
+    visit.page.goto(f"{path.as_uri()}?q={term}", wait_until="load")
     try:
         visit.page.locator("#search-results li a", has_text=expected).first.wait_for(timeout=PATIENCE)
     except TimeoutError:
@@ -188,8 +197,11 @@ def check_gallery(context: BrowserContext, path: Path, root: Path) -> list[str]:
         return ["there is no gallery"]
     visit = Visit(context, path, root)
     try:
-        visit.page.locator(".gallery-card a:has(img)").first.click(timeout=PATIENCE)
-        visit.page.locator(".cell:has(figure:target) .cell_input").wait_for(timeout=PATIENCE)
+        visit.page.locator(".gallery-card a:has(img)").first.click()
+        cell = visit.page.locator(".cell:has(figure:target)")
+        cell.wait_for()
+        visit.page.wait_for_load_state()
+        cell.locator(".cell_input").wait_for(timeout=PATIENCE)
     except TimeoutError:
         visit.faults.append(f"its first picture leads to {visit.page.url}, where no code is unfolded")
     visit.close()
@@ -198,9 +210,11 @@ def check_gallery(context: BrowserContext, path: Path, root: Path) -> list[str]:
 
 def open_window(playwright: Playwright, chromium: str) -> BrowserContext:
     """Start the browser and return a window of it, as wide as a phone and without a network."""
-    browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+    browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS, timeout=PATIENCE)
     # A page is opened on a phone, as many readers do: what it finds out about its width then has to be right.
-    return browser.new_context(offline=True, viewport={"width": WIDTHS["phone"], "height": 800})
+    window = browser.new_context(offline=True, viewport={"width": WIDTHS["phone"], "height": 800})
+    window.set_default_timeout(PATIENCE)
+    return window
 
 
 def picture(box: Locator) -> list[tuple[str, str]]:

@@ -55,7 +55,9 @@ def run_elsewhere(path: Path) -> Notebook:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copy(path, folder))
         notebook = nbformat.read(copy, as_version=4)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+        # A busy machine is slow, not wrong; without its last messages a cell would lack a picture.
+        patience = {"timeout": 3600, "startup_timeout": 600, "iopub_timeout": 600}
+        NotebookClient(notebook, resources={"metadata": {"path": folder}}, **patience).execute()
         return notebook
 
 
