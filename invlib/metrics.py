@@ -57,7 +57,8 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """Return the structural similarity of each image, 1 for a perfect one.
 
-    Arguments as for `mse`; Gaussian window of 11 pixels, standard deviation 1.5, data range 1.
+    Arguments as for `mse`; Gaussian window of 11 pixels, standard deviation 1.5, data range 1, borders
+    reflected.
 
     Raises:
         ConfigError: the shapes differ, or a side is under 11 pixels.

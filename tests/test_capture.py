@@ -90,7 +90,9 @@ def test_saved_buffers_come_back(tmp_path):
     seen = iv.observe(net, *random_batch(2), iv.FedSGD(), normalization=iv.UNIT, training_mode=True)
     iv.save_observation(seen, tmp_path / "seen")
     found = iv.load_observation(tmp_path / "seen")
+    same(found, seen)
     assert found.buffers.keys() == seen.buffers.keys()
+    assert all(torch.equal(found.buffers[n], seen.buffers[n]) for n in seen.buffers)
     found.validate(net)
 
 

@@ -46,6 +46,16 @@ def test_the_label_counts_of_a_batch(protocol, build, labels):
     assert found.counts.sum() == 4
 
 
+@pytest.mark.parametrize("labels", [[0, 0, 3, 4], [2, 2, 2, 2]])
+def test_features_below_zero_turn_the_row_sums_round(labels):
+    net = without_bias()
+    net[1] = nn.LogSigmoid()  # gives negative numbers alone
+    x, _ = random_batch(4)
+    y = torch.tensor(labels)
+    seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=False)
+    assert infer(net, seen).labels.tolist() == labels
+
+
 def test_a_bias_that_was_not_sent_is_not_needed():
     net = build_tiny()
     net[3].bias.requires_grad_(False)
@@ -76,6 +86,19 @@ def test_a_zero_gradient_is_refused(tiny, seen):
 def test_a_missing_layer_is_refused(tiny, seen):
     with pytest.raises(RecoveryError, match=r"lacks '3\.weight'"):
         infer(tiny, replace(seen, update={"0.weight": seen.update["0.weight"]}))
+
+
+@pytest.mark.parametrize(
+    ("expected", "present", "total", "counts"),
+    [
+        ([0.9, 1.6, 0.5], [0, 0, 0], 3, [1, 2, 0]),  # the first two are furthest short
+        ([2.9, 2.02, 0.04, 0.04], [0, 0, 1, 1], 5, [2, 1, 1, 1]),  # the second pays for the last two
+        ([0.02, 0.03, 0.04, 3.91], [1, 1, 1, 0], 4, [1, 1, 1, 1]),
+    ],
+)
+def test_counts_by_hand(expected, present, total, counts):
+    found = _whole_counts(torch.tensor(expected), present=torch.tensor(present).bool(), total=total)
+    assert found.tolist() == counts
 
 
 @given(

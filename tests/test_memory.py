@@ -197,6 +197,18 @@ def test_chunks_of_many_observations_end_where_an_observation_does(monkeypatch):
         assert one.chunks == (2, 4)
 
 
+def test_some_of_what_is_free_is_left_to_others(monkeypatch, tiny, seen):
+    attack = iv.GradientMatching(restarts=100)
+    problem = attack._problem(tiny, seen)
+    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    _, need = memory.largest(problem, starts, None)
+    free = 60 * need
+    monkeypatch.setattr(memory, "available", lambda device: free)
+    most, _ = memory.largest(problem, starts, None)
+    places, best, means = (sum(s.nbytes for s in starts) * k for k in (1, 1, 2))  # two means: Adam's
+    assert 0.6 * free < most * need + places + best + means < 0.9 * free
+
+
 def test_a_chunk_that_is_given_is_taken(monkeypatch, tiny, seen):
     monkeypatch.setattr(memory, "peak", None)
     ran = sized(monkeypatch)

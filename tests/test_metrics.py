@@ -38,6 +38,28 @@ def test_ssim_is_one_for_the_same_and_low_for_another():
     assert metrics.ssim(x, x.flip(0)).max() < 0.9
 
 
+def test_ssim_is_the_mean_over_windows_around_every_pixel():
+    """Equation 13 of Wang et al., window by window, the borders reflected."""
+    x, y = random_batch(2, side=11, dtype=torch.float64)[0]
+    place = torch.arange(-5, 6, dtype=torch.float64)
+    weight = torch.outer(*[(-place.square() / (2 * 1.5**2)).exp()] * 2)
+    weight /= weight.sum()
+    wide = [torch.nn.functional.pad(image[None], (5, 5, 5, 5), mode="reflect")[0] for image in (x, y)]
+    values = []
+    for c, i, j in torch.cartesian_prod(torch.arange(3), torch.arange(11), torch.arange(11)).tolist():
+        a, b = (image[c, i : i + 11, j : j + 11] for image in wide)
+        mean_a, mean_b = (weight * a).sum(), (weight * b).sum()
+        variances = (weight * ((a - mean_a) ** 2 + (b - mean_b) ** 2)).sum()
+        covariance = (weight * (a - mean_a) * (b - mean_b)).sum()
+        values.append(
+            (2 * mean_a * mean_b + 0.01**2)
+            * (2 * covariance + 0.03**2)
+            / ((mean_a**2 + mean_b**2 + 0.01**2) * (variances + 0.03**2))
+        )
+    expected = torch.stack(values).mean().item()
+    assert metrics.ssim(x[None], y[None]).item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_ssim_refuses_small_images():
     with pytest.raises(ConfigError, match=r"11 pixels a side or more, got \(8, 8\)"):
         metrics.ssim(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
@@ -58,6 +80,14 @@ def test_the_order_of_a_batch_is_found(order):
     shuffled = truth[list(order)]
     found = metrics.matching_order(shuffled, truth)
     assert torch.equal(shuffled[found], truth)
+
+
+def test_orders_are_told_apart_by_squared_errors():
+    # One large error and none beside it add up to less than two of half its size; their squares do not.
+    truth = torch.tensor([[0.0, 0.0], [0.5, 0.05]]).view(2, 1, 1, 2)
+    images = torch.tensor([[0.5, 0.05], [1.0, 0.0]]).view(2, 1, 1, 2)
+    assert metrics.matching_order(images, truth).tolist() == [0, 1]
+    assert metrics.mse(images, truth).mean() < metrics.mse(images.flip(0), truth).mean()
 
 
 def test_a_report_matches_the_order_first_and_counts_labels():
@@ -88,6 +118,19 @@ def test_means_over_a_batch_are_means_of_its_numbers():
     assert report.mean_ssim == pytest.approx(sum(report.ssim) / 2)
     assert "PSNR  30.00 dB" in str(report)
     assert math.isnan(iv.evaluate(made(random_batch(1)[0]), random_batch(1)[0]).mean_ssim)
+
+
+def test_the_floor_of_one_image_is_its_mean_colour():
+    colour = torch.tensor([0.2, 0.5, 0.8]).view(1, 3, 1, 1)
+    stripes = torch.tensor([-0.1, 0.1]).repeat(6)
+    truth = (colour + stripes).expand(1, 3, 12, 12)
+    assert iv.evaluate(made(truth), truth).mean_image_psnr == pytest.approx([20.0], abs=1e-4)
+
+
+def test_a_label_counts_as_often_as_both_have_it():
+    truth, _ = random_batch(4, side=12)
+    found = made(truth, torch.tensor([1, 1, 1, 3]))
+    assert iv.evaluate(found, truth, torch.tensor([1, 2, 1, 3])).labels_right == 3
 
 
 def test_small_images_have_no_ssim():

@@ -49,9 +49,10 @@ def test_cosine_ignores_size(scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cosine_holds_for_the_tiny_gradients_of_trained_networks(dtype):
+@pytest.mark.parametrize("small", [8e-5 / 5, 1e-12])
+def test_cosine_holds_for_the_tiny_gradients_of_trained_networks(dtype, small):
     # A well-trained network's gradient can have a norm of 8e-5; its square times another's is near 1e-17.
-    small = 8e-5 / 5
+    # At 1e-12 that product is less than float32 can hold, while each of the two norms is not.
     value = objectives.cosine(lists(0, small, dtype), lists(1, small, dtype))
     expected = objectives.cosine(lists(0), lists(1))
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)

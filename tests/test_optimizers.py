@@ -118,6 +118,14 @@ def test_step_decay_falls_where_the_published_code_lets_it(steps):
 
 
 @pytest.mark.parametrize(
+    ("steps", "falls"), [(100, (37, 62, 87)), (4800, (1800, 3000, 4200)), (3, (1, 1, 2))]
+)
+def test_step_decay_falls_at_the_whole_step_before(steps, falls):
+    expected = [0.1 ** sum(k >= fall for fall in falls) for k in range(steps)]
+    assert [StepDecay().factor(k, steps) for k in range(steps)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Adam(lr=0), "Adam lr is 0; expected a positive"),

@@ -173,6 +173,16 @@ def test_parts_can_be_left_out_one_by_one():
     assert 60 <= adam.evaluations <= 70
 
 
+def test_the_search_starts_near_plain_grey():
+    _, seen = see(kinked())
+    frames = iv.Frames(every=1)
+    iv.best(steps=1)(kinked(), seen, callback=frames)
+    assert frames.steps[0] == 0
+    noise = iv.NaturalImages().images(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert 0 < float(frames.images[0].std()) < float(noise.std()) / 3
+    assert float(frames.images[0].mean()) == pytest.approx(0.5, abs=0.1)
+
+
 def test_images_of_one_label_do_not_start_alike():
     _, seen = see(kinked(), n=2)
     alike = replace(seen, labels=torch.zeros(2, dtype=torch.int64))

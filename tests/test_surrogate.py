@@ -56,6 +56,21 @@ def test_the_mean_of_the_way_is_that_of_the_weights_passed(net):
     assert (moved[0].weight - mean).norm() < 0.02 * (mean - start).norm()
 
 
+def test_of_minibatches_it_is_the_mean_of_all_their_gradients(net):
+    client = iv.FedAvg(lr=0.1, epochs=2, batch_size=1)
+    seen, x, y = see(net, client, n=3)
+    gradients, inputs = [], iv.CIFAR10.encode(x)
+
+    def watch(params, image):
+        k = len(gradients) % 3
+        gradients.append(iv.FedSGD()(net, image, y[k : k + 1], params=params)["0.weight"].detach())
+
+    client(net, inputs, y, on_step=watch)
+    _, one = iv.as_one_gradient(net, seen)
+    assert len(gradients) == 6
+    torch.testing.assert_close(one.update["0.weight"], torch.stack(gradients).mean(0))
+
+
 def test_the_model_stays_where_it_was(net):
     before = {name: value.clone() for name, value in net.state_dict().items()}
     seen, *_ = see(net, iv.FedAvg(lr=0.1, local_steps=3))
