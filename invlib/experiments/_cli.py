@@ -7,8 +7,6 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
-
 from invlib._experiment import _device
 from invlib.errors import DataError
 from invlib.experiments import EXPERIMENTS, _executors, _plan, _run, figure, table
@@ -91,7 +89,7 @@ def cli(args: argparse.Namespace) -> int:
         device += f", scheduler {args.dask}"
     # At once: the progress bar that follows is written to another stream.
     print(f"images: {plan.settings['dataset']} ({args.split}) from {plan.first} on; {device}", flush=True)
-    with _executor(args, plan.device) as executor:
+    with _executor(args, plan.request) as executor:
         made = _run.carry_out(plan, path, executor=executor, fresh=args.fresh, pictures=not args.no_pictures)
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
@@ -104,10 +102,10 @@ def cli(args: argparse.Namespace) -> int:
     return 0
 
 
-def _executor(args: argparse.Namespace, device: torch.device) -> AbstractContextManager[Executor | None]:
+def _executor(args: argparse.Namespace, request: _plan.Request) -> AbstractContextManager[Executor | None]:
     if args.workers is not None:
-        return _executors.pool(args.workers, device)
-    return nullcontext() if args.dask is None else _executors.cluster(args.dask)
+        return _executors.pool(args.workers, request.device)
+    return nullcontext() if args.dask is None else _executors.cluster(args.dask, request)
 
 
 def _request(args: argparse.Namespace) -> _plan.Request:

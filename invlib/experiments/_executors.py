@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from invlib.errors import ConfigError, DeviceError, WorkerError
+from invlib.experiments import _run
+from invlib.experiments._plan import Request
 
 
 @contextmanager
@@ -59,11 +61,12 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[Executor]:
+def cluster(address: str, request: Request) -> Iterator[Executor]:
     """Connect to the scheduler of a Dask cluster, which runs what a dead worker had again on another.
 
     Args:
         address: as the scheduler prints it, such as ``tcp://127.0.0.1:8786``.
+        request: what is run; an error here ends the workers that are at it, and their nannies restart them.
 
     Raises:
         DeviceError: the package distributed is not installed.
@@ -89,3 +92,7 @@ def cluster(address: str) -> Iterator[Executor]:
                 f"an attack ended every worker that it was given to ({error}); the record holds every attack "
                 "that had ended, and the same command goes on from there"
             ) from error
+        except BaseException:
+            if client.status == "running":
+                client.run(_run.stop, request, on_error="ignore")
+            raise

@@ -34,6 +34,7 @@ from invlib.federated import observe
 from invlib.reconstruction import Reconstruction
 
 _ALONE = threading.Lock()
+_AT_WORK = list[Request]()
 
 
 def run(
@@ -188,7 +189,17 @@ def work(request: Request, case: str, first: int, expected: tuple[dict[str, Any]
                 f"worker {platform.node()} has other images of {plan.settings['dataset']}; expected those of "
                 "the process that began the run"
             )
-        return _attack(plan, plan.known[case], first, expected[0])
+        _AT_WORK.append(request)
+        try:
+            return _attack(plan, plan.known[case], first, expected[0])
+        finally:
+            _AT_WORK.clear()
+
+
+def stop(request: Request, dask_worker: Any) -> None:
+    """End this worker if it is at an attack for a request; its nanny, where it has one, starts it again."""
+    if request in _AT_WORK and dask_worker.nanny:
+        os._exit(1)
 
 
 @functools.lru_cache(maxsize=1)
