@@ -144,7 +144,7 @@ def interrupted(path, *more, ready):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 130, said
-    assert said.splitlines()[-1] == "interrupted"
+    assert said.splitlines()[-1] == "interrupted", said
 
 
 @posix

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from invlib.errors import ConfigError, DeviceError, WorkerError
 from invlib.experiments import _run
@@ -46,6 +47,7 @@ def pool(workers: int, device: torch.device) -> Iterator[Executor]:
 def _begin(threads: int, device: torch.device, begun: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # one between processes would be left over where this one is terminated
     torch.set_num_threads(threads)
     if device.type == "cuda" and device.index is None:
         with begun.get_lock():
