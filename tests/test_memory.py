@@ -199,8 +199,8 @@ def test_chunks_of_many_observations_end_where_an_observation_does(monkeypatch):
 
 def test_some_of_what_is_free_is_left_to_others(monkeypatch, tiny, seen):
     attack = iv.GradientMatching(restarts=100)
-    problem = attack._problem(tiny, seen)
-    starts = attack._starts(problem, seen, torch.Generator().manual_seed(0))
+    problem = attack.problem(tiny, seen)
+    starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
     _, need = memory.largest(problem, starts, None)
     free = 60 * need
     monkeypatch.setattr(memory, "available", lambda device: free)

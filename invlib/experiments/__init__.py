@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from invlib.errors import ConfigError, UnknownNameError
-from invlib.experiments import _report, ablation, architecture, fedavg, imagenet, multi, table1
+from invlib.errors import ConfigError
+from invlib.experiments import _report
 from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
+from invlib.experiments._catalog import EXPERIMENTS, get
 from invlib.experiments._report import Table
+from invlib.experiments._run import run
 
 __all__ = [
     "EXPERIMENTS",
@@ -26,31 +28,12 @@ __all__ = [
     "curve",
     "figure",
     "get",
+    "run",
     "table",
 ]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-EXPERIMENTS: dict[str, Experiment] = {
-    "table1": table1.EXPERIMENT,
-    "architecture": architecture.EXPERIMENT,
-    "ablation": ablation.EXPERIMENT,
-    "fedavg": fedavg.EXPERIMENT,
-    "multi": multi.EXPERIMENT,
-    "imagenet": imagenet.EXPERIMENT,
-}
-
-
-def get(name: str) -> Experiment:
-    """Return an experiment by name.
-
-    Raises:
-        UnknownNameError: there is none of that name; the message lists those there are.
-    """
-    if name not in EXPERIMENTS:
-        raise UnknownNameError(f"no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name]
 
 
 def table(record: str | os.PathLike[str]) -> Table:

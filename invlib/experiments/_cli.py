@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-
-import torch
 
 from invlib._experiment import _device
 from invlib.errors import DataError
-from invlib.experiments import EXPERIMENTS, _plan, _run, figure, get, table
-from invlib.experiments._plan import Plan
+from invlib.experiments import EXPERIMENTS, _executors, _plan, _run, figure, table
 
 DESCRIPTION = "Run one of the paper's experiments, or go on with it, and print its table."
 EPILOG = """\
 examples:
   python -m invlib experiment table1 --images 4 --reduced --figure table1.png
+  python -m invlib experiment table1 --full --workers 4
+  python -m invlib experiment table1 --full --dask tcp://127.0.0.1:8786
 
 The record gets a row for each attack, on the disk at once: after Ctrl-C or a kill the same command goes on
 where it was. A record of other settings is refused, unless --fresh begins a new one. Without --reduced or
 --full the form is the full one on a GPU and the reduced one on a CPU. CIFAR10 is taken where it is on this
 disk (in INVLIB_DATA or the cache), else the embedded patches.
 
+--workers and --dask share the attacks out; the record has the rows of one process, in the order in which the
+attacks end. Under Dask a worker that dies costs nothing: its attack is run again on another. One of --workers
+that dies ends the run, and the same command goes on from the record. On GPUs the processes of --workers take
+them in turn; more than one GPU is not yet measured.
+
 exit status:
-  0; 2 where an option, the record, data or weights do not fit; 130 after Ctrl-C.
+  0; 2 where an option, the record, data or weights do not fit, or a worker died; 130 after Ctrl-C.
 """
 
 
@@ -48,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--weights", type=Path, default=Path("models"), metavar="FOLDER", help="(%(default)s)")
     what.add_argument("--seed", type=int, default=0, help="an image's number is added to it (%(default)s)")
     what.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
+    where = parser.add_argument_group("where").add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="in N processes of this machine")
+    where.add_argument(
+        "--dask", metavar="ADDRESS", help="on the cluster of a Dask scheduler (invlib[cluster])"
+    )
     files = parser.add_argument_group("the record")
     files.add_argument("--out", type=Path, help="default: results/NAME.jsonl")
     files.add_argument("--figure", type=Path, metavar="FILE", help="draw the record too, as .png or .svg")
@@ -67,16 +78,19 @@ def cli(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: an option, the record, data or weights do not fit.
     """
-    plan = _planned(args)
+    plan = _plan.plan(_request(args))
     path = args.out or Path("results") / f"{args.name}.jsonl"
-    form = "reduced" if _reduced(args, plan.device) else "full"
+    form = "reduced" if plan.request.reduced else "full"
     print(f"{args.name}, {form} form: {len(plan.cases)} cases, {plan.images} clients")
+    device = f"device {plan.device}"
+    if args.workers is not None:
+        device += f", {args.workers} workers"
+    if args.dask is not None:
+        device += f", scheduler {args.dask}"
     # At once: the progress bar that follows is written to another stream.
-    print(
-        f"images: {plan.settings['dataset']} ({args.split}) from {plan.first} on; device {plan.device}",
-        flush=True,
-    )
-    made = _run.run(plan, path, fresh=args.fresh, pictures=not args.no_pictures)
+    print(f"images: {plan.settings['dataset']} ({args.split}) from {plan.first} on; {device}", flush=True)
+    with _executor(args, plan.request) as executor:
+        made = _run.carry_out(plan, path, executor=executor, fresh=args.fresh, pictures=not args.no_pictures)
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
     if args.figure is not None:
@@ -88,24 +102,24 @@ def cli(args: argparse.Namespace) -> int:
     return 0
 
 
-def _planned(args: argparse.Namespace) -> Plan:
-    experiment, device = get(args.name), _device(args.device)
-    return _plan.plan(
-        args.name,
-        experiment,
+def _executor(args: argparse.Namespace, request: _plan.Request) -> AbstractContextManager[Executor | None]:
+    if args.workers is not None:
+        return _executors.pool(args.workers, request.device)
+    return nullcontext() if args.dask is None else _executors.cluster(args.dask, request)
+
+
+def _request(args: argparse.Namespace) -> _plan.Request:
+    return _plan.Request(
+        name=args.name,
         images=args.images,
-        device=device,
         steps=args.steps,
         restarts=args.restarts,
-        reduced=_reduced(args, device),
+        reduced=True if args.reduced else False if args.full else None,
         dataset=args.dataset,
         split=args.split,
         first=args.first,
-        only=args.only,
+        only=tuple(args.only),
         seed=args.seed,
         weights=args.weights,
+        device=_device(args.device),
     )
-
-
-def _reduced(args: argparse.Namespace, device: torch.device) -> bool:
-    return bool(args.reduced or (device.type == "cpu" and not args.full))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from invlib._fingerprint import describe
 from invlib.errors import ConfigError
 from invlib.experiments import _gallery
-from invlib.experiments._cases import Case, Experiment, Setup
+from invlib.experiments._cases import Case, Setup
+from invlib.experiments._catalog import get
 from invlib.experiments._gallery import Gallery
 from invlib.experiments._networks import Networks, check
 
@@ -24,13 +25,50 @@ ADDED_LATER = {
 }
 
 
+def _some_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of a run of an experiment: small, and enough for another process to make the same plan.
+
+    Args:
+        name: of the experiment.
+        images: clients in each case; None, as below, takes what the form has.
+        steps: network evaluations of each restart.
+        restarts: starting points of each attack.
+        reduced: the reduced form or the full one; None takes the full one on a GPU.
+        dataset: name of the data set.
+        split: ``"train"`` or ``"test"``.
+        first: number of the first private image.
+        only: cases with these words in their name; none of them takes all.
+        seed: an image's number is added to it.
+        weights: where trained weights are looked for before the shipped ones.
+        device: where the attacks run.
+    """
+
+    name: str
+    images: int | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    reduced: bool | None = None
+    dataset: str | None = None
+    split: str = "train"
+    first: int | None = None
+    only: tuple[str, ...] = ()
+    seed: int = 0
+    weights: Path = Path("models")
+    device: torch.device = field(default_factory=_some_device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All that a run of an experiment is about, fixed before it begins.
 
     Args:
         name: of the experiment.
-        experiment: what it is.
+        request: what makes the same plan in another process on this machine, or one with the same files.
         cases: those that are wanted.
         known: all that this form has, by name, wanted or not.
         images: clients in each case.
@@ -43,7 +81,7 @@ class Plan:
     """
 
     name: str
-    experiment: Experiment
+    request: Request
     cases: Sequence[Case]
     known: dict[str, Case]
     images: int
@@ -73,61 +111,55 @@ class Plan:
             "labels": "known" if case.reveal_labels else "inferred",
         }
 
+    def images_sha256(self) -> str:
+        """Return a hash of the images, as they are rounded to 8 bits."""
+        pixels = self.gallery.images.mul(255).round().to(torch.uint8).cpu().numpy()
+        return hashlib.sha256(pixels.tobytes()).hexdigest()
 
-def plan(
-    name: str,
-    experiment: Experiment,
-    *,
-    images: int | None = None,
-    device: torch.device,
-    steps: int | None = None,
-    restarts: int | None = None,
-    reduced: bool,
-    dataset: str | None = None,
-    split: str = "train",
-    first: int | None = None,
-    only: Sequence[str] = (),
-    seed: int = 0,
-    weights: Path = Path("models"),
-) -> Plan:
+
+def plan(request: Request) -> Plan:
     """Fix everything before the first attack, so that what is missing is said at once.
 
     Raises:
         InvlibError: a setting is out of range, or images or weights are missing.
     """
+    experiment, device, split = get(request.name), request.device, request.split
+    reduced = device.type == "cpu" if request.reduced is None else request.reduced
     size = experiment.reduced if reduced else experiment.full
-    given = {"images": images, "steps": steps, "restarts": restarts}
+    given = {"images": request.images, "steps": request.steps, "restarts": request.restarts}
     for key, value in given.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{key} is {value}; expected at least 1")
     size = replace(size, **{key: value for key, value in given.items() if value is not None})
-    source = _gallery.choose(dataset or experiment.dataset, split)
+    source = _gallery.choose(request.dataset or experiment.dataset, split)
     setup = Setup(steps=size.steps, restarts=size.restarts, reduced=reduced, slug=_gallery.slug(source))
     cases = experiment.cases(setup)
-    wanted = _chosen(cases, only)
-    check(wanted, weights, name)
+    wanted = _chosen(cases, request.only)
+    check(wanted, request.weights, request.name)
     count = max(case.images for case in wanted) * size.images
-    gallery, begin = _gallery.load(source, split, first, count, device)
+    gallery, begin = _gallery.load(source, split, request.first, count, device)
     full = experiment.full
     return Plan(
-        name=name,
-        experiment=experiment,
+        name=request.name,
+        request=replace(
+            request, reduced=reduced, dataset=source, first=begin, weights=request.weights.absolute()
+        ),
         cases=wanted,
         known={case.name: case for case in cases},
         images=size.images,
         first=begin,
-        seed=seed,
+        seed=request.seed,
         settings={
             "dataset": source,
             "split": split,
             "steps": size.steps,
             "restarts": size.restarts,
-            "seed": seed,
+            "seed": request.seed,
             # Fewer steps than the full form has are a reduction too, whatever the networks.
             "reduced": reduced or size.steps < full.steps or size.restarts < full.restarts,
         },
         gallery=gallery,
-        networks=Networks(weights, device, _gallery.normalization(source), _gallery.classes(source)),
+        networks=Networks(request.weights, device, _gallery.normalization(source), _gallery.classes(source)),
         device=device,
     )
 

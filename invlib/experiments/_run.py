@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import json
 import math
+import os
+import platform
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,43 +24,85 @@ from tqdm.auto import tqdm
 
 import invlib
 from invlib import _trained, metrics
-from invlib.errors import DataError
-from invlib.experiments import _judge, _record
+from invlib.errors import DataError, WorkerError
+from invlib.experiments import _judge, _plan, _record
 from invlib.experiments._cases import Case
 from invlib.experiments._networks import Network
-from invlib.experiments._plan import Plan, key
+from invlib.experiments._plan import Plan, Request, key
 from invlib.experiments._record import Record, Row
 from invlib.federated import observe
 from invlib.reconstruction import Reconstruction
 
+_ALONE = threading.Lock()
+_AT_WORK = list[Request]()
+
 
 def run(
-    plan: Plan,
-    path: Path,
+    name: str,
+    out: str | os.PathLike[str],
     *,
+    executor: Executor | None = None,
     fresh: bool = False,
     pictures: bool = True,
     progress: bool = True,
+    **options: Any,
 ) -> int:
-    """Run what the record lacks, and return how many attacks that were.
+    """Run what the record of an experiment lacks, and return how many attacks that were.
 
     Args:
-        plan: what is to be run.
-        path: the record.
+        name: of the experiment.
+        out: the record; a row is on the disk as soon as its attack has ended.
+        executor: runs the attacks, in processes here or elsewhere; None runs them in this process. The rows
+            are the same, each once, but in the order in which the attacks end. Each process makes the plan
+            anew and has to find the same images, weights and settings; this process alone writes.
         fresh: begin a new record; the old one is kept beside it.
         pictures: keep the originals and what became of them in the record, for the figure. An image that may
             not be passed on must not be kept, and no exact reconstruction of it either.
         progress: show a progress bar.
+        options: as the command has them: images, steps, restarts, reduced, dataset, split, first, only (a
+            tuple), seed, weights (a Path) and device (a torch.device).
 
     Raises:
-        DataError: the record is locked, broken, or of other settings.
-        KeyboardInterrupt: after Ctrl-C; the record holds every attack that had ended.
+        InvlibError: an option, the record, data or weights do not fit, here or in another process.
+        WorkerError: a process of the executor died, or its scheduler is gone.
+        KeyboardInterrupt: after Ctrl-C; the record holds every attack that had ended, and attacks that had
+            not begun are cancelled. Whoever made the executor ends its processes.
+
+    Example:
+        Four processes on this machine, in a script whose main part is guarded, as multiprocessing needs it::
+
+            from concurrent.futures import ProcessPoolExecutor
+            from multiprocessing import get_context
+
+            import invlib as iv
+
+            if __name__ == "__main__":
+                with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as executor:
+                    iv.experiments.run("table1", "table1.jsonl", executor=executor, images=4)
     """
+    request = Request(name=name, **options)
+    return carry_out(
+        _plan.plan(request), Path(out), executor=executor, fresh=fresh, pictures=pictures, progress=progress
+    )
+
+
+def carry_out(
+    plan: Plan,
+    path: Path,
+    *,
+    executor: Executor | None = None,
+    fresh: bool = False,
+    pictures: bool = True,
+    progress: bool = True,
+) -> int:
+    """Run what the record of a plan lacks, as `run` says, and return how many attacks that were."""
     with ExitStack() as stack:
         record = stack.enter_context(_record.opened(path, fresh=fresh))
         settings = {name: plan.case_settings(case) for name, case in plan.known.items()}
         done = _done(record, plan, settings)
         tasks = [(case, first) for case, first in plan.tasks() if (case.name, first) not in done]
+        # Chosen before the first attack: the rows that hold the originals do not depend on which ends first.
+        originals = _without_original(record, tasks) if pictures else set()
         bar = stack.enter_context(
             tqdm(
                 total=len(done) + len(tasks),
@@ -65,16 +114,98 @@ def run(
             )
         )
         clock = _Clock(list(record.rows), [case.name for case, _ in tasks])
-        for case, first in tasks:
-            bar.set_postfix_str(f"{clock.left()}now {case.name}")
-            row = _attack(plan, case, first, settings[case.name])
-            new = pictures and not _has_truth(record, row)
+
+        def keep(row: Row) -> None:
+            case, first = plan.known[row["case"]], row["image"]
+            new = (case.name, first) in originals
             row["truth"] = _judge.png(_truth(plan, case, first)[0]) if new else None
             row["reconstruction"] = row["reconstruction"] if pictures else None
             record.append(row)
-            clock.ended(row["case"], row["seconds"])
+            clock.ended(case.name, row["seconds"])
+            bar.set_postfix_str(f"{clock.left()}after {case.name}", refresh=False)
             bar.update()
+
+        if executor is not None:
+            _collect(executor, plan, tasks, settings, keep)
+            return len(tasks)
+        for case, first in tasks:
+            bar.set_postfix_str(f"{clock.left()}now {case.name}")
+            keep(_attack(plan, case, first, settings[case.name]))
     return len(tasks)
+
+
+def _collect(
+    executor: Executor,
+    plan: Plan,
+    tasks: list[tuple[Case, int]],
+    settings: dict[str, dict[str, Any]],
+    keep: Callable[[Row], None],
+) -> None:
+    """Let an executor run the attacks, and keep the row of each as it ends, whatever ends the whole."""
+    images = plan.images_sha256()
+    version = hashlib.sha256(_record.encode({"images": images, **settings})).hexdigest()
+    waiting = list[Future[Row]]()
+    try:
+        for case, first in tasks:
+            expected = (settings[case.name], images)
+            waiting.append(executor.submit(work, plan.request, case.name, first, expected, version))
+        for future in as_completed(list(waiting)):
+            waiting.remove(future)
+            keep(future.result())
+    except (BrokenExecutor, CancelledError) as error:
+        raise WorkerError(
+            f"a worker was killed or ran out of memory, or the scheduler is gone ({error}); the record holds "
+            "every attack that had ended, and the same command goes on from there"
+        ) from error
+    finally:
+        for future in waiting:
+            if not future.cancel() and future.done() and future.exception() is None:
+                keep(future.result())
+
+
+def work(request: Request, case: str, first: int, expected: tuple[dict[str, Any], str], version: str) -> Row:
+    """Run one attack in a process of an executor, and return its row.
+
+    Args:
+        request: makes the plan, once in each process.
+        case: name of the case.
+        first: number of the first private image.
+        expected: the settings of the case, and the hash of the images, where the run began.
+        version: of all settings and images; another one makes the plan anew.
+
+    Raises:
+        DataError: this process finds other images, weights or settings.
+    """
+    with _ALONE:  # a worker may have threads, but networks and torch's generator are the process's
+        plan, settings, images = _planned(request, version)
+        here = settings.get(case, {})
+        if _record.encode(here) != _record.encode(expected[0]):
+            raise DataError(
+                f"worker {platform.node()} has case {case!r} with {_difference(expected[0], here)}; expected "
+                "what the process that began the run has"
+            )
+        if images != expected[1]:
+            raise DataError(
+                f"worker {platform.node()} has other images of {plan.settings['dataset']}; expected those of "
+                "the process that began the run"
+            )
+        _AT_WORK.append(request)
+        try:
+            return _attack(plan, plan.known[case], first, expected[0])
+        finally:
+            _AT_WORK.clear()
+
+
+def stop(request: Request, dask_worker: Any) -> None:
+    """End this worker if it is at an attack for a request; its nanny, where it has one, starts it again."""
+    if request in _AT_WORK and dask_worker.nanny:
+        os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _planned(request: Request, version: str) -> tuple[Plan, dict[str, dict[str, Any]], str]:
+    made = _plan.plan(request)
+    return made, {name: made.case_settings(c) for name, c in made.known.items()}, made.images_sha256()
 
 
 def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> set[tuple[str, int]]:
@@ -121,9 +252,11 @@ def _truth(plan: Plan, case: Case, first: int) -> tuple[Tensor, Tensor]:
     return plan.gallery.take(range(first, first + case.images))
 
 
-def _has_truth(record: Record, row: Row) -> bool:
-    place = (row["image"], len(row["psnr"]))
-    return any(r.get("truth") and (r["image"], len(r["psnr"])) == place for r in record.rows)
+def _without_original(record: Record, tasks: list[tuple[Case, int]]) -> set[tuple[str, int]]:
+    """Return the first task on each client whose originals the record does not hold."""
+    first_on = {(first, case.images): (case.name, first) for case, first in reversed(tasks)}
+    held = {(row["image"], len(row["psnr"])) for row in record.rows if row.get("truth")}
+    return {task for place, task in first_on.items() if place not in held}
 
 
 def _found(plan: Plan, case: Case, first: int) -> tuple[Network, Tensor, Tensor, Reconstruction]:
@@ -217,11 +350,13 @@ class _Clock:
     def __init__(self, rows: list[Row], waiting: list[str]) -> None:
         self.times: dict[str, list[float]] = {}
         self.waiting = list(waiting)
+        self.began, self.worked = time.perf_counter(), 0.0
         for row in rows:
             self.times.setdefault(row["case"], []).append(float(row["seconds"]))
 
     def ended(self, case: str, seconds: float) -> None:
         self.waiting.remove(case)
+        self.worked += seconds
         self.times.setdefault(case, []).append(seconds)
 
     def left(self) -> str:
@@ -230,4 +365,5 @@ class _Clock:
             return ""
         usual = sum(known) / len(known)
         expected = [self.times.get(case, [usual]) for case in self.waiting]
-        return f"about {math.ceil(sum(sum(t) / len(t) for t in expected))} s left, "
+        at_once = max(1.0, self.worked / (time.perf_counter() - self.began))
+        return f"about {math.ceil(sum(sum(t) / len(t) for t in expected) / at_once)} s left, "
