@@ -201,10 +201,10 @@ def test_some_of_what_is_free_is_left_to_others(monkeypatch, tiny, seen):
     attack = iv.GradientMatching(restarts=100)
     problem = attack.problem(tiny, seen)
     starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
-    _, need = memory.largest(problem, starts, None)
+    _, need = memory.largest(problem, starts, part_of_many(problem), None)
     free = 60 * need
     monkeypatch.setattr(memory, "available", lambda device: free)
-    most, _ = memory.largest(problem, starts, None)
+    most, _ = memory.largest(problem, starts, part_of_many(problem), None)
     places, best, means = (sum(s.nbytes for s in starts) * k for k in (1, 1, 2))  # two means: Adam's
     assert 0.6 * free < most * need + places + best + means < 0.9 * free
 
