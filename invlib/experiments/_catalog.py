@@ -21,8 +21,6 @@ def get(name: str) -> Experiment:
 
     Raises:
         UnknownNameError: there is none of that name; the message lists those there are.
-
-    Taught in: chapter 3
     """
     if name not in EXPERIMENTS:
         raise UnknownNameError(f"no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
