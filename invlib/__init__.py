@@ -6,42 +6,47 @@ Images are ``(N, C, H, W)`` in [0, 1] everywhere; the client's normalisation tra
 from importlib import import_module
 from typing import Any
 
-from invlib import errors, labels, metrics, objectives, optimizers, priors
-from invlib.analytic import fully_connected
-from invlib.capture import from_arrays, from_gradients, from_state_dicts, load_observation, save_observation
-from invlib.federated import FedAvg, FedSGD, observe
-from invlib.forward import ForwardMatching
-from invlib.matching import (
-    GradientMatching,
-    attack_many,
-    deep_leakage,
-    improved_deep_leakage,
-    inverting_gradients,
+from invlib import errors, kernels, metrics
+from invlib.attacks import analytic, labels
+from invlib.attacks.analytic import fully_connected
+from invlib.attacks.auto import best
+from invlib.attacks.forward import ForwardMatching
+from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.published import deep_leakage, improved_deep_leakage, inverting_gradients
+from invlib.attacks.recursive import recursive_inversion
+from invlib.autodiff import smoothing
+from invlib.autodiff.smoothing import Smoothing
+from invlib.core.normalization import CIFAR10, CIFAR100, FASHION_MNIST, IMAGENET, MNIST, UNIT, Normalization
+from invlib.core.observation import Observation
+from invlib.core.reconstruction import Frames, Progress, Reconstruction
+from invlib.core.version import __version__ as __version__
+from invlib.federated import (
+    FedAvg,
+    FedSGD,
+    as_one_gradient,
+    from_arrays,
+    from_gradients,
+    from_state_dicts,
+    load_observation,
+    observe,
+    save_observation,
 )
 from invlib.metrics import Report, evaluate
-from invlib.natural import NaturalImages
-from invlib.objectives import Layers
-from invlib.observation import (
-    CIFAR10,
-    CIFAR100,
-    FASHION_MNIST,
-    IMAGENET,
-    MNIST,
-    UNIT,
-    Normalization,
-    Observation,
-)
-from invlib.optimizers import LBFGS, SGD, Adam, StepDecay
-from invlib.presets import best
-from invlib.reconstruction import Frames, Progress, Reconstruction
-from invlib.recursive import recursive_inversion
-from invlib.smoothing import Smoothing
-from invlib.surrogate import as_one_gradient
-
-__version__ = "0.1.0"
+from invlib.optim import objectives, optimizers, priors
+from invlib.optim.coordinates import NaturalImages
+from invlib.optim.objectives import Layers
+from invlib.optim.optimizers import LBFGS, SGD, Adam
+from invlib.optim.schedules import StepDecay
 
 # Loaded on first use: they bring matplotlib, torchvision or the model zoo, which an audit may not need.
-_LAZY = ("analytic", "data", "experiments", "kernels", "legacy", "models", "training", "viz")
+_LAZY = {
+    "data": "invlib.data",
+    "experiments": "invlib.experiments",
+    "legacy": "invlib.legacy",
+    "models": "invlib.models",
+    "training": "invlib.models.training",
+    "viz": "invlib.viz",
+}
 
 __all__ = [
     "CIFAR10",
@@ -67,6 +72,7 @@ __all__ = [
     "Report",
     "Smoothing",
     "StepDecay",
+    "analytic",
     "as_one_gradient",
     "attack_many",
     "best",
@@ -79,6 +85,7 @@ __all__ = [
     "fully_connected",
     "improved_deep_leakage",
     "inverting_gradients",
+    "kernels",
     "labels",
     "load_observation",
     "metrics",
@@ -88,10 +95,15 @@ __all__ = [
     "priors",
     "recursive_inversion",
     "save_observation",
+    "smoothing",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return import_module(f"invlib.{name}")
+        return import_module(_LAZY[name])
     raise AttributeError(f"module 'invlib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

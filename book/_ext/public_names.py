@@ -14,17 +14,34 @@ from sphinx.environment import BuildEnvironment
 import invlib
 
 
+def places(target: str) -> list[str]:
+    """Return the full names under which a thing of the library may be documented, best first.
+
+    It is found at the top, or where it is defined; a room's page documents it under the name of the room.
+    """
+    parts = target.split(".")
+    public = getattr(invlib, parts[1], None) if len(parts) == 2 else None
+    if hasattr(public, "__qualname__"):
+        parts = [*public.__module__.split("."), public.__qualname__]
+    names = [".".join(parts)]
+    if len(parts) > 3:
+        names.append(".".join([*parts[:2], *parts[3:]]))
+    return [name for name in names if name != target]
+
+
 def resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.reference | None:
-    """Find where a name of the top level is defined, and link there."""
-    package, _, name = node.get("reftarget", "").partition(".")
-    public = getattr(invlib, name, None) if package == "invlib" and node.get("refdomain") == "py" else None
-    if not hasattr(public, "__qualname__"):
+    """Link a public name to the page that documents it."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("invlib."):
         return None
-    full_name = f"{public.__module__}.{public.__qualname__}"
     python = env.get_domain("py")
-    return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], full_name, node, content)
+    for name in places(target):
+        found = python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+        if found is not None:
+            return found
+    return None
 
 
 def plain_defaults(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from invlib.autodiff.layers import DoubleBackwardLayers
+from invlib.autodiff.smoothing import rounded
 from invlib.autodiff.stacked import NotStackable, StackedForward
-from invlib.smoothing import rounded
 
 SMALL = 3_000_000  # multiplications of a convolution: measured, see `DoubleBackwardLayers`
 

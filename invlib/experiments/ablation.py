@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from invlib import objectives
-from invlib.experiments._attacks import BEST, cosine_adam, squared_lbfgs
-from invlib.experiments._cases import Attack, Case, Experiment, Setup, Size
-from invlib.optimizers import SGD, Adam
-from invlib.presets import best
-from invlib.smoothing import Smoothing
+from invlib.attacks.auto import best
+from invlib.attacks.base import Attack
+from invlib.autodiff.smoothing import Smoothing
+from invlib.experiments.attacks import BEST, cosine_adam, squared_lbfgs
+from invlib.experiments.cases import Case, Experiment, Setup, Size
+from invlib.optim import objectives
+from invlib.optim.optimizers import SGD, Adam
 
 # A change of the published attack → the settings that it changes.
 _CHANGES: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from invlib import models
-from invlib.experiments._attacks import ATTACKS
-from invlib.experiments._cases import Case, Experiment, Setup, Size
+from invlib.experiments.attacks import ATTACKS
+from invlib.experiments.cases import Case, Experiment, Setup, Size
 
 _REDUCED = ("ConvNet8", "ConvNet16", "ResNet20", "ResNet32")
 _FULL = (

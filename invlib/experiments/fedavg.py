@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from invlib.experiments._attacks import OnTheWay, cosine_adam
-from invlib.experiments._cases import Case, Experiment, Setup, Size
+from invlib.experiments.attacks import OnTheWay, cosine_adam
+from invlib.experiments.cases import Case, Experiment, Setup, Size
 from invlib.federated import FedAvg
 
 # (local steps, learning rate, images in a step, images)

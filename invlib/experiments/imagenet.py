@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from invlib.experiments._cases import Case, Experiment, Setup, Size
-from invlib.forward import ForwardMatching
+from invlib.attacks.forward import ForwardMatching
+from invlib.experiments.cases import Case, Experiment, Setup, Size
 
 # What ImageNet calls the embedded photographs: 812 space shuttle (behind the astronaut, for people are no
 # class of ImageNet), 281 tabby cat, 967 espresso, 657 missile.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from invlib.experiments._attacks import cosine_adam
-from invlib.experiments._cases import Case, Experiment, Setup, Size
+from invlib.experiments.attacks import cosine_adam
+from invlib.experiments.cases import Case, Experiment, Setup, Size
 
 _CLASSES = 100  # as CIFAR-100 has
 _REDUCED = (("ConvNet8", (1, 2, 4, 8)),)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from invlib.experiments._attacks import ATTACKS
-from invlib.experiments._cases import Case, Experiment, Setup, Size
+from invlib.experiments.attacks import ATTACKS
+from invlib.experiments.cases import Case, Experiment, Setup, Size
 
 # PSNR in dB, mean ± standard deviation: Geiping et al. 2020, arXiv 2003.14053, table 1.
 _PAPER = {

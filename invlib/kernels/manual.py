@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from invlib.kernels._checks import accumulator
+from invlib.kernels.checks import accumulator
 
 PART = 2**15  # numbers of which the slope is made at once
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from invlib.kernels._checks import accumulator
+from invlib.kernels.checks import accumulator
 
 
 def gradient_statistics(

@@ -15,11 +15,11 @@ ConvNet8, 16 and 32 are as wide as they say; an unknown config key or value is a
 choices.
 """
 
-from invlib.legacy._config import DEFAULT_CONFIG, attack
-from invlib.legacy._costs import reconstruction_costs
-from invlib.legacy._images import MedianPool2d, psnr, total_variation
-from invlib.legacy._models import construct_model, loss_steps
-from invlib.legacy._reconstructors import FedAvgReconstructor, GradientReconstructor
+from invlib.legacy.config import DEFAULT_CONFIG, attack
+from invlib.legacy.costs import reconstruction_costs
+from invlib.legacy.images import MedianPool2d, psnr, total_variation
+from invlib.legacy.models import construct_model, loss_steps
+from invlib.legacy.reconstructors import FedAvgReconstructor, GradientReconstructor
 
 __all__ = [
     "DEFAULT_CONFIG",

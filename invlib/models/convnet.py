@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from invlib.models._layers import activation_layer, at_least, norm_layer
+from invlib.models.layers import activation_layer, at_least, norm_layer
 
 # The 2020 code built all four 64 wide; these are the widths that the names promise.
 WIDTHS = (8, 16, 32, 64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib.errors import ConfigError, DataError, DeviceError, UnknownNameError
-from invlib.models._layers import at_least
+from invlib.models.layers import at_least
 
 WEIGHTS = "imagenet"
 

@@ -4,9 +4,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from invlib._torchvision import torchvision
+from invlib.core.optional import torchvision
 from invlib.errors import ConfigError, DataError, UnknownNameError
-from invlib.models._layers import at_least
+from invlib.models.layers import at_least
 
 
 def torchvision_model(

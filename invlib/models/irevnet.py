@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invlib.errors import ConfigError
-from invlib.models._layers import activation_layer
+from invlib.models.layers import activation_layer
 
 
 class ReversibleBlock(nn.Module):

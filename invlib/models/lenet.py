@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from invlib.models._layers import activation_layer
+from invlib.models.layers import activation_layer
 
 
 class LeNetZhu(nn.Module):

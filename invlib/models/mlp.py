@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from invlib.models._layers import activation_layer
+from invlib.models.layers import activation_layer
 
 
 class FullyConnected(nn.Sequential):

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from invlib.models._layers import activation_layer
+from invlib.models.layers import activation_layer
 
 
 class InvertedResidual(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib.errors import ConfigError
-from invlib.models._layers import activation_layer, norm_layer
+from invlib.models.layers import activation_layer, norm_layer
 
 
 class BasicBlock(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from invlib._fingerprint import differences
+from invlib.core.fingerprint import differences
 from invlib.errors import ConfigError
 from invlib.search.hooks import Hook
 from invlib.search.state import RestartState, Search

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tqdm.auto import tqdm
 
-from invlib.reconstruction import Callback, Progress
+from invlib.core.reconstruction import Callback, Progress
 from invlib.search.halving import rungs
 from invlib.search.state import RestartState, Search
 

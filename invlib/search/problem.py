@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invlib.autodiff.gradients import PLAIN, GradientMode
-from invlib.optimizers import Variable
-from invlib.priors import Prior
+from invlib.optim.optimizers import Variable
+from invlib.optim.priors import Prior
 
 Factor = float | Tensor
 

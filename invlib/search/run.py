@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invlib.reconstruction import History, Status
+from invlib.core.reconstruction import History, Status
 from invlib.search import engines
+from invlib.search.engines import batched, selection
+from invlib.search.engines.selection import Engine
 from invlib.search.halving import rungs, survivors
 from invlib.search.hooks import CHECK_EVERY, Hook
 from invlib.search.problem import Measure, Problem
@@ -54,7 +56,7 @@ def run(
         settings: what the loop is told.
         hooks: told of every step, in this order.
     """
-    engine = engines.choose(problem, settings, len(starts[0]))
+    engine = selection.choose(problem, settings, len(starts[0]))
     chunks, memory = _chunks(problem, settings, starts, engine)
     states = [init(problem, settings, starts, list(rows)) for rows in chunks]
     search = Search(problem=problem, settings=settings, states=states)
@@ -146,7 +148,7 @@ def _halves(search: Search, state: RestartState) -> list[RestartState]:
 
 
 def _chunks(
-    problem: Problem, settings: SearchSettings, starts: list[Tensor], engine: engines.Engine
+    problem: Problem, settings: SearchSettings, starts: list[Tensor], engine: Engine
 ) -> tuple[list[range], str]:
     """Return which restarts run together, and a clause on it where free memory decided that."""
     count, unit = len(starts[0]), settings.restarts
@@ -159,7 +161,7 @@ def _chunks(
             for first in range(0, count, block)
             for a in range(first, first + block, size)
         ], ""
-    most, need = engines.memory.largest(problem, starts, engines.part_of_many(problem), settings.sharpness(0))
+    most, need = engines.memory.largest(problem, starts, batched.part_of_many(problem), settings.sharpness(0))
     chunks = engines.memory.split(count, most, unit=unit)
     if len(chunks) == 1:
         return chunks, ""

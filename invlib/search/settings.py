@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from invlib.optimizers import Optimizer, StepDecay
-from invlib.smoothing import Smoothing
+from invlib.autodiff.smoothing import Smoothing
+from invlib.optim.optimizers import Optimizer
+from invlib.optim.schedules import StepDecay
 
 EngineName = Literal["auto", "eager", "batched", "graphed"]
 

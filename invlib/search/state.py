@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invlib import optimizers
-from invlib.priors import median_filter
-from invlib.reconstruction import Status
+from invlib.core.reconstruction import Status
+from invlib.optim import optimizers
+from invlib.optim.priors import median_filter
 from invlib.search.problem import Measure, Problem
 from invlib.search.settings import SearchSettings
 

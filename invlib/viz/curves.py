@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from invlib.errors import ConfigError
-from invlib.viz._figure import COLOURS, MARKERS, NARROW, figure, same_length
+from invlib.viz.figure import COLOURS, MARKERS, NARROW, figure, same_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

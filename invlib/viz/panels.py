@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from invlib.core.observation import Observation
+from invlib.core.reconstruction import Frames, Progress, Reconstruction
 from invlib.errors import ConfigError
-from invlib.observation import Observation
-from invlib.reconstruction import Frames, Progress, Reconstruction
-from invlib.viz._figure import as_images, same_length
+from invlib.viz.figure import as_images, same_length
 from invlib.viz.pictures import decibels
 from invlib.viz.sliders import MAX_FRAMES, page, scrubber
 

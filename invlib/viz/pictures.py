@@ -11,7 +11,7 @@ from torch import Tensor
 
 from invlib.errors import ConfigError
 from invlib.metrics import psnr
-from invlib.viz._figure import NARROW, WIDTH, as_images, figure, same_length, same_shape, show
+from invlib.viz.figure import NARROW, WIDTH, as_images, figure, same_length, same_shape, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invlib.errors import ConfigError
-from invlib.viz._figure import as_images, png_uri, same_shape
+from invlib.viz.figure import as_images, png_uri, same_shape
 from invlib.viz.pictures import Images, Recording, comparison, decibels, moments
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ def _measure(point: dict[str, Any], device: str) -> dict[str, Any]:
     import torch
 
     import invlib as iv
-    from invlib import _trained
+    from invlib.models import cards
 
     if device == "cpu":
         torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def _measure(point: dict[str, Any], device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": _trained.commit(),
+        "commit": cards.commit(),
     }
 
 

@@ -13,18 +13,9 @@ the batch into a leading dimension ("rows") of the same launch. Backward calls a
 `vmap(grad(...))` batches the backward pass too. That second Function has no derivative.
 """
 
-import triton
-import triton.language as tl
-
-from invlib.kernels.triton._common import sign
 from invlib.kernels.triton.adam import adam_step_
+from invlib.kernels.triton.common import INTERPRETED
 from invlib.kernels.triton.gradients import gradient_statistics, squared_difference
 from invlib.kernels.triton.variation import total_variation
 
 __all__ = ["INTERPRETED", "adam_step_", "gradient_statistics", "squared_difference", "total_variation"]
-
-# Triton decides at each definition whether to compile or to interpret: for its own functions when it is
-# imported, for ours here.
-INTERPRETED = not isinstance(sign, triton.JITFunction)
-if isinstance(tl.sum, triton.JITFunction) == INTERPRETED:
-    raise ImportError("TRITON_INTERPRET was set after triton was imported; set it before")

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from invlib.kernels._checks import accumulator
-from invlib.kernels.triton._common import BLOCK_SIZE, TYPES, launch, sign
+from invlib.kernels.checks import accumulator
+from invlib.kernels.triton.common import BLOCK_SIZE, TYPES, launch, sign
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from invlib.kernels._checks import accumulator
-from invlib.kernels.triton._common import (
+from invlib.kernels.checks import accumulator
+from invlib.kernels.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
     TYPES,

@@ -1,0 +1,383 @@
+"""Closed forms: the input of a fully connected layer follows from its gradient without any search."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor, nn
+
+from invlib.attacks.labels import infer
+from invlib.core.network import in_mode
+from invlib.core.observation import Observation
+from invlib.core.reconstruction import Reconstruction
+from invlib.errors import RecoveryError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInput:
+    """What a fully connected layer's gradient says about its input.
+
+    Args:
+        inputs: ``(in_features,)``.
+        residual: how much of the weight gradient this one input leaves unexplained, in [0, 1];
+            rounding error for a single input, large for a batch.
+        kind: ``"exact"`` for one input, ``"mixture"`` for a weighted mean of several.
+
+    Taught in: chapter 1
+    """
+
+    inputs: Tensor
+    residual: float
+    kind: Literal["exact", "mixture"]
+
+
+def layer_input(weight_gradient: Tensor, bias_gradient: Tensor, *, tolerance: float = 1e-2) -> LayerInput:
+    r"""Recover the input of a fully connected layer from its two gradients.
+
+    For one input, :math:`\partial L/\partial W = \delta x^\top` and :math:`\partial L/\partial b = \delta`.
+    Any row with :math:`\delta_i \neq 0` gives :math:`x`; the combination of all rows with the least error is
+
+    .. math:: \hat x = \frac{(\partial L/\partial W)^\top\, \delta}{\|\delta\|^2}.
+
+    For a batch both are sums over its inputs, and :math:`\hat x` is a mixture of them. Scaling both
+    gradients by the same number changes nothing, so a FedAvg update may be given as well.
+
+    Args:
+        weight_gradient: ``(out_features, in_features)``.
+        bias_gradient: ``(out_features,)``.
+        tolerance: the residual up to which the result is called exact.
+
+    Raises:
+        RecoveryError: the shapes do not fit, or the bias gradient is zero or not finite.
+
+    Source: Phong et al. 2018, IEEE TIFS 13(5); Geiping et al. 2020, arXiv 2003.14053, proposition 3.1.
+
+    Taught in: chapter 1
+    """
+    _check_pair(weight_gradient, bias_gradient)
+    # Scaled first: the squares of a small float32 gradient would underflow.
+    scale = bias_gradient.abs().max()
+    delta = bias_gradient / scale
+    inputs = (weight_gradient / scale).T @ delta / delta.square().sum()
+    residual = _residual(weight_gradient / scale, delta, inputs)
+    return LayerInput(inputs=inputs, residual=residual, kind="exact" if residual <= tolerance else "mixture")
+
+
+def row_inputs(weight_gradient: Tensor, bias_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return what each single row of a fully connected layer says of its input.
+
+    Row i says :math:`(\partial L/\partial W_i) / \delta_i`. For one input all rows agree, but for
+    rounding, which is worst where :math:`\delta_i` is small. For a batch each row is another mixture
+    :math:`\sum_n \delta_{ni} x_n / \sum_n \delta_{ni}`, and a row that only one input moved gives that
+    input alone.
+
+    Args:
+        weight_gradient: ``(out_features, in_features)``.
+        bias_gradient: ``(out_features,)``.
+
+    Returns:
+        The rows with a non-zero bias gradient, int64 ``(K,)``, and their quotients ``(K, in_features)``.
+
+    Raises:
+        RecoveryError: the shapes do not fit, or the bias gradient is zero or not finite.
+
+    Source: Phong et al. 2018, IEEE TIFS 13(5); for batches, Fowl et al. 2022, arXiv 2110.13057.
+
+    Taught in: chapter 1
+    """
+    _check_pair(weight_gradient, bias_gradient)
+    rows = bias_gradient.nonzero().flatten()
+    return rows, weight_gradient[rows] / bias_gradient[rows, None]
+
+
+def _check_pair(weight_gradient: Tensor, bias_gradient: Tensor) -> None:
+    if weight_gradient.ndim != 2 or bias_gradient.shape != weight_gradient.shape[:1]:
+        raise RecoveryError(
+            f"the weight gradient has shape {tuple(weight_gradient.shape)} and the bias gradient "
+            f"{tuple(bias_gradient.shape)}; expected (out, in) and (out,)"
+        )
+    if not torch.isfinite(bias_gradient).all():
+        raise RecoveryError("the bias gradient has NaN or infinite numbers; expected finite ones")
+    if not bias_gradient.any():
+        raise RecoveryError(
+            "the bias gradient is zero in every row, so the input cannot be divided out; expected at least "
+            "one non-zero row (a layer whose units are all inactive, or a loss of zero, gives nothing away)"
+        )
+
+
+def _residual(weight_gradient: Tensor, delta: Tensor, inputs: Tensor) -> float:
+    left = (weight_gradient - torch.outer(delta, inputs)).norm() / weight_gradient.norm()
+    return float(left) if math.isfinite(float(left)) else 0.0
+
+
+def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> LayerInput:
+    """Recover the input of a named fully connected layer of a model: `layer_input` by name.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw.
+        layer: the layer's name in ``model.named_modules()``.
+
+    Raises:
+        RecoveryError: there is no such layer, it has no bias, the update lacks it, or its bias gradient is
+            zero.
+
+    Taught in: chapter 1
+    """
+    module = dict(model.named_modules()).get(layer)
+    if not isinstance(module, nn.Linear) or module.bias is None:
+        known = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is not None]
+        raise RecoveryError(
+            f"{layer!r} is {type(module).__name__}; "
+            f"expected a fully connected layer with a bias, one of {known}"
+        )
+    return layer_input(_sent(observation, f"{layer}.weight"), _sent(observation, f"{layer}.bias"))
+
+
+def _sent(observation: Observation, name: str) -> Tensor:
+    """Return one tensor of the update; a frozen layer is not sent."""
+    if name not in observation.update:
+        raise RecoveryError(f"the update lacks {name!r}; expected it, since the input follows from it")
+    return observation.update[name]
+
+
+# The slope of an activation, from its output alone: all that a recovered layer input tells.
+SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+    nn.Identity: lambda _, a: torch.ones_like(a),
+    nn.ReLU: lambda _, a: (a > 0).to(a.dtype),
+    nn.LeakyReLU: lambda m, a: torch.where(a > 0, torch.ones_like(a), torch.full_like(a, m.negative_slope)),  # type: ignore[arg-type]
+    nn.Sigmoid: lambda _, a: a * (1 - a),
+    nn.Tanh: lambda _, a: 1 - a.square(),
+    nn.Softplus: lambda m, a: 1 - torch.exp(-m.beta * a),  # type: ignore[operator]
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """One fully connected layer and the activation after it."""
+
+    name: str
+    layer: nn.Linear
+    activation: nn.Module
+
+
+def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
+    """Return the fully connected layers from the image on, in the order in which they run."""
+    ran: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+    handles = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+
+            def hook(m: nn.Module, arguments: Any, _: Any, name: str = name) -> None:
+                ran.append((name, m, tuple(arguments[0].shape)))
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        with torch.no_grad(), in_mode(model, training=False):
+            model(next(model.parameters()).new_zeros(1, *observation.image_shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    stages: list[_Stage] = []
+    for name, module, _ in ran:
+        if isinstance(module, nn.Linear):
+            stages.append(_Stage(name=name, layer=module, activation=nn.Identity()))
+        elif stages and type(module) in SLOPES:
+            if not isinstance(module, nn.Identity):
+                stages[-1] = _Stage(name=stages[-1].name, layer=stages[-1].layer, activation=module)
+        elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
+            break
+    pixels = math.prod(observation.image_shape)
+    if not stages or stages[0].layer.in_features != pixels:
+        first = f"{ran[0][0]!r} ({type(ran[0][1]).__name__})" if ran else "nothing"
+        raise RecoveryError(
+            f"{type(model).__name__} begins with {first}; expected a fully connected layer on all "
+            f"{pixels} numbers of the image (use layer_input_of for the input of a later layer, or gradient "
+            "matching for the image)"
+        )
+    return stages
+
+
+def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, float]:
+    r"""Recover the input of a network of fully connected layers, even where the first have no bias.
+
+    The lowest layer with a bias gives its input :math:`a` and its :math:`\delta`. Below it,
+    :math:`\delta' = (W^\top \delta) \odot \sigma'(a)` is the gradient at the layer before, whose input is
+    :math:`(\partial L/\partial W')^\top \delta' / \|\delta'\|^2`, and so on down to the image. Where no
+    layer has a bias, the last one still gives input and :math:`\delta` up to one number, which the
+    softmax's own equation :math:`\mathrm{softmax}(W a) - e_y = \delta` fixes.
+
+    Args:
+        model: a chain of flatten, fully connected layers and activations (ReLU, leaky ReLU, sigmoid,
+            tanh, softplus).
+        observation: what the server saw of *one* image; FedAvg is exact only where the first layer has a
+            bias, since later layers' inputs change from step to step.
+
+    Returns:
+        The normalised input ``(C * H * W,)`` and the residual of the layer at the image.
+
+    Raises:
+        RecoveryError: the model is no such chain, or a gradient on the way is zero or was not sent.
+
+    Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
+    Blaschko 2021 (R-GAP), arXiv 2010.07733.
+    """
+    stages = _stages(model, observation)
+    biased = [k for k, s in enumerate(stages) if s.layer.bias is not None]
+    top = biased[0] if biased else len(stages) - 1
+    weights = {s.name: _sent(observation, f"{s.name}.weight") for s in stages[: top + 1]}
+    if biased:
+        delta = _sent(observation, f"{stages[top].name}.bias")
+        inputs = layer_input(weights[stages[top].name], delta).inputs
+    else:
+        delta, inputs = _unbiased_head(model, observation, stages[-1])
+    for k in range(top, 0, -1):
+        below = stages[k - 1]
+        slope = SLOPES[type(below.activation)](below.activation, inputs)
+        delta = (stages[k].layer.weight.detach().T @ delta) * slope
+        if not delta.any():
+            raise RecoveryError(f"the gradient behind {below.name!r} is all zero; expected an active unit")
+        inputs = layer_input(weights[below.name], delta).inputs
+    first = weights[stages[0].name]
+    return inputs, _residual(first / delta.abs().max(), delta / delta.abs().max(), inputs)
+
+
+def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> tuple[Tensor, Tensor]:
+    """Split the last weight gradient into its delta and its input where there is no bias to divide by."""
+    gradient = observation.protocol.mean_gradient(
+        observation.update[f"{head.name}.weight"], observation.num_images
+    )
+    label = int((infer(model, observation).labels if observation.labels is None else observation.labels)[0])
+    u, s, v = (part[0] for part in _rank_one(gradient.double()))
+    if u[label] > 0:
+        u, v = -u, -v
+    weight = head.layer.weight.detach().double()
+    logits = weight @ v * s
+    hot = torch.nn.functional.one_hot(torch.tensor(label), len(u)).to(logits)
+
+    def gap(log_alpha: float) -> float:
+        alpha = math.exp(log_alpha)
+        return float((logits / alpha).softmax(0)[label] - 1 - alpha * u[label])
+
+    # delta_y lies in (-1, 0), so alpha lies in (0, 1 / |u_y|); several roots are told apart by all classes.
+    end = math.log(1 / abs(float(u[label])))
+    grid = [end - 12 + 12 * k / 400 for k in range(401)]
+    values = [gap(g) for g in grid]
+    roots = [
+        math.exp(brentq(gap, a, b))
+        for a, b, fa, fb in zip(grid, grid[1:], values, values[1:], strict=False)
+        if fa * fb <= 0 and fa != fb
+    ]
+    if not roots:
+        raise RecoveryError(
+            f"no scale of {head.name!r} fits the softmax of class {label}; expected one, so the update "
+            "is not that of one image under cross-entropy"
+        )
+    alpha = min(roots, key=lambda a: float(((logits / a).softmax(0) - hot - a * u).norm()))
+    return (alpha * u).to(gradient), (s / alpha * v).to(gradient)
+
+
+def _rank_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u.T, s, vh
+
+
+def fully_connected(*, tolerance: float = 1e-2) -> Callable[..., Reconstruction]:
+    """Return the closed-form attack on networks whose first layers are fully connected.
+
+    One image comes back as it was, up to rounding. A batch does not: each row of the first layer gives a
+    mixture of the images, and the attack returns as many of them as there are images, those that lie
+    nearest to [0, 1] and differ, and says in ``note`` that they are mixtures.
+
+    Hidden labels are inferred by `invlib.attacks.labels.infer`: exactly for one image, as an estimate, in
+    ascending order, for a batch. The images do not depend on them, so that where the update does not tell
+    them (its last fully connected layer was frozen) they are None, and ``note`` says why.
+
+    Args:
+        tolerance: the residual up to which a single image is called exact.
+
+    Returns:
+        An attack ``(model, observation, *, generator=None) -> Reconstruction``; the score is the part of
+        the first layer's gradient left unexplained.
+
+    Raises:
+        RecoveryError: when called, on a model or gradient to which the closed form does not apply.
+
+    Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1.
+
+    Taught in: chapter 1
+    """
+
+    def attack(
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: object = None,
+        progress: bool = False,
+    ) -> Reconstruction:
+        began = time.perf_counter()
+        observation.validate(model)
+        if observation.num_images == 1:
+            flat, residual = network_input(model, observation)
+            inputs = flat[None]
+            what = "exact" if residual <= tolerance else "approximate"
+            note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
+        else:
+            inputs, residual, count = _mixtures(model, observation)
+            note = (
+                f"mixtures: {count} rows of the first layer each give a weighted mean of the "
+                f"{observation.num_images} images; the {len(inputs)} shown lie nearest to the range of images"
+            )
+        images = observation.normalization.decode(inputs.view(-1, *observation.image_shape)).clamp(0, 1)
+        labels, unknown = _labels(model, observation)
+        return Reconstruction(
+            images=images,
+            labels=labels,
+            score=residual,
+            trial_scores=torch.tensor([residual]),
+            trials=images[None],
+            status="closed_form",
+            seconds=time.perf_counter() - began,
+            note=note + unknown,
+        )
+
+    return attack
+
+
+def _labels(model: nn.Module, observation: Observation) -> tuple[Tensor | None, str]:
+    """Return the labels, inferred where they are hidden; where that fails, None and what to say of it."""
+    if observation.labels is not None:
+        return observation.labels, ""
+    try:
+        return infer(model, observation).labels, ""
+    except RecoveryError as error:
+        return None, f"; the labels are unknown: {error}"
+
+
+def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int]:
+    first = _stages(model, observation)[0]
+    if first.layer.bias is None:
+        raise RecoveryError(
+            f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
+        )
+    weight, bias = _sent(observation, f"{first.name}.weight"), _sent(observation, f"{first.name}.bias")
+    _, rows = row_inputs(weight, bias)
+    images = observation.normalization.decode(rows.view(-1, *observation.image_shape)).flatten(1)
+    outside = (images - images.clamp(0, 1)).square().mean(1)
+    chosen: list[int] = []
+    for k in outside.argsort().tolist():
+        # Two rows that only one image moved agree to rounding; showing that image once is enough.
+        if all((images[k] - images[c]).square().mean() > 1e-6 for c in chosen):
+            chosen.append(k)
+        if len(chosen) == observation.num_images:
+            break
+    while len(chosen) < observation.num_images:
+        chosen.append(chosen[-1])
+    return rows[chosen], layer_input(weight, bias).residual, len(rows)

@@ -1,0 +1,472 @@
+"""Gradient matching: find images whose update looks like the observed one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from invlib.attacks.labels import infer
+from invlib.autodiff.gradients import PLAIN, GradientMode
+from invlib.autodiff.smoothing import Smoothing, rounded
+from invlib.core.fingerprint import describe
+from invlib.core.network import in_mode, num_classes, trainable_parameters
+from invlib.core.observation import Loss, Observation, stackable, takes_mode
+from invlib.core.reconstruction import Callback, Reconstruction
+from invlib.errors import ConfigError
+from invlib.federated import FedAvg
+from invlib.optim import objectives
+from invlib.optim.coordinates import NaturalImages
+from invlib.optim.objectives import Layers, Objective
+from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
+from invlib.optim.priors import Prior
+from invlib.optim.schedules import StepDecay
+from invlib.search.checkpoint import Checkpoint
+from invlib.search.engines import selection
+from invlib.search.hooks import Bar, Hook, Told
+from invlib.search.problem import Joined, Problem
+from invlib.search.run import SearchResult, run
+from invlib.search.settings import EngineName, SearchSettings
+
+MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than the time that it costs
+
+Init = Literal["randn", "rand", "zeros"] | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMatching:
+    r"""An attack that minimises the distance between the update of a guess and the observed update.
+
+    .. math:: \min_x\; D\big(u(x, y),\, u^\ast\big) + \sum_k \alpha_k R_k(x)
+
+    where :math:`u` is the client's own step, called on the guess. All restarts run together.
+
+    Args:
+        objective: :math:`D`, see `invlib.optim.objectives`; any ``(candidate, target) -> scalar``.
+        priors: pairs of a weight and a prior on the normalised images, see `invlib.optim.priors`.
+        optimizer: `invlib.Adam`, `invlib.SGD` or `invlib.LBFGS`.
+        steps: how many steps.
+        decay: when the step size falls; None keeps it.
+        restarts: how many starting points.
+        init: ``"randn"``, ``"rand"`` (uniform in [-1, 1]), ``"zeros"``, all in normalised units, or a
+            tensor ``(N, C, H, W)`` or ``(R, N, C, H, W)`` in [0, 1].
+        box: keep the images in [0, 1] by projection after every step.
+        layers: which tensors of the update count, and how much.
+        labels: ``"auto"`` takes the observed labels and infers them where they are hidden;
+            ``"optimize"`` finds soft labels, one for each image, together with the images;
+            ``"optimize_shared"`` finds one soft label for all images, as the 2020 code does.
+        loss: the client's loss ``(logits, labels) -> scalar``.
+        smoothing: how round the network's kinks are on the way; None leaves them as they are. With it,
+            each restart keeps its last iterate.
+        fading: the part of the priors' weights that is left at the last step, towards which they fall
+            geometrically; 1 keeps them. Below that too, each restart keeps its last iterate.
+        coordinates: walk in the coordinates of natural images instead of pixels: ``"randn"`` and ``"zeros"``
+            draw them, and a step knows no box (only the images that are given back are in it).
+        median_every: apply a 3×3 median filter every so many steps.
+        keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
+        tolerance: stop when an objective falls to this.
+        patience: stop when no restart improved its cost for so many steps.
+        chunk: how many restarts run together; None takes as many as fit in memory, for which one restart is
+            evaluated once beforehand, uncounted. A chunk that does not fit after all is halved.
+        prune: successive halving: the worse half of the restarts stops at every tenth of the run, until one
+            is left. Of 32 restarts that is a fifth of the work.
+        engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
+            ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
+        recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
+            hardly more memory than one of a single step, and about half as much time again; None does so from
+            10 local steps on.
+        precision: in which the network is walked through: ``"full"`` is that of its parameters;
+            ``"bfloat16"`` multiplies in that type in convolutions and fully connected layers, there and back,
+            and keeps everything else, which is fast where the device has units for it. Scores are always
+            measured in full.
+        record_every: record the cost every so many steps.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+
+    Source: Geiping et al. 2020, arXiv 2003.14053, equation 4; Zhu et al. 2019, arXiv 1906.08935.
+
+    Taught in: chapter 2
+    """
+
+    objective: Objective = objectives.cosine
+    priors: tuple[tuple[float, Prior], ...] = ()
+    optimizer: Optimizer = Adam(lr=0.1, signed=True)
+    steps: int = 2400
+    decay: StepDecay | None = StepDecay()
+    restarts: int = 1
+    init: Init = "randn"
+    box: bool = True
+    layers: Layers = Layers()
+    labels: Literal["auto", "optimize", "optimize_shared"] = "auto"
+    loss: Loss = F.cross_entropy
+    smoothing: Smoothing | None = None
+    fading: float = 1.0
+    coordinates: NaturalImages | None = None
+    median_every: int | None = None
+    keep: Literal["best", "last"] = "best"
+    tolerance: float | None = None
+    patience: int | None = None
+    chunk: int | None = None
+    prune: bool = False
+    engine: EngineName = "auto"
+    recompute: bool | None = None
+    precision: Literal["full", "bfloat16"] = "full"
+    record_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts", "record_every", "median_every", "patience", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"GradientMatching {name} is {value}; expected at least 1")
+        for name, choices in (
+            ("labels", ("auto", "optimize", "optimize_shared")),
+            ("keep", ("best", "last")),
+            ("precision", ("full", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
+                )
+        selection.check(self.engine)
+        if self.prune and self.optimizer.together:
+            per_restart(self.optimizer)
+        if not 0 < self.fading <= 1:
+            raise ConfigError(f"GradientMatching fading is {self.fading}; expected a number in (0, 1]")
+        if self.coordinates is not None and self.median_every is not None:
+            raise ConfigError(
+                f"GradientMatching median_every is {self.median_every}; expected None where coordinates are "
+                "given, for a median filter works on pixels"
+            )
+        if isinstance(self.init, str) and self.init not in ("randn", "rand", "zeros"):
+            raise ConfigError(
+                f"GradientMatching init is {self.init!r}; "
+                "expected 'randn', 'rand', 'zeros' or a tensor of images"
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        checkpoint: str | Path | None = None,
+    ) -> Reconstruction:
+        """Attack an observation.
+
+        Ctrl-C ends the run and returns the best so far, with status ``interrupted``.
+
+        Args:
+            model: the model that the client received; it is not changed.
+            observation: what the server saw.
+            generator: draws the starting points; None makes one with seed 0.
+            callback: called with `invlib.Progress` after each step; returning True stops the run.
+            progress: show a progress bar.
+            checkpoint: a file to which the state is written every 30 s, and from which an unfinished run
+                with the same settings goes on; it is removed when the run is complete.
+
+        Raises:
+            ObservationError: the observation does not fit the model.
+            ConfigError: the init tensor has the wrong shape; the checkpoint is of another run, or could not
+                tell this run from another one (a setting is a lambda, say).
+        """
+        began = time.perf_counter()
+        observation.validate(model)
+        problem = self.problem(model, observation)
+        starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
+        hooks: list[Hook] = [Bar(show=progress)]
+        if checkpoint is not None:
+            hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
+        if callback is not None:
+            hooks.append(Told(callback))
+        with in_mode(model, training=observation.training_mode):
+            [result] = run(problem, starts, self.search, hooks)
+            return _finish(problem, result, observation, began)
+
+    @property
+    def search(self) -> SearchSettings:
+        """The settings that the loop of the search reads."""
+        return SearchSettings(**{f.name: getattr(self, f.name) for f in fields(SearchSettings)})
+
+    def problem(self, model: nn.Module, observation: Observation, labels: Tensor | None = None) -> Problem:
+        """Return what this attack minimises, for an observation that is known to fit the model.
+
+        Args:
+            model: the model that the client received.
+            observation: what the server saw.
+            labels: of the images; None takes those of the observation, infers or optimises them.
+
+        Raises:
+            RecoveryError: labels are to be inferred and cannot be.
+        """
+        own = trainable_parameters(model)
+        some = next(iter(own.values()))
+        target = [observation.update[name].to(some) for name in own]
+        indices, weights = self.layers.choose(target)
+        lower, upper = observation.normalization.box(dtype=some.dtype, device=some.device)
+        boxed = self.box and self.coordinates is None
+        images = Variable(name="images", low=lower, high=upper) if boxed else Variable(name="images")
+        optimized = self.labels != "auto" and labels is None
+        if not optimized:
+            if labels is None:
+                labels = observation.labels
+            labels = infer(model, observation).labels if labels is None else labels.to(some.device)
+        names = list(own)
+        protocol, understands = observation.protocol, takes_mode(observation.protocol)
+
+        def update(
+            inputs: Tensor,
+            targets: Tensor,
+            params: dict[str, Tensor] | None = None,
+            mode: GradientMode = PLAIN,
+        ) -> list[Tensor]:
+            settings: dict[str, Any] = {
+                "params": own if params is None else params,
+                "buffers": {name: b.detach() for name, b in model.named_buffers()},
+                "loss": self.loss,
+            }
+            if understands:
+                sent = protocol(model, inputs, targets, **settings, mode=mode)
+            else:
+                with rounded(mode.sharpness):
+                    sent = protocol(model, inputs, targets, **settings)
+            return [sent[names[i]] for i in indices]
+
+        def inputs(place: Tensor) -> Tensor:
+            if self.coordinates is None:
+                return place
+            return observation.normalization.encode(self.coordinates.images(place))
+
+        return Problem(
+            update=update,
+            objective=_weighted(self.objective, weights),
+            target=[target[i] for i in indices],
+            params=own,
+            priors=self.priors,
+            variables=[images, Variable(name="labels")] if optimized else [images],
+            labels=labels,
+            classes=num_classes(model, observation.image_shape) if optimized else None,
+            inputs=inputs,
+            decode=observation.normalization.decode,
+            encode=observation.normalization.encode,
+            shape=(observation.num_images, *observation.image_shape),
+            like=some,
+            stackable=stackable(protocol),
+            recompute=_recomputes(self.recompute, observation),
+            compute_dtype=torch.bfloat16 if self.precision == "bfloat16" else None,
+        )
+
+    def starts(self, problem: Problem, observation: Observation, generator: torch.Generator) -> list[Tensor]:
+        """Draw all starting points at once, on the CPU, so that neither device nor chunk changes them.
+
+        Args:
+            problem: what is minimised.
+            observation: what the server saw.
+            generator: draws them.
+
+        Returns:
+            ``(restarts, N, C, H, W)``, normalised or in coordinates; and logits where labels are optimised.
+
+        Raises:
+            ConfigError: the init tensor has the wrong shape.
+        """
+        shape = (self.restarts, *problem.shape)
+        if isinstance(self.init, Tensor):
+            if tuple(self.init.shape) not in (shape, shape[1:]):
+                raise ConfigError(
+                    f"GradientMatching init has shape {tuple(self.init.shape)}; "
+                    f"expected {shape[1:]} or {shape}"
+                )
+            images = self.init.expand(shape).clone()
+            if self.coordinates is None:
+                images = observation.normalization.encode(images)
+            else:
+                images = self.coordinates.coordinates(images)
+        elif self.init == "zeros":
+            images = torch.zeros(shape)
+        elif self.init == "rand":
+            images = (torch.rand(shape, generator=generator) - 0.5) * 2
+        else:
+            images = torch.randn(shape, generator=generator)
+        starts = [images.to(problem.like)]
+        if problem.classes is not None:
+            rows = observation.num_images if self.labels == "optimize" else 1
+            logits = [torch.randn(rows, problem.classes, generator=generator) for _ in range(self.restarts)]
+            starts.append(torch.stack(logits).to(problem.like))
+        return starts
+
+    def score(self, model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
+        """Return the objective of some images, the number that restarts are chosen by.
+
+        Args:
+            model: the model that the client received.
+            observation: what the server saw.
+            images: ``(N, C, H, W)`` in [0, 1].
+            labels: int64 ``(N,)`` or probabilities ``(N, classes)``.
+
+        Raises:
+            ObservationError: the observation does not fit the model.
+        """
+        observation.validate(model)
+        return self.scorer(model, observation, labels)(images)
+
+    def scorer(self, model: nn.Module, observation: Observation, labels: Tensor) -> Callable[[Tensor], float]:
+        """Return `score` as a function of images alone, of an observation that is known to fit the model."""
+        problem = self.problem(model, observation, labels)
+
+        def score(images: Tensor) -> float:
+            with in_mode(model, training=observation.training_mode):
+                return float(problem.score(problem.encode(images)))
+
+        return score
+
+
+def _identity(
+    attack: GradientMatching, model: nn.Module, observation: Observation, starts: list[Tensor]
+) -> dict[str, Any]:
+    """Return what a run that goes on from a checkpoint has to share with the run that wrote it."""
+    parts = {"attack": attack, "observation": observation, "model": model, "starts": starts}
+    try:
+        return {name: describe(part, code=True) for name, part in parts.items()}
+    except ConfigError as error:
+        raise ConfigError(f"a checkpoint cannot tell this run from others: {error}") from error
+
+
+def _recomputes(asked: bool | None, observation: Observation) -> bool:
+    if asked is not None or not isinstance(observation.protocol, FedAvg):
+        return bool(asked)
+    return len(observation.protocol.batches(observation.num_images)) >= MANY_LOCAL_STEPS
+
+
+def _weighted(
+    objective: Objective, weights: list[float] | None
+) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+    if weights is None:
+        return objective
+    return lambda candidate, target: objective(candidate, target, weights)
+
+
+def _finish(problem: Problem, trials: SearchResult, observation: Observation, began: float) -> Reconstruction:
+    """Measure every restart anew on the images that are given back, and choose by that score."""
+    images = problem.decode(problem.inputs(trials.values[0])).clamp(0, 1)
+    logits = trials.values[1] if len(trials.values) > 1 else None
+    scores = torch.stack(
+        [
+            problem.score(problem.encode(images[r]), None if logits is None else logits[r])
+            for r in range(images.shape[0])
+        ]
+    )
+    scores = torch.where(trials.ran.to(scores.device), scores, torch.nan)
+    finite = torch.isfinite(scores)
+    best = int(torch.where(finite, scores, torch.inf).argmin())
+    labels = problem.labels if logits is None else logits[best].argmax(-1).expand(observation.num_images)
+    return Reconstruction(
+        images=images[best],
+        labels=None if labels is None else labels.clone(),
+        score=float(scores[best]),
+        trial_scores=scores,
+        trials=images,
+        status="non_finite" if trials.status != "interrupted" and not finite.any() else trials.status,
+        seconds=time.perf_counter() - began,
+        evaluations=trials.evaluations + images.shape[0],
+        history=trials.history,
+        engine=trials.engine,
+        engine_reason=trials.engine_reason,
+        chunks=trials.chunks,
+    )
+
+
+def attack_many(
+    attack: GradientMatching,
+    model: nn.Module,
+    observations: Sequence[Observation],
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+    progress: bool = False,
+) -> list[Reconstruction]:
+    """Attack many observations of one model in one run, each as if it were alone.
+
+    Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do. Restarts
+    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``),
+    an optimiser that takes one restart at a time and a client that cannot be stacked run one observation
+    after another. Ctrl-C ends the run for all of them.
+
+    Args:
+        attack: what is run.
+        model: the model that every client received; it is not changed.
+        observations: what the server saw, of clients with the same protocol and shapes.
+        generators: draw the starting points, one for each observation; None makes them with seed 0.
+        progress: show a progress bar.
+
+    Returns:
+        One reconstruction for each observation; its ``seconds`` are an equal share of the whole.
+
+    Raises:
+        ObservationError: an observation does not fit the model.
+        ConfigError: there is none, they differ in more than updates and labels, or the attack begins at
+            given images or matches the largest layers.
+
+    Example:
+        >>> import invlib as iv
+        >>> model = iv.models.build("LeNetZhu", num_classes=10, seed=0)
+        >>> images, labels = iv.data.samples("photos32", indices=[0, 1])
+        >>> seen = [
+        ...     iv.observe(model, images[k:k+1], labels[k:k+1], iv.FedSGD(), normalization=iv.CIFAR10)
+        ...     for k in range(2)
+        ... ]
+        >>> len(iv.attack_many(iv.inverting_gradients(steps=2), model, seen))
+        2
+    """
+    began = time.perf_counter()
+    _check_alike(attack, observations)
+    chosen = generators or [torch.Generator().manual_seed(0) for _ in observations]
+    if len(chosen) != len(observations):
+        raise ConfigError(
+            f"generators has {len(chosen)} entries; expected one for each of {len(observations)} observations"
+        )
+    pairs = list(zip(observations, chosen, strict=True))
+    early = (attack.tolerance, attack.patience) != (None, None)
+    if early or not (attack.optimizer.together and stackable(observations[0].protocol)):
+        return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
+    for observation in observations:
+        observation.validate(model)
+    parts = [attack.problem(model, o) for o in observations]
+    starts = [attack.starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
+    common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}
+    joined = Joined(**common, parts=tuple(parts), guesses=attack.restarts)
+    with in_mode(model, training=observations[0].training_mode):
+        results = run(
+            joined,
+            [torch.cat(some) for some in zip(*starts, strict=True)],
+            attack.search,
+            [Bar(show=progress)],
+        )
+        done = [_finish(*each, began) for each in zip(parts, results, observations, strict=True)]
+    share = (time.perf_counter() - began) / len(done)
+    return [replace(one, seconds=share) for one in done]
+
+
+def _check_alike(attack: GradientMatching, observations: Sequence[Observation]) -> None:
+    if not observations:
+        raise ConfigError("observations is empty; expected at least one")
+    if isinstance(attack.init, Tensor):
+        raise ConfigError("GradientMatching init is a tensor; expected a name for many observations")
+    if attack.layers.which == "largest":
+        raise ConfigError(
+            "GradientMatching layers are the largest, which differ from one update to the next; expected "
+            "others for many observations"
+        )
+    for name in ("protocol", "num_images", "image_shape", "normalization", "training_mode"):
+        first = getattr(observations[0], name)
+        for k, observation in enumerate(observations):
+            value = getattr(observation, name)
+            if value != first:
+                raise ConfigError(f"observation {k} has {name} {value}; expected {first}, as the first has")

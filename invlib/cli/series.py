@@ -1,0 +1,154 @@
+"""Repeat a reconstruction for many private images: ``python -m invlib.rec_mult``.
+
+The command line of the code of Geiping et al. 2020, arXiv 2003.14053, flag for flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from invlib.cli.options import add_arguments, config_of
+from invlib.cli.reconstruct import announce, facts, measures
+from invlib.cli.session import Experiment
+from invlib.cli.status import INTERRUPTED, guarded
+from invlib.cli.tables import append_row, check_table, column, save_image
+from invlib.errors import ConfigError
+
+DESCRIPTION = "Reconstruct the private images of several clients in a row, and say how well that went."
+EPILOG = """\
+example:
+  python -m invlib.rec_mult --model ConvNet16 --num_exp 5 --num_images 2 --accumulation 4 --batch_size 1 \\
+    --target_id -1 --iterations 500
+
+what is written:
+  RESULT_PATH/HASH/, HASH being that of the settings, gets 0.png, 1.png and so on, table_mul_exp_NAME.csv with
+  a row for each client (the columns of reconstruct_image), table_psnrs.csv with its psnr, and
+  table_psnr_stats.csv with their mean, standard deviation, maximum, minimum and median. The settings and the
+  same numbers go to RESULT_PATH/table_configs.csv, once for each HASH. All are separated by tabs.
+
+exit status:
+  0; 2 where an option, data or weights do not fit; 130 after Ctrl-C, which keeps what is there so far.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m invlib.rec_mult", description=DESCRIPTION, epilog=EPILOG)
+    add_arguments(parser)
+    add_own_arguments(parser)
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args))
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that only this command has."""
+    group = parser.add_argument_group("the series")
+    group.add_argument("--num_exp", type=int, default=10, help="clients in a row (%(default)s)")
+    group.add_argument("--unsigned", dest="signed", action="store_false", help="the same as --no-signed")
+    group.add_argument("--result_path", default="results/", help="folder for what is found (%(default)s)")
+    parser.set_defaults(signed=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Attack the clients one after another, and return the exit status.
+
+    Raises:
+        InvlibError: an option does not fit, or data or weights are missing.
+    """
+    if args.num_exp < 1:
+        raise ConfigError(f"--num_exp is {args.num_exp}; expected at least 1")
+    began = time.perf_counter()
+    config = config_of(args)
+    if args.target_id is None:
+        args.target_id = 0
+    experiment = Experiment(args, config, many=args.num_images * args.num_exp > 1)
+    settings = config | {
+        key: getattr(args, key)
+        for key in ("dataset", "model", "num_exp", "num_images", "accumulation", "batch_size", "local_lr")
+    }
+    settings |= {"trained": args.trained_model, "soft_labels": args.soft_labels}
+    tag = hashlib.md5(json.dumps(settings, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+    folder = Path(args.result_path) / tag
+    check_table(folder / f"table_mul_exp_{args.name}.csv", COLUMNS)
+    psnrs: list[float] = []
+    status = 0
+    for index in range(args.num_exp):
+        subject = experiment.subject(experiment.first + index * args.num_images)
+        announce(experiment, subject)
+        result = experiment.attack(subject)
+        print(result.report)
+        found = measures(result)
+        psnrs.append(found["psnr"])
+        if not args.dryrun:
+            for j, image in enumerate(result.images):
+                save_image(folder / f"{index * args.num_images + j}.png", image)
+            row = {
+                "config_hash": tag,
+                **facts(experiment),
+                **found,
+                "target_id": " ".join(map(str, subject.ids)),
+                "seed": experiment.seed,
+                "dtype": args.dtype,
+                "epochs": experiment.network.card.get("epochs"),
+                "val_acc": experiment.network.card.get("accuracy"),
+            }
+            append_row(folder / f"table_mul_exp_{args.name}.csv", row)
+            append_row(folder / "table_psnrs.csv", {"target_id": row["target_id"], "psnr": found["psnr"]})
+        if result.reconstruction.status == "interrupted":
+            status = INTERRUPTED
+            break
+    summary = _summary(psnrs, time.perf_counter() - began)
+    print(", ".join(f"{key} {value}" for key, value in summary.items()))
+    if args.dryrun:
+        print(f"dry run: nothing written to {folder}")
+        return status
+    append_row(folder / "table_psnr_stats.csv", summary)
+    configs = Path(args.result_path) / "table_configs.csv"
+    if status == 0 and tag not in column(configs, "config_hash"):
+        append_row(configs, {"config_hash": tag, **settings, **summary})
+    print(folder)
+    return status
+
+
+COLUMNS = (
+    *(
+        "config_hash",
+        "model",
+        "dataset",
+        "trained",
+        "accumulation",
+        "restarts",
+        "OPTIM",
+        "cost_fn",
+        "indices",
+    ),
+    *("weights", "scoring", "init", "tv", "rec_loss", "psnr", "test_mse", "feat_mse", "target_id", "seed"),
+    *("dtype", "epochs", "val_acc"),
+)
+
+
+def _summary(psnrs: list[float], seconds: float) -> dict[str, Any]:
+    # A perfect image has an infinite psnr, with which there is no mean.
+    finite = [p for p in psnrs if math.isfinite(p)] or [math.nan]
+    return {
+        "number_of_samples": len(psnrs),
+        "timing": str(datetime.timedelta(seconds=round(seconds))),
+        "mean": round(statistics.fmean(finite), 3),
+        "std": round(statistics.pstdev(finite), 3),
+        "max": round(max(finite), 3),
+        "min": round(min(finite), 3),
+        "median": round(statistics.median(finite), 3),
+    }

@@ -1,0 +1,102 @@
+"""How a network is asked without being changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from invlib.errors import ObservationError, RecoveryError
+
+
+def classifier(model: nn.Module) -> tuple[str, str | None]:
+    """Return the names of the weight and the bias (or None) of the last fully connected layer.
+
+    Raises:
+        RecoveryError: the model has no fully connected layer.
+
+    Taught in: chapter 4
+    """
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise RecoveryError(
+            f"{type(model).__name__} has 0 fully connected layers (torch.nn.Linear); label inference "
+            "reads the last one, so give the labels instead"
+        )
+    name, layer = linear[-1]
+    prefix = f"{name}." if name else ""
+    return f"{prefix}weight", f"{prefix}bias" if layer.bias is not None else None
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters that require a gradient, detached, by name.
+
+    Raises:
+        ObservationError: the model has no trainable parameter.
+    """
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ObservationError(
+            f"{type(model).__name__} has 0 trainable parameters; expected at least one, "
+            "since an update is made of their gradients"
+        )
+    return params
+
+
+def num_classes(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Return how many logits the model gives for one image of shape ``(C, H, W)``.
+
+    Raises:
+        ObservationError: the model cannot run on such an image, or gives no ``(N, classes)`` logits.
+    """
+    some = next(model.parameters(), None)
+    zeros = torch.zeros(1, *image_shape) if some is None else some.new_zeros(1, *image_shape)
+    try:
+        with torch.no_grad(), in_mode(model, training=False):
+            logits = model(zeros)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ObservationError(
+            f"the model does not run on an image of shape {tuple(image_shape)} (C, H, W): {error}"
+        ) from error
+    if logits.ndim != 2:
+        raise ObservationError(f"the model gives shape {tuple(logits.shape)}; expected logits (N, classes)")
+    return int(logits.shape[1])
+
+
+def forward(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None, inputs: Tensor
+) -> Tensor:
+    """Run the model with the given parameters and buffers in place of its own."""
+    logits: Tensor = functional_call(model, {**params, **(buffers or {})}, (inputs,))
+    return logits
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool, track_statistics: bool = False) -> Iterator[None]:
+    """Put the model in training or evaluation mode for a while, and give each module its own mode back.
+
+    Batch norm in training mode would write its running statistics into the model's buffers at every
+    forward pass, which neither a simulated client nor an attack may do: they are off unless asked for.
+    """
+    modules = list(model.modules())
+    modes = [(m.training, getattr(m, "track_running_stats", None)) for m in modules]
+    try:
+        model.train(training)
+        for m in modules:
+            if training and isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.track_running_stats = track_statistics and m.running_mean is not None
+        yield
+    finally:
+        for m, (mode, tracking) in zip(modules, modes, strict=True):
+            m.training = mode
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.track_running_stats = bool(tracking)
+
+
+def _tracks_statistics(model: nn.Module) -> bool:
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules()
+    )

@@ -1,0 +1,77 @@
+"""How a client encodes images in [0, 1], and the usual numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invlib.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """The per-channel mean and standard deviation that a client applies to images in [0, 1].
+
+    Args:
+        mean: one number per channel, in [0, 1] image units.
+        std: one positive number per channel, in [0, 1] image units.
+
+    Raises:
+        ConfigError: mean and std differ in length, or a std is not positive.
+
+    Example:
+        >>> UNIT.encode(torch.full((1, 1, 2, 2), 0.5)).mean().item()
+        0.5
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ConfigError(
+                f"normalization: mean has {len(self.mean)} channels and std has {len(self.std)}; "
+                "expected the same number, at least one"
+            )
+        if any(not s > 0 for s in self.std):
+            raise ConfigError(f"normalization: std is {self.std}; expected positive numbers")
+
+    def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        if len(values) not in (1, like.shape[-3]):
+            raise ConfigError(
+                f"normalization has {len(values)} channels, the images have {like.shape[-3]} "
+                f"(shape {tuple(like.shape)}); expected the same number, or one for all"
+            )
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return ``(images - mean) / std``; images ``(..., C, H, W)`` in [0, 1]."""
+        return (images - self._column(self.mean, images)) / self._column(self.std, images)
+
+    def decode(self, inputs: Tensor) -> Tensor:
+        """Return ``inputs * std + mean``, the inverse of `encode`; no clamping."""
+        return inputs * self._column(self.std, inputs) + self._column(self.mean, inputs)
+
+    def box(self, *, dtype: torch.dtype = torch.float32, device: Any = None) -> tuple[Tensor, Tensor]:
+        """Return the normalised images of black and white, each ``(1, C, 1, 1)``."""
+        black = torch.zeros(1, len(self.mean), 1, 1, dtype=dtype, device=device)
+        return self.encode(black), self.encode(torch.ones_like(black))
+
+
+UNIT = Normalization(mean=(0.0,), std=(1.0,))
+CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+CIFAR100 = Normalization(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
+MNIST = Normalization(mean=(0.1307,), std=(0.3081,))
+FASHION_MNIST = Normalization(mean=(0.2860,), std=(0.3530,))
+IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# By the names that `invlib.data.load` knows.
+NORMALIZATIONS = {
+    "CIFAR10": CIFAR10,
+    "CIFAR100": CIFAR100,
+    "MNIST": MNIST,
+    "FashionMNIST": FASHION_MNIST,
+    "ImageNet": IMAGENET,
+}

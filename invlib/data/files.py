@@ -1,0 +1,142 @@
+"""Reading of images and labels from files, and torchvision's part in fetching them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from invlib.core.optional import torchvision
+from invlib.errors import ConfigError, DataError
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def read_array(path: Path, key: str, expected: str) -> np.ndarray:
+    """Read one array of an .npz; whatever is wrong with the file becomes a DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array: np.ndarray = file[key]
+    except KeyError as error:
+        raise DataError(f"{path}: has no array {key!r}; expected {expected}") from error
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise DataError(f"{path}: corrupt ({error}); expected an .npz with {key}, {expected}") from error
+    return array
+
+
+def check_indices(indices: Sequence[int] | None, count: int, name: str) -> np.ndarray:
+    """Return the rows to take as an array, all where none are named."""
+    rows = np.array(range(count) if indices is None else [int(i) for i in indices], dtype=np.int64)
+    wrong = rows[(rows < 0) | (rows >= count)]
+    if wrong.size or not rows.size:
+        found = f"index {wrong[0]} of {name} is out of range" if wrong.size else f"no index of {name} given"
+        raise ConfigError(f"{found}; expected 0 to {count - 1}")
+    return rows
+
+
+def to_tensors(
+    x: np.ndarray, y: np.ndarray, indices: Sequence[int] | None, name: str
+) -> tuple[Tensor, Tensor]:
+    """Turn bytes (N, H, W[, C]) into images (N, C, H, W) in [0, 1]; 28×28 grey ones are padded to 32×32."""
+    if indices is not None:
+        rows = check_indices(indices, len(x), name)
+        x, y = x[rows], y[rows]
+    images = torch.from_numpy(np.ascontiguousarray(x))
+    images = images[:, None] if images.ndim == 3 else images.movedim(3, 1)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    if images.shape[1:] == (1, 28, 28):
+        images = F.pad(images, (2, 2, 2, 2))
+    return images, torch.from_numpy(np.asarray(y, dtype=np.int64))
+
+
+def list_images(base: Path) -> list[tuple[Path, int]]:
+    """Return (file, label) of a folder of images, or of one subfolder for each class, ordered by name."""
+    if not base.is_dir():
+        raise DataError(f"{base}: no such folder; expected image files or one subfolder of them per class")
+    files = [(file, 0) for file in _images_in(base)]
+    if not files:
+        classes = sorted(entry for entry in base.iterdir() if entry.is_dir())
+        files = [(file, label) for label, entry in enumerate(classes) for file in _images_in(entry)]
+    if not files:
+        raise DataError(f"{base}: no image files; expected some of {', '.join(sorted(_SUFFIXES))}")
+    return files
+
+
+def _images_in(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file())
+
+
+def read_images(
+    files: Sequence[tuple[str | Path, int]],
+    size: int | None,
+    indices: Sequence[int] | None,
+    name: str,
+    mode: str = "RGB",
+) -> tuple[Tensor, Tensor]:
+    """Read image files, scaled and cut to a square of `size` pixels where that is given."""
+    files = [files[row] for row in check_indices(indices, len(files), name)]
+    pixels: list[np.ndarray] = []
+    for file, _ in files:
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert(mode)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"{file}: not an image that can be read ({error})") from error
+        if size is not None:
+            scale = size / min(image.size)
+            width, height = (max(size, round(side * scale)) for side in image.size)
+            left, top = (width - size) // 2, (height - size) // 2
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image = image.crop((left, top, left + size, top + size))
+        pixels.append(np.asarray(image))
+        if pixels[-1].shape != pixels[0].shape:
+            raise DataError(
+                f"{file}: {image.width}×{image.height} pixels, but {files[0][0]} has "
+                f"{pixels[0].shape[1]}×{pixels[0].shape[0]}; give a size"
+            )
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return to_tensors(np.stack(pixels), labels, None, name)
+
+
+def torchvision_set(name: str, split: str, root: Path, *, download: bool) -> Any:
+    """Open torchvision's data set of that name; where it is missing, RuntimeError or OSError."""
+    if not download and not root.is_dir():
+        raise FileNotFoundError(root)  # torchvision would make the folder
+    make: Callable[..., Any] = getattr(torchvision().datasets, name)
+    if name == "ImageNet":
+        return make(str(root), split="train" if split == "train" else "val")
+    return make(str(root), train=split == "train", download=download)
+
+
+def download(name: str, split: str, root: Path) -> None:
+    """Download beside, then rename: a broken connection leaves nothing that looks like a data set."""
+    made = not root.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as beside:
+            torchvision_set(name, split, Path(beside), download=True)
+            for entry in Path(beside).iterdir():
+                if (root / entry.name).is_dir():
+                    raise FileExistsError(f"{root / entry.name} is there but broken; remove it")
+                os.replace(entry, root / entry.name)
+    finally:
+        if made and not any(root.iterdir()):
+            root.rmdir()

@@ -1,0 +1,64 @@
+"""The attacks that experiments compare, each with a budget of network evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from invlib.attacks.auto import best
+from invlib.attacks.base import Attack
+from invlib.attacks.matching import GradientMatching
+from invlib.attacks.published import improved_deep_leakage, inverting_gradients
+from invlib.core.observation import Observation
+from invlib.core.reconstruction import Reconstruction
+from invlib.federated.surrogate import as_one_gradient
+from invlib.optim.optimizers import LBFGS
+
+_ITERATIONS = 20  # of L-BFGS in a step, one evaluation each
+
+
+def squared_lbfgs(*, steps: int, restarts: int = 1) -> GradientMatching:
+    """Return squared distance with L-BFGS and known labels, at a budget of evaluations for each restart."""
+    iterations = min(_ITERATIONS, steps)
+    return improved_deep_leakage(
+        steps=steps // iterations, restarts=restarts, optimizer=LBFGS(max_iter=iterations)
+    )
+
+
+def cosine_adam(*, steps: int, restarts: int = 1, **settings: Any) -> GradientMatching:
+    """Return cosine objective and signed Adam as published, at a budget of evaluations for each restart."""
+    return inverting_gradients(steps=steps, restarts=restarts, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTheWay:
+    """An attack on a client of many local steps through one gradient on its way, see `as_one_gradient`.
+
+    The score is measured through all local steps, so that it compares with that of an unrolled attack.
+
+    Args:
+        attack: what is run on that gradient.
+    """
+
+    attack: GradientMatching
+
+    def __call__(
+        self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """Attack an observation."""
+        found = self.attack(*as_one_gradient(model, observation), generator=generator)
+        assert found.labels is not None  # the attack does not optimise them
+        score = self.attack.score(model, observation, found.images, found.labels)
+        return replace(found, score=score, trial_scores=torch.tensor([score]))
+
+
+PUBLISHED: dict[str, Callable[..., Attack]] = {
+    "l2 + L-BFGS": squared_lbfgs,
+    "cosine + signed Adam": cosine_adam,
+}
+BEST = "this project's best"
+ATTACKS = PUBLISHED | {BEST: best}

@@ -1,0 +1,185 @@
+"""The networks that are attacked, and the one that looks at what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from invlib import models
+from invlib.core.normalization import Normalization
+from invlib.errors import DataError, DeviceError, UnknownNameError
+from invlib.experiments.cases import Case
+from invlib.metrics.identification import Features
+from invlib.models.weights import locate
+
+_BY_SLUG = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST", "mnist": "MNIST"}
+# Who looks at reconstructions, best first, by the channels of the images; never the attacked network itself.
+_JUDGES = {
+    3: (("ConvNet8", "cifar10"), ("ResNet20", "cifar10")),
+    1: (("ConvNet8", "fashion-mnist"), ("LeNetZhu", "fashion-mnist")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network that a client received, how it encodes images, and where its weights are from."""
+
+    model: nn.Module
+    normalization: Normalization
+    weights_sha256: str | None
+    accuracy: float | None
+
+
+def find(network: str, slug: str, folder: Path) -> Path | None:
+    """Return the file of trained weights: the folder's own before the shipped one; None where neither is."""
+    own = folder / f"{network}-{slug}.safetensors"
+    if own.is_file():
+        return own
+    return locate(network, slug) if slug in models.available().get(network, ()) else None
+
+
+def check(cases: Iterable[Case], folder: Path, where: str) -> None:
+    """See that all trained weights are at hand before the first attack.
+
+    Raises:
+        DataError: some are missing; the message has the commands that make them.
+    """
+    missing = {
+        (case.network, case.weights)
+        for case in cases
+        if case.weights is not None
+        and not _from_elsewhere(case)
+        and find(case.network, case.weights, folder) is None
+    }
+    if missing:
+        files = [folder / f"{network}-{slug}.safetensors" for network, slug in sorted(missing)]
+        commands = [_training(*pair, folder) for pair in sorted(missing)]
+        raise DataError(
+            f"{where} needs trained weights that are not here: {', '.join(map(str, files))}. "
+            f"Make them with: {' && '.join(commands)}"
+        )
+
+
+def _from_elsewhere(case: Case) -> bool:
+    """Say whether a case's weights come with a package, as do all of the networks with lower-case names."""
+    return case.build is not None or case.network[0].islower()
+
+
+def _training(network: str, slug: str, folder: Path) -> str:
+    base = next((known for known in _BY_SLUG if slug == known or slug.startswith(f"{known}-")), slug)
+    words = ["--model", network, "--dataset", _BY_SLUG.get(base, base)]
+    if slug.endswith("-no-batch-norm"):
+        words.append("--no-batch-norm")
+    words += ["--out", f"{folder}/{network}-{slug}.safetensors"]
+    return "python -m invlib train " + shlex.join(words)
+
+
+class Networks:
+    """Builds each network once where it is trained, and anew for each client where it is not.
+
+    Args:
+        folder: where weights are looked for before the shipped ones.
+        device: where the networks run.
+        normalization: how images are encoded where no model card says otherwise.
+        num_classes: outputs of untrained networks.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, normalization: Normalization, num_classes: int
+    ) -> None:
+        self.folder, self.device = folder, device
+        self.normalization, self.num_classes = normalization, num_classes
+        self._trained: dict[tuple[str, str], Network] = {}
+        self._judges: dict[tuple[str, str | None, int], Features | None] = {}
+
+    def get(self, case: Case, seed: int, shape: tuple[int, int, int]) -> Network:
+        """Return the network of a case for one client, whose images have a shape ``(C, H, W)``.
+
+        Raises:
+            InvlibError: weights or settings do not fit.
+        """
+        if case.weights is not None and case.build is None:
+            key = (case.network, case.weights)
+            if key not in self._trained:
+                self._trained[key] = self._load(case)
+            return self._trained[key]
+        if case.build is not None:
+            model = case.build(seed)
+        else:
+            model = models.build(
+                case.network,
+                num_classes=case.num_classes or self.num_classes,
+                in_channels=shape[0],
+                image_size=shape[1],
+                seed=seed,
+            )
+        return Network(
+            model=model.to(self.device).eval(),
+            normalization=case.normalization or self.normalization,
+            weights_sha256=None,
+            accuracy=None,
+        )
+
+    def sha256(self, case: Case) -> str | None:
+        """Return the hash of a case's weights file, None where it has none; the start of it is enough."""
+        if case.weights is None or _from_elsewhere(case):
+            return None
+        path = find(case.network, case.weights, self.folder)
+        return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+    def _load(self, case: Case) -> Network:
+        assert case.weights is not None
+        if _from_elsewhere(case):
+            model, sha = models.build(case.network, weights=case.weights), None
+            try:
+                card = models.model_card(case.network, case.weights)
+            except (UnknownNameError, DataError):  # torchvision's have none
+                card = {}
+        else:
+            path = find(case.network, case.weights, self.folder)
+            if path is None:
+                raise DataError(f"trained weights {case.weights!r} of {case.network} are no longer there")
+            model, sha = models.build(case.network, weights=path), self.sha256(case)
+            card = models.model_card(case.network, path)
+        return Network(
+            model=model.to(self.device),
+            normalization=case.normalization or card_normalization(card) or self.normalization,
+            weights_sha256=sha,
+            accuracy=card.get("accuracy"),
+        )
+
+    def judge(self, case: Case, channels: int) -> Features | None:
+        """Return the network that compares features: a shipped one, and never the attacked one."""
+        key = (case.network, case.weights, channels)
+        if key not in self._judges:
+            self._judges[key] = None
+            for name, slug in _JUDGES.get(channels, ()):
+                if (name, slug) == (case.network, case.weights):
+                    continue
+                try:
+                    model, card = models.build(name, weights=slug), models.model_card(name, slug)
+                except (UnknownNameError, DataError, DeviceError):
+                    continue
+                found = Features(
+                    model.to(self.device),
+                    card_normalization(card) or self.normalization,
+                    card.get("image_size", 32),
+                    f"{name}-{slug}",
+                )
+                self._judges[key] = found
+                break
+        return self._judges[key]
+
+
+def card_normalization(card: dict[str, Any]) -> Normalization | None:
+    """Return how the images of a model card's network are encoded, None where the card does not say."""
+    if "normalization" not in card:
+        return None
+    return Normalization(**{key: tuple(values) for key, values in card["normalization"].items()})

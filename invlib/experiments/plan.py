@@ -1,0 +1,179 @@
+"""What a run of an experiment is about, fixed before the first attack."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from invlib.core.fingerprint import describe
+from invlib.errors import ConfigError
+from invlib.experiments import gallery as _gallery
+from invlib.experiments.cases import Case, Setup
+from invlib.experiments.catalog import get
+from invlib.experiments.gallery import Gallery
+from invlib.experiments.networks import Networks, check
+
+# Settings that the oldest records do not know, at the value that those were made with.
+ADDED_LATER = {
+    "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
+}
+
+
+def _some_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of a run of an experiment: small, and enough for another process to make the same plan.
+
+    Args:
+        name: of the experiment.
+        images: clients in each case; None, as below, takes what the form has.
+        steps: network evaluations of each restart.
+        restarts: starting points of each attack.
+        reduced: the reduced form or the full one; None takes the full one on a GPU.
+        dataset: name of the data set.
+        split: ``"train"`` or ``"test"``.
+        first: number of the first private image.
+        only: cases with these words in their name; none of them takes all.
+        seed: an image's number is added to it.
+        weights: where trained weights are looked for before the shipped ones.
+        device: where the attacks run.
+    """
+
+    name: str
+    images: int | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    reduced: bool | None = None
+    dataset: str | None = None
+    split: str = "train"
+    first: int | None = None
+    only: tuple[str, ...] = ()
+    seed: int = 0
+    weights: Path = Path("models")
+    device: torch.device = field(default_factory=_some_device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a run of an experiment is about, fixed before it begins.
+
+    Args:
+        name: of the experiment.
+        request: what makes the same plan in another process on this machine, or one with the same files.
+        cases: those that are wanted.
+        known: all that this form has, by name, wanted or not.
+        images: clients in each case.
+        first: number of the first private image.
+        seed: what the seeds of the attacks are counted from.
+        settings: what all cases share, as the record holds it.
+        gallery: the images.
+        networks: the networks.
+        device: where the attacks run.
+    """
+
+    name: str
+    request: Request
+    cases: Sequence[Case]
+    known: dict[str, Case]
+    images: int
+    first: int
+    seed: int
+    settings: dict[str, Any]
+    gallery: Gallery
+    networks: Networks
+    device: torch.device
+
+    def tasks(self) -> list[tuple[Case, int]]:
+        """Return each attack: its case and the number of its first private image, client after client."""
+        return [(case, self.first + k * case.images) for k in range(self.images) for case in self.cases]
+
+    def case_settings(self, case: Case) -> dict[str, Any]:
+        """Return every setting of a case that its rows depend on, as the record holds them."""
+        return self.settings | {
+            "network": case.network,
+            "weights": case.weights,
+            "weights_sha256": self.networks.sha256(case),
+            "num_classes": case.num_classes,
+            "classes": {str(old): new for old, new in case.labels.items()},
+            "normalization": describe(case.normalization),
+            "attack": describe(case.attack, added_later=ADDED_LATER),
+            "protocol": describe(case.protocol),
+            "images": case.images,
+            "labels": "known" if case.reveal_labels else "inferred",
+        }
+
+    def images_sha256(self) -> str:
+        """Return a hash of the images, as they are rounded to 8 bits."""
+        pixels = self.gallery.images.mul(255).round().to(torch.uint8).cpu().numpy()
+        return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def plan(request: Request) -> Plan:
+    """Fix everything before the first attack, so that what is missing is said at once.
+
+    Raises:
+        InvlibError: a setting is out of range, or images or weights are missing.
+    """
+    experiment, device, split = get(request.name), request.device, request.split
+    reduced = device.type == "cpu" if request.reduced is None else request.reduced
+    size = experiment.reduced if reduced else experiment.full
+    given = {"images": request.images, "steps": request.steps, "restarts": request.restarts}
+    for key, value in given.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{key} is {value}; expected at least 1")
+    size = replace(size, **{key: value for key, value in given.items() if value is not None})
+    source = _gallery.choose(request.dataset or experiment.dataset, split)
+    setup = Setup(steps=size.steps, restarts=size.restarts, reduced=reduced, slug=_gallery.slug(source))
+    cases = experiment.cases(setup)
+    wanted = _chosen(cases, request.only)
+    check(wanted, request.weights, request.name)
+    count = max(case.images for case in wanted) * size.images
+    gallery, begin = _gallery.load(source, split, request.first, count, device)
+    full = experiment.full
+    return Plan(
+        name=request.name,
+        request=replace(
+            request, reduced=reduced, dataset=source, first=begin, weights=request.weights.absolute()
+        ),
+        cases=wanted,
+        known={case.name: case for case in cases},
+        images=size.images,
+        first=begin,
+        seed=request.seed,
+        settings={
+            "dataset": source,
+            "split": split,
+            "steps": size.steps,
+            "restarts": size.restarts,
+            "seed": request.seed,
+            # Fewer steps than the full form has are a reduction too, whatever the networks.
+            "reduced": reduced or size.steps < full.steps or size.restarts < full.restarts,
+        },
+        gallery=gallery,
+        networks=Networks(request.weights, device, _gallery.normalization(source), _gallery.classes(source)),
+        device=device,
+    )
+
+
+def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), "two cases have one name"
+    for words in only:
+        if not any(words in name for name in names):
+            raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")
+    return [case for case in cases if not only or any(words in case.name for words in only)]
+
+
+def key(case: str, image: int, settings: dict[str, Any]) -> str:
+    """Return what no two rows of a record share: a hash of the case, the image and all settings."""
+    text = json.dumps([case, image, settings], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""The table of an experiment, made from its record alone."""
+
+from __future__ import annotations
+
+import html
+import os
+import statistics
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from invlib import data
+from invlib.core.files import Row
+from invlib.errors import DataError
+from invlib.experiments import record as _record
+from invlib.experiments.cases import Experiment
+
+_WIDTH = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A small table of words, aligned as text and drawn by notebooks.
+
+    Args:
+        columns: the headings.
+        rows: one word for each heading.
+        caption: what the table shows, and how its numbers are to be read.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+    def __str__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text.insert(1, "  ".join("-" * n for n in widths))
+        return "\n".join([*textwrap.wrap(self.caption, _WIDTH), "", *text])
+
+    def _repr_html_(self) -> str:
+        # A column that says the same in every row is said once below, which keeps the table in the page.
+        same = [
+            k
+            for k in range(len(self.columns))
+            if len(self.rows) > 1 and len({row[k] for row in self.rows}) == 1
+        ]
+        kept = [k for k in range(len(self.columns)) if k not in same]
+        head = "".join(f"<th>{html.escape(self.columns[k])}</th>" for k in kept)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(row[k])}</td>' for k in kept)}</tr>" for row in self.rows
+        )
+        alike = ", ".join(f"{self.columns[k]} {self.rows[0][k]}" for k in same)
+        below = f"{self.caption} In every row: {alike}." if same else self.caption
+        # The page's own width for the words; what is wider scrolls by itself and not with the page.
+        return (
+            '<div style="overflow-x: auto" tabindex="0">'
+            f'<table class="table" style="font-size: 0.8em"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+            f'<p style="font-size: 0.85em">{html.escape(below)}</p>'
+        )
+
+
+def locate(record: str | os.PathLike[str]) -> Path:
+    """Return the file of a record: a path that ends in .jsonl, or the name of a record in data/results."""
+    if isinstance(record, os.PathLike) or record.endswith(".jsonl"):
+        return Path(record)
+    try:
+        return data.resource(f"results/{record}.jsonl")
+    except DataError as error:
+        raise DataError(
+            f"no record {record!r} comes with invlib; expected one of data/results, or the path of a .jsonl "
+            f"file, such as results/{record}.jsonl where this command makes it: "
+            f"python -m invlib experiment {record}"
+        ) from error
+
+
+def build(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) -> Table:
+    """Return the table of some rows: a line for each case, in the order of the rows."""
+    if not rows:
+        raise DataError(f"record {source} has no rows; expected at least one attack")
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row["columns"]))
+    with_paper = any(row.get("paper") for row in rows)
+    with_labels = any(row["settings"]["labels"] == "inferred" for row in rows)
+    headings = [*names, "PSNR in dB", *(["paper"] if with_paper else []), "SSIM", "by SSIM"]
+    headings += ["by features", "grey", "mean", "class"]
+    headings += [*(["labels right"] if with_labels else []), "evaluations", "clients"]
+    lines = []
+    for group in cases.values():
+        line = [str(group[0]["columns"].get(name, "")) for name in names]
+        line.append(_mean_and_spread(_flat(group, "psnr")))
+        if with_paper:
+            line.append(group[0].get("paper") or "")
+        line.append(_mean(_flat(group, "ssim"), "{:.3f}"))
+        line += [_found(group, "rank_ssim"), _found(group, "rank_features")]
+        line += [
+            _mean([f[kind] for row in group for f in row["floors"]], "{:.2f}")
+            for kind in ("grey", "mean", "class")
+        ]
+        if with_labels:
+            right = [row["labels_right"] for row in group if row["labels_right"] is not None]
+            total = sum(len(row["psnr"]) for row in group if row["labels_right"] is not None)
+            line.append(f"{sum(right) / total:.0%}" if total else "")
+        line += [_mean([row["evaluations"] for row in group], "{:.0f}"), str(len(group))]
+        lines.append(tuple(line))
+    return Table(columns=tuple(headings), rows=tuple(lines), caption=_caption(rows, cases, experiments))
+
+
+def _caption(rows: Sequence[Row], cases: dict[str, list[Row]], experiments: dict[str, Experiment]) -> str:
+    name, settings = rows[0]["experiment"], rows[0]["settings"]
+    experiment = experiments.get(name)
+    clients = sorted({len(group) for group in cases.values()})
+    count = str(clients[0]) if len(clients) == 1 else f"{clients[0]} to {clients[-1]}"
+    reduced = any(row["settings"]["reduced"] for row in rows)
+    title = experiment.title if experiment else name
+    parts = [
+        f"{'REDUCED FORM of ' if reduced else ''}{name}: {title}.",
+        f"{count} {'client' if clients == [1] else 'clients'} a case, from {settings['dataset']} "
+        f"({settings['split']}), {settings['steps']} network evaluations a restart, "
+        f"{settings['restarts']} restart{'s' if settings['restarts'] != 1 else ''}, "
+        f"seed {settings['seed']}, on {', '.join(sorted({row['device'] for row in rows}))}.",
+        "PSNR: mean ± standard deviation over images. By SSIM, by features: how often the reconstruction "
+        f"picks its own original out of {_range(row['candidates'] for row in rows)} candidates, by SSIM and "
+        "by the features of another trained network. Grey, mean, class: the PSNR of what needs no update at "
+        "all, namely the best plain grey image, the mean of the candidates, another image of the class.",
+        *(experiment.notes if experiment else ()),
+    ]
+    return " ".join(parts)
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _flat(group: Sequence[Row], key: str) -> list[float]:
+    return [float(value) for row in group for value in row[key]]
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    # An exact image has an infinite PSNR, with which there is no mean: it is said beside it.
+    finite = [v for v in values if v not in (float("inf"), float("-inf"))]
+    exact = f", {len(values) - len(finite)} exact" if len(finite) < len(values) else ""
+    if not finite:
+        return exact.removeprefix(", ")
+    return f"{statistics.fmean(finite):.2f} ± {statistics.pstdev(finite):.2f}{exact}"
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    known = [float(v) for v in values if v is not None]
+    return form.format(statistics.fmean(known)) if known else "–"
+
+
+def _found(group: Sequence[Row], key: str) -> str:
+    ranks = [rank for row in group for rank in row[key] if rank is not None]
+    return f"{sum(rank == 1 for rank in ranks) / len(ranks):.0%}" if ranks else "–"
+
+
+def read(record: str | os.PathLike[str]) -> list[Row]:
+    """Return the rows of a record by name or path, the cases in the order of the experiment.
+
+    Several processes write rows as they come; older records have no places.
+    """
+    return sorted(_record.read(locate(record)), key=lambda row: int(row.get("place", 0)))

@@ -1,0 +1,23 @@
+"""The client's step as a differentiable function, what the server sees of it, and captured updates."""
+
+from invlib.federated.capture import (
+    from_arrays,
+    from_gradients,
+    from_state_dicts,
+    load_observation,
+    save_observation,
+)
+from invlib.federated.protocols import FedAvg, FedSGD, observe
+from invlib.federated.surrogate import as_one_gradient
+
+__all__ = [
+    "FedAvg",
+    "FedSGD",
+    "as_one_gradient",
+    "from_arrays",
+    "from_gradients",
+    "from_state_dicts",
+    "load_observation",
+    "observe",
+    "save_observation",
+]

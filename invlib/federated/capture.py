@@ -1,0 +1,244 @@
+"""Bring an update that was captured anywhere into invlib: lists, arrays, state dicts and files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from invlib.core.network import trainable_parameters
+from invlib.core.normalization import Normalization
+from invlib.core.observation import ClientStep, Observation
+from invlib.errors import DataError, ObservationError
+from invlib.federated.protocols import FedAvg, FedSGD
+
+FORMAT = "invlib-observation-1"
+
+
+def from_gradients(
+    model: nn.Module,
+    gradients: Iterable[Tensor],
+    *,
+    num_images: int,
+    image_shape: tuple[int, int, int],
+    normalization: Normalization,
+    protocol: ClientStep | None = None,
+    labels: Tensor | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    training_mode: bool = False,
+) -> Observation:
+    """Make an observation of a list of gradients in the order of ``model.parameters()``.
+
+    Args:
+        model: the model that the client received.
+        gradients: one tensor for each trainable parameter, as `torch.autograd.grad` gives them.
+        num_images: how many private images the client used.
+        image_shape: ``(C, H, W)``.
+        normalization: how the client encodes images in [0, 1].
+        protocol: the client's step; None is `invlib.FedSGD`.
+        labels: int64 ``(N,)`` where they are known.
+        buffers: the client's batch-norm statistics, where it sent them.
+        training_mode: whether the client ran the model in training mode.
+
+    Raises:
+        ObservationError: the list is too short or too long, or the observation does not fit the model.
+
+    Taught in: chapter 1
+    """
+    names = list(trainable_parameters(model))
+    tensors = list(gradients)
+    if len(tensors) != len(names):
+        raise ObservationError(
+            f"gradients has {len(tensors)} tensors; expected {len(names)}, one for each trainable parameter "
+            f"in the order {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        )
+    return _checked(
+        model,
+        dict(zip(names, tensors, strict=True)),
+        num_images=num_images,
+        image_shape=image_shape,
+        normalization=normalization,
+        protocol=protocol,
+        labels=labels,
+        buffers=buffers,
+        training_mode=training_mode,
+    )
+
+
+def from_arrays(
+    model: nn.Module,
+    arrays: Mapping[str, Any],
+    *,
+    num_images: int,
+    image_shape: tuple[int, int, int],
+    normalization: Normalization,
+    protocol: ClientStep | None = None,
+    labels: Tensor | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    training_mode: bool = False,
+) -> Observation:
+    """Make an observation of a mapping from parameter names to arrays (NumPy or torch).
+
+    Arguments and errors as for `from_gradients`.
+    """
+    update = {name: torch.as_tensor(value) for name, value in arrays.items()}
+    return _checked(
+        model,
+        update,
+        num_images=num_images,
+        image_shape=image_shape,
+        normalization=normalization,
+        protocol=protocol,
+        labels=labels,
+        buffers=buffers,
+        training_mode=training_mode,
+    )
+
+
+def from_state_dicts(
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    protocol: FedAvg,
+    num_images: int,
+    image_shape: tuple[int, int, int],
+    normalization: Normalization,
+    labels: Tensor | None = None,
+    training_mode: bool = False,
+) -> Observation:
+    """Make an observation of a client's state dict before and after its local training.
+
+    What is no parameter in ``after`` (batch-norm statistics) becomes the observation's buffers. The
+    attack starts from ``model``, which has to hold the weights of ``before``.
+
+    Args:
+        model: the model, with the weights of ``before``.
+        before: the state dict that the client received.
+        after: the state dict that it sent back.
+        protocol: how it trained.
+        num_images: how many private images the client used.
+        image_shape: ``(C, H, W)``.
+        normalization: how the client encodes images in [0, 1].
+        labels: int64 ``(N,)`` where they are known.
+        training_mode: whether the client ran the model in training mode.
+
+    Raises:
+        ObservationError: the two differ in names, or the observation does not fit the model.
+
+    Taught in: chapter 4
+    """
+    if before.keys() != after.keys():
+        differing = sorted(before.keys() ^ after.keys())
+        raise ObservationError(f"the state dicts differ in {differing[:5]}; expected the same names in both")
+    names = trainable_parameters(model)
+    return _checked(
+        model,
+        {name: after[name] - before[name] for name in names if name in after},
+        num_images=num_images,
+        image_shape=image_shape,
+        normalization=normalization,
+        protocol=protocol,
+        labels=labels,
+        buffers={name: value for name, value in after.items() if name not in names},
+        training_mode=training_mode,
+    )
+
+
+def _checked(
+    model: nn.Module,
+    update: Mapping[str, Tensor],
+    *,
+    protocol: ClientStep | None,
+    buffers: Mapping[str, Tensor] | None,
+    image_shape: tuple[int, int, int],
+    **facts: Any,
+) -> Observation:
+    observation = Observation(
+        update={name: value.detach().clone() for name, value in update.items()},
+        protocol=protocol or FedSGD(),
+        buffers=dict(buffers or {}),
+        image_shape=(image_shape[0], image_shape[1], image_shape[2]),
+        **facts,
+    )
+    observation.validate(model)
+    return observation
+
+
+def save_observation(observation: Observation, path: str | Path) -> None:
+    """Save an observation as one safetensors file with a JSON header; no code is stored in it.
+
+    Args:
+        observation: what the server saw; its protocol is `invlib.FedSGD` or `invlib.FedAvg`.
+        path: where to; written beside and then renamed.
+
+    Raises:
+        ObservationError: the protocol is another one.
+        DataError: the file cannot be written.
+
+    Taught in: chapter 4
+    """
+    protocol = observation.protocol
+    if not isinstance(protocol, (FedSGD, FedAvg)):
+        raise ObservationError(f"protocol is {type(protocol).__name__}; expected FedSGD or FedAvg to save it")
+    header = {
+        "format": FORMAT,
+        "protocol": type(protocol).__name__,
+        "protocol_settings": asdict(protocol),
+        "num_images": observation.num_images,
+        "image_shape": observation.image_shape,
+        "normalization": asdict(observation.normalization),
+        "training_mode": observation.training_mode,
+        "order": list(observation.update),
+    }
+    tensors = {f"update/{name}": value.contiguous() for name, value in observation.update.items()}
+    tensors |= {f"buffers/{name}": value.contiguous() for name, value in observation.buffers.items()}
+    if observation.labels is not None:
+        tensors["labels"] = observation.labels
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        safetensors.torch.save_file(tensors, beside, metadata={"invlib": json.dumps(header)})
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"the observation cannot be written to {path}: {error}") from error
+
+
+def load_observation(path: str | Path) -> Observation:
+    """Load what `save_observation` wrote.
+
+    Raises:
+        DataError: the file is missing, corrupt, or holds something else.
+
+    Taught in: chapter 4
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no observation at {path}; expected a file that save_observation wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("invlib", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise DataError(f"{path} is corrupt or no observation: {error}") from error
+    if header.get("format") != FORMAT:
+        raise DataError(f"{path} has format {header.get('format')!r}; expected {FORMAT!r}")
+    kind = {"FedSGD": FedSGD, "FedAvg": FedAvg}[header["protocol"]]
+    return Observation(
+        update={name: tensors[f"update/{name}"] for name in header["order"]},
+        protocol=kind(**header["protocol_settings"]),
+        num_images=header["num_images"],
+        image_shape=tuple(header["image_shape"]),
+        normalization=Normalization(**{k: tuple(v) for k, v in header["normalization"].items()}),
+        labels=tensors.get("labels"),
+        buffers={n.removeprefix("buffers/"): t for n, t in tensors.items() if n.startswith("buffers/")},
+        training_mode=header["training_mode"],
+    )

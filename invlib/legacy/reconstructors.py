@@ -1,0 +1,301 @@
+"""The reconstructors of 2020, as thin wrappers around `invlib.GradientMatching`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from invlib.attacks import labels as label_inference
+from invlib.attacks.matching import GradientMatching
+from invlib.attacks.published import preset as adapted
+from invlib.core.network import in_mode, trainable_parameters
+from invlib.core.normalization import Normalization
+from invlib.core.observation import ClientStep, Observation
+from invlib.core.optional import torchvision
+from invlib.errors import ConfigError
+from invlib.federated import FedAvg, FedSGD
+from invlib.federated.capture import from_gradients
+from invlib.legacy.config import DEFAULT_CONFIG, attack, checked
+from invlib.legacy.models import local_training
+from invlib.models.imagenet import pretrained
+from invlib.optim.priors import total_variation
+from invlib.search.hooks import Bar, Told
+from invlib.search.problem import Problem
+from invlib.search.run import SearchResult, run
+
+
+class GradientReconstructor:
+    """Recover images from a gradient, as the 2020 code does.
+
+    Args:
+        model: what the client received; it is not changed.
+        mean_std: mean and standard deviation of the images, numbers or tensors ``(C, 1, 1)``.
+        config: see `attack`; it is copied. Its ``scoring_choice`` says which restart is given back: the one
+            with the lowest cost (``"loss"``), total variation (``"tv"``) or entropy under an ImageNet network
+            (``"inception"``, which torchvision has to fetch); or the mean or median of all restarts
+            (``"pixelmean"``, ``"pixelmedian"``).
+        num_images: how many images the client used.
+
+    Attributes:
+        iDLG: infer the label of a single image where none is given, rather than to optimise it.
+        loss_fn: the client's loss.
+
+    Raises:
+        ConfigError: the config or mean_std does not fit; the message names the choices.
+        DataError: ``scoring_choice="inception"`` and its network cannot be fetched.
+
+    Source: Geiping et al. 2020, arXiv 2003.14053.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean_std: tuple[Any, Any] = (0.0, 1.0),
+        config: Mapping[str, Any] = DEFAULT_CONFIG,
+        num_images: int = 1,
+    ) -> None:
+        self.model = model
+        self.mean_std = mean_std
+        self.config = checked(config)
+        self.num_images = num_images
+        self.iDLG = True
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
+        self._normalization = _normalization(mean_std)
+        self._inception = _inception() if self.config["scoring_choice"] == "inception" else None
+
+    def reconstruct(
+        self,
+        input_data: Sequence[Tensor],
+        labels: Tensor | None,
+        img_shape: tuple[int, int, int] = (3, 32, 32),
+        dryrun: bool = False,
+        eval: bool = True,
+        tol: float | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Recover the images.
+
+        Ctrl-C ends the run and gives back the best restart so far.
+
+        Args:
+            input_data: the update, one tensor for each parameter.
+            labels: int64 ``(N,)``. None infers the label of one image; for more it optimises one soft label
+                that all share.
+            img_shape: ``(C, H, W)``.
+            dryrun: take one step of one restart.
+            eval: run the model in evaluation mode; else in the mode that it is in.
+            tol: run restarts one after another, and no more once a score is this low.
+            generator: draws the starting points; None is torch's default generator.
+            progress: show a progress bar.
+            settings: any other setting of `invlib.GradientMatching`, for example ``keep="best"`` to take the
+                image of lowest cost of each restart instead of its last one, or ``chunk``.
+
+        Returns:
+            Normalised images ``(N, C, H, W)``, and a dict with ``opt`` (their score, NaN where none is
+            finite), ``trial_scores`` (of the restarts that ran) and ``status`` (see `invlib.Reconstruction`).
+
+        Raises:
+            ObservationError: the update or the labels do not fit the model.
+            ConfigError: a setting is unknown.
+        """
+        generator = torch.default_generator if generator is None else generator
+        observation = from_gradients(
+            self.model,
+            input_data,
+            num_images=self.num_images,
+            image_shape=img_shape,
+            normalization=self._normalization,
+            protocol=self._client(),
+            labels=labels,
+            training_mode=not eval and self.model.training,
+            buffers=dict(self.model.named_buffers()),
+        )
+        if labels is None and self.num_images == 1 and self.iDLG:
+            observation = replace(observation, labels=self._infer(observation))
+        how = replace(
+            adapted(attack(self.config, generator=generator), settings),
+            labels="auto" if observation.labels is not None else "optimize_shared",
+            loss=self.loss_fn,
+        )
+        problem = how.problem(self.model, observation)
+        starts = how.starts(problem, observation, generator)
+        with in_mode(self.model, training=observation.training_mode):
+            runs = _run(how, problem, starts, self._score, dryrun=dryrun, tol=tol, progress=progress)
+            return self._choose(problem, runs)
+
+    def _client(self) -> ClientStep:
+        return FedSGD()
+
+    def _infer(self, observation: Observation) -> Tensor:
+        return label_inference.infer(self.model, observation).labels
+
+    def _score(self, problem: Problem, inputs: Tensor, logits: Tensor | None) -> float:
+        if self.config["scoring_choice"] == "tv":
+            return float(total_variation(inputs))
+        if self._inception is not None:
+            return self._inception(inputs)
+        return float(problem.score(inputs, logits))
+
+    def _choose(self, problem: Problem, runs: _Runs) -> tuple[Tensor, dict[str, Any]]:
+        scores = torch.where(runs.ran, torch.tensor(runs.scores), torch.nan)
+        usable = torch.isfinite(scores)
+        stats: dict[str, Any] = {"trial_scores": scores.tolist()}
+        stats["status"] = runs.status if usable.any() or runs.status == "interrupted" else "non_finite"
+        images = runs.values[0]
+        if self.config["scoring_choice"].startswith("pixel") and usable.any():
+            images = images[usable.to(images.device)]
+            middle = images.mean(0)
+            if self.config["scoring_choice"] == "pixelmedian":
+                middle = images.median(0).values
+            known = problem.labels
+            if known is None:
+                with torch.no_grad():
+                    known = self.model(middle).softmax(-1)
+            stats["opt"] = float(problem.objective(problem.update(middle, known), problem.target))
+            return middle, stats
+        best = int(torch.where(usable, scores, torch.inf).argmin())
+        stats["opt"] = float(scores[best])
+        return images[best].clone(), stats
+
+
+class FedAvgReconstructor(GradientReconstructor):
+    """Recover images from what a client sends after some local steps, as the 2020 code does.
+
+    Args:
+        model: what the client received; it is not changed.
+        mean_std: as for `GradientReconstructor`.
+        local_steps: how many steps of SGD the client took.
+        local_lr: its learning rate.
+        config: as for `GradientReconstructor`.
+        num_images: how many images the client used.
+        use_updates: the input is weight differences, after minus before; else the new weights.
+        batch_size: images in a step of the client; 0 takes all.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+
+    Source: Geiping et al. 2020, arXiv 2003.14053, section 6.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean_std: tuple[Any, Any] = (0.0, 1.0),
+        local_steps: int = 2,
+        local_lr: float = 1e-4,
+        config: Mapping[str, Any] = DEFAULT_CONFIG,
+        num_images: int = 1,
+        use_updates: bool = True,
+        batch_size: int = 0,
+    ) -> None:
+        super().__init__(model, mean_std, config, num_images)
+        self.local_steps = local_steps
+        self.local_lr = local_lr
+        self.use_updates = use_updates
+        self.batch_size = batch_size
+        self._client()
+
+    def _training(self) -> FedAvg:
+        return local_training(self.local_steps, self.local_lr, self.batch_size)
+
+    def _client(self) -> ClientStep:
+        training = self._training()
+        return training if self.use_updates else _NewWeights(**vars(training))
+
+    def _infer(self, observation: Observation) -> Tensor:
+        if not self.use_updates:
+            before = trainable_parameters(self.model)
+            update = {name: new - before[name] for name, new in observation.update.items()}
+            observation = replace(observation, update=update, protocol=self._training())
+        return super()._infer(observation)
+
+
+class _NewWeights(FedAvg):
+    """A client that sends its new weights instead of their difference to the old ones."""
+
+    def __call__(self, model: nn.Module, *args: Any, **settings: Any) -> dict[str, Tensor]:
+        before = settings.get("params") or trainable_parameters(model)
+        update = super().__call__(model, *args, **settings)
+        return {name: before[name] + value for name, value in update.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """Where the restarts ended, with one score for each."""
+
+    values: list[Tensor]
+    scores: list[float]
+    ran: Tensor
+    status: str
+
+
+def _run(
+    how: GradientMatching,
+    problem: Problem,
+    starts: list[Tensor],
+    score: Callable[[Problem, Tensor, Tensor | None], float],
+    *,
+    dryrun: bool,
+    tol: float | None,
+    progress: bool,
+) -> _Runs:
+    """Run all restarts together; or one by one where a low score ends the run; or the first for a step."""
+    size = how.restarts if tol is None and not dryrun else 1
+    parts: list[SearchResult] = []
+    scores: list[float] = []
+    for first in range(0, how.restarts, size):
+        [trials] = run(
+            problem,
+            [start[first : first + size] for start in starts],
+            replace(how, restarts=size).search,
+            [Bar(show=progress), *([Told(lambda at: at.step == 1)] if dryrun else [])],
+        )
+        parts.append(trials)
+        images, *logits = trials.values
+        scores += [score(problem, images[r], logits[0][r] if logits else None) for r in range(size)]
+        # A dry run ends as if interrupted.
+        if trials.status == "interrupted" or (tol is not None and scores[-1] <= tol):
+            break
+    return _Runs(
+        values=[torch.cat(ends) for ends in zip(*[p.values for p in parts], strict=True)],
+        scores=scores,
+        ran=torch.cat([p.ran for p in parts]),
+        status="max_steps" if dryrun else parts[-1].status,
+    )
+
+
+def _normalization(mean_std: tuple[Any, Any]) -> Normalization:
+    channels = []
+    for name, value in zip(("mean", "std"), mean_std, strict=True):
+        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        per_channel = numbers.shape[-3] if numbers.ndim >= 3 else numbers.numel()
+        if numbers.numel() != per_channel:
+            raise ConfigError(
+                f"mean_std: {name} has shape {tuple(numbers.shape)}; expected a number, (C,) or (C, 1, 1)"
+            )
+        channels.append(numbers.flatten())
+    mean, std = torch.broadcast_tensors(*channels)
+    return Normalization(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def _inception() -> Callable[[Tensor], float]:
+    """Return the mean entropy of Inception v3's prediction: low where it is sure what an image shows."""
+    tensors = pretrained("inception_v3", "IMAGENET1K_V1")
+    network = torchvision().models.inception_v3(weights=None, init_weights=False, transform_input=True)
+    network.load_state_dict(tensors)
+    network.eval()
+
+    @torch.no_grad()
+    def entropy(inputs: Tensor) -> float:
+        large = nn.functional.interpolate(inputs.expand(-1, 3, -1, -1), (299, 299), mode="bilinear")
+        probabilities = network.to(inputs)(large).softmax(-1)
+        return float(torch.special.entr(probabilities).mean())
+
+    return entropy

@@ -1,0 +1,132 @@
+"""What training leaves on disk: weights with a model card beside them, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from invlib.core.files import atomic_write
+from invlib.errors import ConfigError, DataError
+from invlib.models import weights, zoo
+
+# what torch.load and load_state_dict raise for a file that is no checkpoint of this model
+_BROKEN = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained network in evaluation mode and its model card.
+
+    Args:
+        model: the network.
+        card: how it was made: model, data, accuracy and test set, every setting, seed, command, commit.
+    """
+
+    model: nn.Module
+    card: dict[str, Any]
+
+
+def save(trained: Trained, path: str | os.PathLike[str]) -> Path:
+    """Write the weights as safetensors and the card beside them as JSON of the same name.
+
+    Both are written beside their place and then renamed.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ConfigError: where the path does not end in ``.safetensors``.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ConfigError(f"{target} ends in {target.suffix!r}; expected a name that ends in '.safetensors'")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    # not save_file, whose files only their owner can read
+    atomic_write(target, lambda beside: beside.write_bytes(safetensors.torch.save(state)))
+    card = target.with_suffix(".json")
+    text = json.dumps(trained.card, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(card, lambda beside: beside.write_text(text, encoding="utf-8"))
+    return card
+
+
+def load(path: str | os.PathLike[str]) -> Trained:
+    """Read what `save` wrote.
+
+    Raises:
+        DataError: where weights or card are missing or corrupt, or do not fit each other.
+        UnknownNameError: where the zoo has no model of the card's name.
+    """
+    target = Path(path)
+    card = weights.model_card("", target)  # a path names its card by itself
+    if "model" not in card:
+        raise DataError(f"model card of {target} has no 'model'; expected a card that save() wrote")
+    return Trained(model=zoo.build(card["model"], weights=target), card=card)
+
+
+def write_checkpoint(
+    path: Path,
+    card: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, float]],
+) -> None:
+    """Keep what `read_checkpoint` needs to go on; `card` holds the settings that must be the same then."""
+    state = {
+        "settings": card,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
+    atomic_write(path, lambda beside: torch.save(state, beside))
+
+
+def read_checkpoint(
+    path: Path, card: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[dict[str, float]]:
+    """Put a checkpoint into model and optimiser, and return the history of the epochs that are over."""
+    device = next(model.parameters()).device
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        was = state["settings"]
+        differ = [
+            f"{key}={was.get(key)!r}, now {value!r}" for key, value in card.items() if was.get(key) != value
+        ]
+        if not differ:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return list(state["history"])
+    except _BROKEN as error:
+        # torch's own message is a page long and advises to read the file unsafely
+        what = f"corrupt checkpoint ({type(error).__name__}), expected one that training wrote"
+        raise DataError(f"{path}: {what}; remove it to start anew") from error
+    raise ConfigError(f"{path} is the checkpoint of another training: {'; '.join(differ)}")
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, None where it is installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: the commit of some repository around it means nothing
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None

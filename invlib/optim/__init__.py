@@ -1,0 +1,1 @@
+"""What a search is made of: objectives, priors, coordinates, optimisers, schedules."""

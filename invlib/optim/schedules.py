@@ -1,0 +1,41 @@
+"""How the step size changes from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from invlib.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDecay:
+    """Multiply the step size by ``gamma`` at given parts of the run.
+
+    Args:
+        at: parts of all steps, ascending in (0, 1); as published 3/8, 5/8 and 7/8.
+        gamma: the factor.
+
+    Raises:
+        ConfigError: a part or the factor is out of range.
+
+    Example:
+        >>> [StepDecay().factor(k, 80) for k in (0, 30, 50, 70)] == [1.0, 0.1, 0.1**2, 0.1**3]
+        True
+
+    Source: Geiping et al. 2020, arXiv 2003.14053, supplementary material.
+
+    Taught in: chapter 2
+    """
+
+    at: tuple[float, ...] = (3 / 8, 5 / 8, 7 / 8)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if any(not 0 < a < 1 for a in self.at) or list(self.at) != sorted(self.at):
+            raise ConfigError(f"StepDecay at is {self.at}; expected ascending numbers in (0, 1)")
+        if not 0 < self.gamma <= 1:
+            raise ConfigError(f"StepDecay gamma is {self.gamma}; expected a number in (0, 1]")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the factor of the step size at a step, counted from 0, of a run of so many steps."""
+        return self.gamma ** sum(step >= int(steps * a) for a in self.at)
