@@ -281,3 +281,17 @@ def test_without_distributed_the_extra_is_named(guessing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert cli.main(["experiment", "guess", "--dask", "tcp://127.0.0.1:8786"]) == 2
     assert "`pip install invlib[cluster]` brings it" in capsys.readouterr().err
+
+
+def test_the_originals_of_a_row_that_was_lost_are_kept_again(guessing, monkeypatch):
+    register(monkeypatch, dark=Guess(level=0.2), light=Guess(level=0.8))
+    experiments.run("guess", "results/guess.jsonl", progress=False)
+    whole = in_order(rows())
+    path = Path("results/guess.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    assert experiments.run("guess", path, executor=guessing, progress=False) == 1
+    assert in_order(rows()) == whole
+    assert sorted((row["case"], bool(row["truth"])) for row in whole) == [
+        *[("dark", True)] * 2,
+        *[("light", False)] * 2,
+    ]
