@@ -1,4 +1,4 @@
-"""How close images are to the truth."""
+"""How close images are to the truth, which is the second argument of all that measures."""
 
 from __future__ import annotations
 
@@ -98,7 +98,6 @@ def lpips(images: Tensor, truth: Tensor) -> Tensor:
 
 def _torchmetrics() -> Any:
     # torchmetrics imports torchvision where it is installed, so it has to be mended first.
-
     with contextlib.suppress(DeviceError):
         torchvision()
     import torchmetrics.functional.image as functional

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError
-from invlib.metrics import psnr
+from invlib.metrics import matching_order, psnr
 from invlib.viz.figure import NARROW, WIDTH, as_images, figure, same_length, same_shape, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Images = Tensor | np.ndarray
+Drawn = Reconstruction | Images
 
 
 class Recording(Protocol):
@@ -32,38 +34,37 @@ def decibels(images: np.ndarray, reference: np.ndarray) -> list[str]:
     return ["exact" if value == float("inf") else f"{value:.1f} dB" for value in values.tolist()]
 
 
-def comparison(original: Images, reconstructions: Images | Mapping[str, Images]) -> dict[str, np.ndarray]:
-    """Check an original and its reconstructions and return them all as arrays by name, the original first."""
+def comparison(original: Images, reconstructions: Drawn | Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+    """Return an original and its reconstructions as arrays by name, all in the original's order."""
     rows = {"original": as_images(original, "original")}
     named = reconstructions if isinstance(reconstructions, Mapping) else {"reconstruction": reconstructions}
     if not named:
         raise ConfigError("reconstruction is empty; expected at least one set of images")
-    for name, images in named.items():
-        rows[name] = as_images(images, name)
+    for name, drawn in named.items():
+        rows[name] = as_images(drawn.images if isinstance(drawn, Reconstruction) else drawn, name)
         same_shape(rows[name], rows["original"], name)
+        if isinstance(drawn, Reconstruction):
+            pair = (torch.from_numpy(rows[key]).permute(0, 3, 1, 2) for key in (name, "original"))
+            rows[name] = rows[name][matching_order(*pair).numpy()]
     return rows
 
 
 @figure
 def compare(
     original: Images,
-    reconstruction: Images | Mapping[str, Images],
+    reconstruction: Drawn | Mapping[str, Drawn],
     *,
     titles: Sequence[str] | None = None,
     max_images: int = 8,
 ) -> Figure:
     """Draw the originals above their reconstructions, with the PSNR under each.
 
-    The images of a batch must already be in the original's order (`invlib.evaluate` gives it).
-
     Args:
         original: `(N, C, H, W)` in [0, 1].
-        reconstruction: the same shape, or several of them by name, one row each.
+        reconstruction: what an attack returned, whose images are put in the original's order
+            (`invlib.metrics.matching_order`), or images that are in it; several by name for one row each.
         titles: one for each of the N images.
         max_images: draw no more than the first so many.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ConfigError: where shapes, range or the number of titles do not fit.
@@ -106,9 +107,6 @@ def grid(
         columns: images in a row.
         title: a line above all.
 
-    Returns:
-        The figure, not shown.
-
     Raises:
         ConfigError: where shape, range, columns or the number of captions do not fit.
 
@@ -148,9 +146,6 @@ def filmstrip(
         frames: what `invlib.Frames` recorded, or images by label.
         count: draw so many moments, evenly spaced, the first and the last among them.
         original: `(N, C, H, W)` in [0, 1], drawn last where given, and the PSNR of each frame with it.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ConfigError: where there are no frames, or shapes, range or count do not fit.

@@ -10,7 +10,7 @@ import numpy as np
 
 from invlib.errors import ConfigError
 from invlib.viz.figure import as_images, png_uri, same_shape
-from invlib.viz.pictures import Images, Recording, comparison, decibels, moments
+from invlib.viz.pictures import Drawn, Images, Recording, comparison, decibels, moments
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -38,9 +38,6 @@ def scrubber(
         start: the frame that is shown first.
         max_frames: show no more than so many, evenly spaced; at most 20.
         width: width of one image in CSS pixels.
-
-    Returns:
-        A widget; a notebook shows it where a cell returns it.
 
     Raises:
         ConfigError: where there are fewer than two frames, or shapes, range, start or max_frames do not fit.
@@ -76,7 +73,7 @@ def scrubber(
 
 def wipe(
     original: Images,
-    reconstruction: Images,
+    reconstruction: Drawn,
     *,
     alt: str = "reconstruction",
     places: int = 11,
@@ -86,13 +83,10 @@ def wipe(
 
     Args:
         original: `(N, C, H, W)` in [0, 1].
-        reconstruction: the same shape, in the same order.
+        reconstruction: what an attack returned, in any order, or images in the original's order.
         alt: what the pictures show, for readers who do not see them.
         places: how many places the slider has, 2 to 20.
         width: width of one image in CSS pixels.
-
-    Returns:
-        A widget; a notebook shows it where a cell returns it.
 
     Raises:
         ConfigError: where shapes, range or places do not fit.

@@ -1,5 +1,7 @@
 """Figures: what is drawn, what is refused, and that matplotlib is left as it was."""
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -59,6 +61,15 @@ class TestCompare:
     def test_several_reconstructions_have_a_row_each(self, images):
         axes = viz.compare(images, {"l2": 0.5 * images, "cosine": 0.9 * images}).axes
         assert [axes[row].get_ylabel() for row in (0, 3, 6)] == ["original", "l2", "cosine"]
+
+    def test_a_reconstruction_is_put_in_the_order_of_the_truth_and_images_are_left(self, images):
+        shuffled = images[[2, 0, 1]] * 0.9
+        result = replace(run_of(torch.ones(1, 1)), images=shuffled)
+        axes = viz.compare(images, {"an attack": result, "images": shuffled}).axes
+        drawn = [np.asarray(panel.images[0].get_array()) for panel in axes[3:]]
+        ordered = (images * 0.9).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(drawn[:3], ordered, atol=1e-6)
+        np.testing.assert_allclose(drawn[3:], ordered[[2, 0, 1]], atol=1e-6)
 
     def test_titles_and_max_images(self, images):
         axes = viz.compare(images, images, titles=["a", "b", "c"], max_images=2).axes
