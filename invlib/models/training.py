@@ -17,6 +17,7 @@ from invlib.core.normalization import Normalization
 from invlib.errors import ConfigError, DeviceError
 from invlib.models import cards, zoo
 from invlib.models.cards import Trained, load, save
+from invlib.optim.schedules import StepDecay
 
 __all__ = ["Trained", "accuracy", "load", "save", "train"]
 
@@ -240,7 +241,8 @@ def _schedule(strategy: str, done: float) -> float:
     """Return the factor on the learning rate when the part `done` of all steps is over."""
     if strategy == "adam":
         return min(1.0, done / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
-    return 0.1 ** sum(done >= eighths / 8 for eighths in (3, 5, 7))
+    decay = StepDecay()
+    return decay.gamma ** sum(done >= part for part in decay.at)
 
 
 def _batches(

@@ -21,11 +21,20 @@ Evaluate = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Variable:
-    """One thing to optimise: what it is called, and the box that it has to stay in."""
+    """One thing to optimise.
+
+    Args:
+        name: what it is called.
+        low: lower bounds of the box that it stays in, broadcast against its values; None for none.
+        high: upper bounds, likewise.
+        signed: whether an optimiser that takes the sign of gradients does so here. Pixels share one scale;
+            soft labels, which do not, take the plain gradient.
+    """
 
     name: str
     low: Tensor | None = None
     high: Tensor | None = None
+    signed: bool = True
 
 
 class Optimizer(Protocol):
@@ -104,11 +113,9 @@ class Adam:
     with :math:`m` and :math:`v` the running means of :math:`g` and :math:`g^2`, and :math:`g` the gradient
     or, if signed, its sign.
 
-    Only images are signed; soft labels take the plain gradient.
-
     Args:
         lr: the step size :math:`\eta`, in normalised image units.
-        signed: use the sign of the gradient.
+        signed: use the sign of the gradient, where the variable allows it.
 
     Raises:
         ConfigError: lr is not positive.
@@ -157,7 +164,7 @@ class Adam:
                 lr=self.lr * factor,
                 betas=self.betas,
                 eps=self.eps,
-                signed=self.signed and variable.name == "images",
+                signed=self.signed and variable.signed,
                 low=variable.low,
                 high=variable.high,
             )
@@ -172,7 +179,7 @@ class SGD:
     Args:
         lr: the step size :math:`\eta`.
         momentum: :math:`\mu` in [0, 1).
-        signed: use the sign of the image's gradient.
+        signed: as for `Adam`.
 
     Raises:
         ConfigError: lr is not positive, or momentum is out of range.
@@ -206,7 +213,7 @@ class SGD:
         """Move the values one step, in place."""
         _, gradients = evaluate(values)
         for value, gradient, u, variable in zip(values, gradients, state["u"], variables, strict=True):
-            g = gradient.sign() if self.signed and variable.name == "images" else gradient
+            g = gradient.sign() if self.signed and variable.signed else gradient
             u.mul_(self.momentum).add_(g)
             value.sub_(self.lr * factor * (g + self.momentum * u))
             project_(value, variable)
@@ -229,7 +236,7 @@ class LBFGS:
         tolerance_change: a step ends where cost or values change by less than this. Torch's tolerances, the
             defaults, are large beside the costs of networks whose gradients all point nearly the same way.
         line_search: ``"strong_wolfe"`` or None.
-        signed: use the sign of the image's gradient (the 2020 code allows it; it defeats the curvature).
+        signed: as for `Adam` (the 2020 code allows it; it defeats the curvature).
 
     Raises:
         ConfigError: lr is not positive, or the line search is unknown.
@@ -282,7 +289,7 @@ class LBFGS:
         def closure() -> Tensor:
             cost, gradients = evaluate(values)
             for value, gradient, variable in zip(values, gradients, variables, strict=True):
-                value.grad = gradient.sign() if self.signed and variable.name == "images" else gradient
+                value.grad = gradient.sign() if self.signed and variable.signed else gradient
             return cost.sum()
 
         optimizer.step(closure)
