@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from invlib.attacks.labels import infer
-from invlib.core.network import in_mode
+from invlib.attacks.base import Settings, closed_form, known_labels, layer_calls
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Reconstruction
+from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
 
 
@@ -169,33 +168,20 @@ class _Stage:
 
 def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
     """Return the fully connected layers from the image on, in the order in which they run."""
-    ran: list[tuple[str, nn.Module, tuple[int, ...]]] = []
-    handles = []
-    for name, module in model.named_modules():
-        if not list(module.children()):
-
-            def hook(m: nn.Module, arguments: Any, _: Any, name: str = name) -> None:
-                ran.append((name, m, tuple(arguments[0].shape)))
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            model(next(model.parameters()).new_zeros(1, *observation.image_shape))
-    finally:
-        for handle in handles:
-            handle.remove()
+    calls, _ = layer_calls(model, torch.zeros(1, *observation.image_shape))
     stages: list[_Stage] = []
-    for name, module, _ in ran:
+    for call in calls:
+        module = call.layer
         if isinstance(module, nn.Linear):
-            stages.append(_Stage(name=name, layer=module, activation=nn.Identity()))
+            stages.append(_Stage(name=call.name, layer=module, activation=nn.Identity()))
         elif stages and type(module) in SLOPES:
             if not isinstance(module, nn.Identity):
-                stages[-1] = _Stage(name=stages[-1].name, layer=stages[-1].layer, activation=module)
+                stages[-1] = replace(stages[-1], activation=module)
         elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
             break
     pixels = math.prod(observation.image_shape)
     if not stages or stages[0].layer.in_features != pixels:
-        first = f"{ran[0][0]!r} ({type(ran[0][1]).__name__})" if ran else "nothing"
+        first = f"{calls[0].name!r} ({type(calls[0].layer).__name__})" if calls else "nothing"
         raise RecoveryError(
             f"{type(model).__name__} begins with {first}; expected a fully connected layer on all "
             f"{pixels} numbers of the image (use layer_input_of for the input of a later layer, or gradient "
@@ -253,7 +239,7 @@ def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> 
     gradient = observation.protocol.mean_gradient(
         observation.update[f"{head.name}.weight"], observation.num_images
     )
-    label = int((infer(model, observation).labels if observation.labels is None else observation.labels)[0])
+    label = int(known_labels(model, observation)[0])
     u, s, v = (part[0] for part in _rank_one(gradient.double()))
     if u[label] > 0:
         u, v = -u, -v
@@ -288,7 +274,7 @@ def _rank_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.T, s, vh
 
 
-def fully_connected(*, tolerance: float = 1e-2) -> Callable[..., Reconstruction]:
+def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
     """Return the closed-form attack on networks whose first layers are fully connected.
 
     One image comes back as it was, up to rounding. A batch does not: each row of the first layer gives a
@@ -303,31 +289,42 @@ def fully_connected(*, tolerance: float = 1e-2) -> Callable[..., Reconstruction]
         tolerance: the residual up to which a single image is called exact.
 
     Returns:
-        An attack ``(model, observation, *, generator=None) -> Reconstruction``; the score is the part of
-        the first layer's gradient left unexplained.
-
-    Raises:
-        RecoveryError: when called, on a model or gradient to which the closed form does not apply.
+        An attack; its score is the share of the first layer's gradient left unexplained.
 
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1.
 
     Taught in: chapter 1
     """
+    return FullyConnected(tolerance=tolerance)
 
-    def attack(
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FullyConnected(Settings):
+    """The attack that `fully_connected` returns."""
+
+    tolerance: float = 1e-2
+
+    def __call__(
+        self,
         model: nn.Module,
         observation: Observation,
         *,
         generator: torch.Generator | None = None,
-        callback: object = None,
+        callback: Callback | None = None,
         progress: bool = False,
     ) -> Reconstruction:
+        """Attack an observation. Nothing is drawn and there are no steps: the three options do nothing.
+
+        Raises:
+            ObservationError: the observation does not fit the model.
+            RecoveryError: the closed form does not apply to this model or gradient.
+        """
         began = time.perf_counter()
         observation.validate(model)
         if observation.num_images == 1:
             flat, residual = network_input(model, observation)
             inputs = flat[None]
-            what = "exact" if residual <= tolerance else "approximate"
+            what = "exact" if residual <= self.tolerance else "approximate"
             note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
         else:
             inputs, residual, count = _mixtures(model, observation)
@@ -335,30 +332,19 @@ def fully_connected(*, tolerance: float = 1e-2) -> Callable[..., Reconstruction]
                 f"mixtures: {count} rows of the first layer each give a weighted mean of the "
                 f"{observation.num_images} images; the {len(inputs)} shown lie nearest to the range of images"
             )
-        images = observation.normalization.decode(inputs.view(-1, *observation.image_shape)).clamp(0, 1)
-        labels, unknown = _labels(model, observation)
-        return Reconstruction(
-            images=images,
-            labels=labels,
-            score=residual,
-            trial_scores=torch.tensor([residual]),
-            trials=images[None],
-            status="closed_form",
-            seconds=time.perf_counter() - began,
-            note=note + unknown,
+        labels: Tensor | None = None
+        try:
+            labels = known_labels(model, observation)
+        except RecoveryError as error:
+            note += f"; the labels are unknown: {error}"
+        return closed_form(
+            observation.normalization.decode(inputs.view(-1, *observation.image_shape)).clamp(0, 1),
+            labels,
+            residual,
+            objective="unexplained share of the first layer's gradient",
+            note=note,
+            began=began,
         )
-
-    return attack
-
-
-def _labels(model: nn.Module, observation: Observation) -> tuple[Tensor | None, str]:
-    """Return the labels, inferred where they are hidden; where that fails, None and what to say of it."""
-    if observation.labels is not None:
-        return observation.labels, ""
-    try:
-        return infer(model, observation).labels, ""
-    except RecoveryError as error:
-        return None, f"; the labels are unknown: {error}"
 
 
 def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int]:

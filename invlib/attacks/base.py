@@ -1,21 +1,133 @@
-"""What an attack is."""
+"""What an attack is, and what attacks share."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from invlib.attacks.labels import infer
+from invlib.core.network import in_mode
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Reconstruction
+from invlib.core.reconstruction import Callback, Reconstruction
 
 
 class Attack(Protocol):
-    """Anything that turns an observation into images, as every attack of invlib does."""
+    """Turns an observation into images, as every attack of invlib does, with one signature for all."""
 
     def __call__(
-        self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
     ) -> Reconstruction:
-        """Attack an observation."""
+        """Attack an observation.
+
+        Args:
+            model: the model that the client received; it is not changed.
+            observation: what the server saw.
+            generator: draws the starting points of a search; None makes one with seed 0.
+            callback: called with `invlib.Progress` after each step of a search; returning True stops it.
+            progress: show a progress bar of a search.
+        """
         ...
+
+
+class Settings:
+    """Prints a frozen dataclass by the fields that differ from their defaults."""
+
+    def __repr__(self) -> str:
+        assert is_dataclass(self)
+        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        shown = [f"{name}={words(v)}" for name, v, default in given if v is not default and v != default]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def words(value: object) -> str:
+    """Return a setting as it is printed: functions by their name, tensors by their shape."""
+    if isinstance(value, FunctionType):
+        return value.__name__
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}"
+    if type(value) is tuple:
+        return f"({', '.join(words(part) for part in value)}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def known_labels(model: nn.Module, observation: Observation) -> Tensor:
+    """Return the labels that the server was told, or else infers, int64 ``(N,)``, on the model's device.
+
+    Raises:
+        RecoveryError: they are hidden and the update does not tell them.
+    """
+    labels = infer(model, observation).labels if observation.labels is None else observation.labels
+    return labels.to(next(model.parameters()).device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """A layer without parts as it ran: its name in the network, what went into it and what came out."""
+
+    name: str
+    layer: nn.Module
+    given: Tensor
+    output: Tensor
+
+
+def layer_calls(model: nn.Module, images: Tensor) -> tuple[list[LayerCall], Tensor]:
+    """Return the layers of a network in the order in which they run on images, and the logits."""
+    calls: list[LayerCall] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda layer, arguments, output: calls.append(
+            LayerCall(name=name, layer=layer, given=arguments[0], output=output)
+        )
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        with torch.no_grad(), in_mode(model, training=False):
+            logits = model(images.to(next(model.parameters())))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, logits
+
+
+def index_of_best(scores: Tensor) -> int:
+    """Return which restart has the lowest finite score; 0 where none is finite."""
+    return int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin())
+
+
+def closed_form(
+    images: Tensor, labels: Tensor | None, score: float, *, objective: str, note: str, began: float
+) -> Reconstruction:
+    """Return the result of an attack without search.
+
+    Args:
+        images: ``(N, C, H, W)`` in [0, 1].
+        labels: int64 ``(N,)``; None where the update does not tell them.
+        score: what is measured on the images.
+        objective: what that is, in words.
+        note: what to say about it.
+        began: when the attack did, by `time.perf_counter`.
+    """
+    return Reconstruction(
+        images=images,
+        labels=labels,
+        score=score,
+        objective=objective,
+        trial_scores=torch.tensor([score]),
+        trials=images[None],
+        status="closed_form",
+        seconds=time.perf_counter() - began,
+        note=note,
+    )

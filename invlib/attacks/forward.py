@@ -5,44 +5,49 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad, grad_and_value, jvp
 
-from invlib.attacks.labels import infer
-from invlib.core.network import forward, in_mode, trainable_parameters
+from invlib.attacks.base import Settings
+from invlib.attacks.matching import GradientMatching, hooks_of, reconstruct
+from invlib.core.network import forward, trainable_parameters
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import History, Reconstruction
+from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError
 from invlib.federated import FedSGD
 from invlib.optim import objectives, priors
-from invlib.optim.optimizers import Adam, Variable
+from invlib.optim.objectives import Objective
+from invlib.optim.optimizers import Adam, project_
+from invlib.search.engines import Engine
+from invlib.search.problem import Factor, Measure, Problem
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForwardMatching:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ForwardMatching(Settings):
     r"""The cosine attack with signed Adam, block by block, its image gradient taken forward over reverse.
 
     The cosine is taken within each block of the network, and :math:`D` is the mean over the blocks of one
-    minus cosine: taken over all tensors at once, the few with the largest gradients decide, and the early
-    ones, which know where things are, are hardly heard. With :math:`g(x) = \nabla_\theta \ell(x)` and
-    :math:`v = \partial D / \partial g`,
+    minus cosine: taken over all tensors at once, it is dominated by the few with the largest gradients, and
+    hardly depends on the early ones, which hold where things are. With :math:`g(x) = \nabla_\theta \ell(x)`
+    and :math:`v = \partial D / \partial g`,
 
     .. math:: \nabla_x D\big(g(x), g^\ast\big) = \frac{\partial}{\partial t}
               \nabla_x \ell_{\theta + t v}(x) \Big|_{t = 0}
 
     so one forward-mode derivative of the plain input gradient takes the place of the backward pass through a
-    backward pass, which is slow for the grouped convolutions of mobile networks. One image, one FedSGD step.
+    backward pass, which is slow for the grouped convolutions of mobile networks. One FedSGD step.
 
     Args:
         steps: how many steps, one evaluation each.
         restarts: how many starting points; the first is a grey image, the others are noise.
         lr: step size at the start, in normalised units; it falls along a quarter of a cosine.
-        tv: weights of total variation at the first and at the last step; geometric in between.
+        tv: weights of total variation at the first and at the last step; geometric in between. Where they
+            differ, each restart keeps its last iterate instead of the one with the lowest cost.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -66,9 +71,15 @@ class ForwardMatching:
             raise ConfigError(f"ForwardMatching tv is {self.tv}; expected two positive numbers")
 
     def __call__(
-        self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
     ) -> Reconstruction:
-        """Attack an observation.
+        """Attack an observation, with arguments as for `invlib.GradientMatching`.
 
         Raises:
             ObservationError: the observation does not fit the model.
@@ -80,101 +91,92 @@ class ForwardMatching:
             mode = "training" if observation.training_mode else "evaluation"
             kind = type(observation.protocol).__name__
             raise ConfigError(f"the client ran {kind} in {mode} mode; expected FedSGD in evaluation mode")
-        labels = observation.labels if observation.labels is not None else infer(model, observation).labels
-        assert labels is not None
-        problem = _Problem(model, observation, labels)
-        generator = generator or torch.Generator().manual_seed(0)
-        with in_mode(model, training=False):
-            found = [self._trial(problem, trial, generator) for trial in range(self.restarts)]
-            scores = torch.tensor([problem.score(inputs) for inputs, _ in found])
-        marks = sorted(found[0][1])
-        objective = torch.tensor([[trace[mark] for _, trace in found] for mark in marks])
-        history = History(steps=marks, cost=objective, objective=objective)
-        trials = torch.stack([observation.normalization.decode(x).clamp(0, 1) for x, _ in found])
-        finite = torch.isfinite(scores)
-        best = int(torch.where(finite, scores, torch.inf).argmin())
-        return Reconstruction(
-            images=trials[best],
-            labels=labels.clone(),
-            score=float(scores[best]),
-            trial_scores=scores,
-            trials=trials,
-            status="max_steps" if finite.any() else "non_finite",
-            seconds=time.perf_counter() - began,
-            evaluations=self.restarts * (self.steps + 1),
-            history=history,
+        matching = GradientMatching(
+            objective=cosine_by_block(trainable_parameters(model)),
+            priors=((self.tv[0], priors.total_variation),),
+            optimizer=Adam(lr=self.lr, signed=True),
+            steps=self.steps,
+            restarts=self.restarts,
+            chunk=1,
+        )
+        problem = matching.problem(model, observation)
+        [starts] = matching.starts(problem, observation, generator or torch.Generator().manual_seed(0))
+        starts[0] = 0
+        project_(starts, problem.variables[0])
+        return reconstruct(
+            problem,
+            [starts],
+            replace(matching.search, decay=_QuarterCosine(), fading=self.tv[1] / self.tv[0]),
+            hooks_of(callback, progress),
+            model,
+            observation,
+            objective="cosine by block",
+            began=began,
+            engine=Engine(
+                chosen="forward",
+                chosen_for="one forward derivative costs less than a second backward pass",
+                measure=forward_step(model, problem),
+            ),
         )
 
-    def _trial(
-        self, problem: _Problem, trial: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[int, float]]:
-        inputs = torch.zeros(problem.shape)
-        if trial:
-            inputs = torch.randn(problem.shape, generator=generator)
-        inputs = inputs.to(problem.low).clamp(problem.low, problem.high)
-        image = Variable(name="images", low=problem.low, high=problem.high)
-        walker = Adam(lr=self.lr, signed=True)
-        state = walker.init([inputs])
-        trace: dict[int, float] = {}
-        for step in range(self.steps):
-            part = step / self.steps
-            weight = self.tv[0] * (self.tv[1] / self.tv[0]) ** part
 
-            def evaluate(
-                values: list[Tensor], step: int = step, weight: float = weight
-            ) -> tuple[Tensor, list[Tensor]]:
-                objective, slope = problem.slope(values[0])
-                if step % 10 == 0:
-                    trace[step] = float(objective)
-                return objective, [slope + weight * grad(priors.total_variation)(values[0])]
+class _QuarterCosine:
+    """The step size falls to zero along a quarter of a cosine."""
 
-            walker.step([inputs], [image], state, evaluate, math.cos(part * math.pi / 2))
-        return inputs, trace
+    def factor(self, step: int, steps: int) -> float:
+        return math.cos(step / steps * math.pi / 2)
 
 
-class _Problem:
-    """The distance of a guess's gradient to the observed one, and its slope along the pixels."""
+def forward_step(model: nn.Module, problem: Problem) -> Measure:
+    """Return a step that takes the gradient of each guess forward over reverse, one guess after another.
 
-    def __init__(self, model: nn.Module, observation: Observation, labels: Tensor) -> None:
-        self.model = model
-        self.params = trainable_parameters(model)
-        some = next(iter(self.params.values()))
-        self.buffers = {name: b.detach() for name, b in model.named_buffers()}
-        self.target = [observation.update[name].to(some) for name in self.params]
-        blocks = [block(name) for name in self.params]
-        self.blocks = [[k for k, own in enumerate(blocks) if own == one] for one in dict.fromkeys(blocks)]
-        self.labels = labels.to(some.device)
-        self.shape = (observation.num_images, *observation.image_shape)
-        self.low, self.high = observation.normalization.box(dtype=some.dtype, device=some.device)
+    Args:
+        model: the model that the client received.
+        problem: what is minimised: the update is one gradient of the cross-entropy, and pixels are optimised.
+    """
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
 
-    def loss(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        return F.cross_entropy(forward(self.model, params, self.buffers, inputs), self.labels)
+    def loss(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return F.cross_entropy(forward(model, params, buffers, inputs), problem.targets(inputs, None))
 
-    def gradient(self, inputs: Tensor) -> list[Tensor]:
-        params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
-        return list(torch.autograd.grad(self.loss(params, inputs), list(params.values())))
+    def penalty(inputs: Tensor) -> Tensor:
+        return torch.stack([weight * prior(inputs) for weight, prior in problem.priors]).sum()
 
-    def objective(self, candidate: Sequence[Tensor]) -> Tensor:
-        each = [
-            objectives.cosine([candidate[k] for k in rows], [self.target[k] for k in rows])
-            for rows in self.blocks
-        ]
+    def one(inputs: Tensor, prior_factor: Factor) -> tuple[Tensor, Tensor, Tensor]:
+        candidate = [g.requires_grad_() for g in grad(loss)(problem.params, inputs).values()]
+        with torch.enable_grad():
+            objective = problem.objective(candidate, problem.target)
+            along = dict(zip(problem.params, torch.autograd.grad(objective, candidate), strict=True))
+        slope = jvp(lambda params: grad(loss, argnums=1)(params, inputs), (problem.params,), (along,))[1]
+        penalty_slope, value = grad_and_value(penalty)(inputs)
+        objective = objective.detach()
+        return objective + prior_factor * value, objective, slope + prior_factor * penalty_slope
+
+    def measure(
+        values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        costs, distances, slopes = zip(*[one(inputs, prior_factor) for inputs in values[0]], strict=True)
+        return torch.stack(costs), torch.stack(distances), [torch.stack(slopes)]
+
+    return measure
+
+
+def cosine_by_block(names: Iterable[str]) -> Objective:
+    """Return an objective: the mean, over the blocks of a network, of one minus cosine within the block.
+
+    Args:
+        names: of the parameters, in the order of the update.
+    """
+    blocks = [block(name) for name in names]
+    rows = [[k for k, own in enumerate(blocks) if own == one] for one in dict.fromkeys(blocks)]
+
+    def cosine(
+        candidate: Sequence[Tensor], target: Sequence[Tensor], weights: Sequence[float] | None = None
+    ) -> Tensor:
+        each = [objectives.cosine([candidate[k] for k in own], [target[k] for k in own]) for own in rows]
         return torch.stack(each).mean()
 
-    def score(self, inputs: Tensor) -> float:
-        return float(self.objective(self.gradient(inputs)))
-
-    def slope(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        candidate = [g.detach().requires_grad_() for g in self.gradient(inputs)]
-        objective = self.objective(candidate)
-        along = dict(zip(self.params, torch.autograd.grad(objective, candidate), strict=True))
-
-        def input_gradient(params: Mapping[str, Tensor]) -> Tensor:
-            found: Tensor = grad(lambda x: self.loss(params, x))(inputs)
-            return found
-
-        slope: Tensor = jvp(input_gradient, (self.params,), (along,))[1]
-        return objective.detach(), slope
+    return cosine
 
 
 def block(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.labels import infer
+from invlib.attacks.base import Settings, index_of_best, known_labels, words
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.fingerprint import describe
@@ -28,19 +28,19 @@ from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
 from invlib.optim.priors import Prior
 from invlib.optim.schedules import StepDecay
 from invlib.search.checkpoint import Checkpoint
-from invlib.search.engines import selection
+from invlib.search.engines import Engine, selection
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, SearchSettings
 
-MANY_LOCAL_STEPS = 10  # from here on, memory is worth more than the time that it costs
+MANY_LOCAL_STEPS = 10  # from here on they are computed anew in the backward pass
 
 Init = Literal["randn", "rand", "zeros"] | Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientMatching:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradientMatching(Settings):
     r"""An attack that minimises the distance between the update of a guess and the observed update.
 
     .. math:: \min_x\; D\big(u(x, y),\, u^\ast\big) + \sum_k \alpha_k R_k(x)
@@ -62,12 +62,12 @@ class GradientMatching:
             ``"optimize"`` finds soft labels, one for each image, together with the images;
             ``"optimize_shared"`` finds one soft label for all images, as the 2020 code does.
         loss: the client's loss ``(logits, labels) -> scalar``.
-        smoothing: how round the network's kinks are on the way; None leaves them as they are. With it,
+        smoothing: a softplus in the place of ReLU while the images are optimised; None keeps ReLU. With it,
             each restart keeps its last iterate.
-        fading: the part of the priors' weights that is left at the last step, towards which they fall
-            geometrically; 1 keeps them. Below that too, each restart keeps its last iterate.
-        coordinates: walk in the coordinates of natural images instead of pixels: ``"randn"`` and ``"zeros"``
-            draw them, and a step knows no box (only the images that are given back are in it).
+        fading: decay of the priors' weights: the part of them that is left at the last step, towards which
+            they fall geometrically; 1 keeps them. Below that too, each restart keeps its last iterate.
+        coordinates: optimise coordinates of natural images instead of pixels: ``"randn"`` and ``"zeros"``
+            draw them, and there is no projection (only the images that are given back are in the box).
         median_every: apply a 3×3 median filter every so many steps.
         keep: ``"best"``, the iterate of each restart with the lowest measured cost, or ``"last"``.
         tolerance: stop when an objective falls to this.
@@ -78,13 +78,12 @@ class GradientMatching:
             is left. Of 32 restarts that is a fifth of the work.
         engine: what runs the steps: ``"eager"``, one restart after another; ``"batched"``, all together;
             ``"graphed"``, captured as a CUDA graph; ``"auto"`` chooses, and `Reconstruction` says what.
-        recompute: walk local steps back one by one, computing each anew, so that a client of many steps takes
-            hardly more memory than one of a single step, and about half as much time again; None does so from
-            10 local steps on.
-        precision: in which the network is walked through: ``"full"`` is that of its parameters;
-            ``"bfloat16"`` multiplies in that type in convolutions and fully connected layers, there and back,
-            and keeps everything else, which is fast where the device has units for it. Scores are always
-            measured in full.
+        recompute: compute local steps anew in the backward pass, one by one, so that a client of many steps
+            takes hardly more memory than one of a single step, and about half as much time again; None does
+            so from 10 local steps on.
+        precision: of the multiplications in convolutions and fully connected layers, forward and backward:
+            ``"full"`` is that of the parameters; ``"bfloat16"`` is fast where the device has units for it.
+            Scores are always measured in full.
         record_every: record the cost every so many steps.
 
     Raises:
@@ -182,14 +181,13 @@ class GradientMatching:
         observation.validate(model)
         problem = self.problem(model, observation)
         starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
-        hooks: list[Hook] = [Bar(show=progress)]
+        hooks = hooks_of(callback, progress)
         if checkpoint is not None:
             hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
-        if callback is not None:
-            hooks.append(Told(callback))
-        with in_mode(model, training=observation.training_mode):
-            [result] = run(problem, starts, self.search, hooks)
-            return _finish(problem, result, observation, began)
+        named = words(self.objective)
+        return reconstruct(
+            problem, starts, self.search, hooks, model, observation, objective=named, began=began
+        )
 
     @property
     def search(self) -> SearchSettings:
@@ -216,9 +214,7 @@ class GradientMatching:
         images = Variable(name="images", low=lower, high=upper) if boxed else Variable(name="images")
         optimized = self.labels != "auto" and labels is None
         if not optimized:
-            if labels is None:
-                labels = observation.labels
-            labels = infer(model, observation).labels if labels is None else labels.to(some.device)
+            labels = known_labels(model, observation) if labels is None else labels.to(some.device)
         names = list(own)
         protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
@@ -354,33 +350,71 @@ def _weighted(
     return lambda candidate, target: objective(candidate, target, weights)
 
 
-def _finish(problem: Problem, trials: SearchResult, observation: Observation, began: float) -> Reconstruction:
+def reconstruct(
+    problem: Problem,
+    starts: list[Tensor],
+    settings: SearchSettings,
+    hooks: Sequence[Hook],
+    model: nn.Module,
+    observation: Observation,
+    *,
+    objective: str,
+    began: float,
+    engine: Engine | None = None,
+) -> Reconstruction:
+    """Run a search and make a reconstruction of its result.
+
+    Args:
+        problem: what is minimised.
+        starts: the starting points of each variable.
+        settings: what the loop reads.
+        hooks: called after every step.
+        model: the model that the client received.
+        observation: what the server saw.
+        objective: what the score measures, in words.
+        began: when the attack did, by `time.perf_counter`.
+        engine: what runs the steps; None chooses by the settings.
+    """
+    with in_mode(model, training=observation.training_mode):
+        [result] = run(problem, starts, settings, hooks, engine=engine)
+        return _reconstruction(problem, result, observation, objective, began)
+
+
+def hooks_of(callback: Callback | None, progress: bool) -> list[Hook]:
+    """Return what an attack's arguments ask to be called after every step."""
+    return [Bar(show=progress), *([] if callback is None else [Told(callback)])]
+
+
+def _reconstruction(
+    problem: Problem, result: SearchResult, observation: Observation, objective: str, began: float
+) -> Reconstruction:
     """Measure every restart anew on the images that are given back, and choose by that score."""
-    images = problem.decode(problem.inputs(trials.values[0])).clamp(0, 1)
-    logits = trials.values[1] if len(trials.values) > 1 else None
+    images = problem.decode(problem.inputs(result.values[0])).clamp(0, 1)
+    logits = result.values[1] if len(result.values) > 1 else None
     scores = torch.stack(
         [
             problem.score(problem.encode(images[r]), None if logits is None else logits[r])
             for r in range(images.shape[0])
         ]
     )
-    scores = torch.where(trials.ran.to(scores.device), scores, torch.nan)
-    finite = torch.isfinite(scores)
-    best = int(torch.where(finite, scores, torch.inf).argmin())
+    scores = torch.where(result.ran.to(scores.device), scores, torch.nan)
+    best = index_of_best(scores)
+    failed = result.status != "interrupted" and not torch.isfinite(scores).any()
     labels = problem.labels if logits is None else logits[best].argmax(-1).expand(observation.num_images)
     return Reconstruction(
         images=images[best],
         labels=None if labels is None else labels.clone(),
         score=float(scores[best]),
+        objective=objective,
         trial_scores=scores,
         trials=images,
-        status="non_finite" if trials.status != "interrupted" and not finite.any() else trials.status,
+        status="non_finite" if failed else result.status,
         seconds=time.perf_counter() - began,
-        evaluations=trials.evaluations + images.shape[0],
-        history=trials.history,
-        engine=trials.engine,
-        engine_reason=trials.engine_reason,
-        chunks=trials.chunks,
+        evaluations=result.evaluations + images.shape[0],
+        history=result.history,
+        engine=result.engine,
+        engine_reason=result.engine_reason,
+        chunks=result.chunks,
     )
 
 
@@ -443,13 +477,12 @@ def attack_many(
     common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}
     joined = Joined(**common, parts=tuple(parts), guesses=attack.restarts)
     with in_mode(model, training=observations[0].training_mode):
-        results = run(
-            joined,
-            [torch.cat(some) for some in zip(*starts, strict=True)],
-            attack.search,
-            [Bar(show=progress)],
-        )
-        done = [_finish(*each, began) for each in zip(parts, results, observations, strict=True)]
+        together = [torch.cat(some) for some in zip(*starts, strict=True)]
+        results = run(joined, together, attack.search, hooks_of(None, progress))
+        done = [
+            _reconstruction(*each, words(attack.objective), began)
+            for each in zip(parts, results, observations, strict=True)
+        ]
     share = (time.perf_counter() - began) / len(done)
     return [replace(one, seconds=share) for one in done]
 

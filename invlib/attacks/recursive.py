@@ -1,11 +1,11 @@
-"""Closed forms, layer by layer: a chain of convolutions gives its image away without any search."""
+"""Closed forms, layer by layer: the image behind a chain of convolutions, without any search."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,17 @@ from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import SLOPES, layer_input
-from invlib.attacks.labels import infer
+from invlib.attacks.base import Settings, closed_form, known_labels, layer_calls
 from invlib.attacks.matching import GradientMatching
-from invlib.core.network import in_mode
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Reconstruction
+from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
 from invlib.federated import FedAvg, FedSGD
 
 _Array = NDArray[np.float64]
 
 
-# Rounding may have pushed an output on the border of what the activation can give, whose inverse is infinite.
+# Rounding may leave an output at an end of the activation's range, where the inverse is infinite.
 _EDGE = 1e-7
 # What went into an activation, from what came out.
 _INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
@@ -37,7 +36,7 @@ _INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Tanh: lambda _, a: a.clamp(_EDGE - 1, 1 - _EDGE).atanh(),
     nn.Softplus: lambda m, a: (m.beta * a.clamp_min(_EDGE)).expm1().log() / m.beta,  # type: ignore[operator]
     nn.LeakyReLU: lambda m, a: a / SLOPES[nn.LeakyReLU](m, a),
-    # What a closed ReLU hides has slope 0, and so no equation.
+    # An inactive unit has slope 0, and so its equation no weight.
     nn.ReLU: lambda _, a: a,
 }
 
@@ -52,7 +51,7 @@ class _Stage:
     shape: tuple[int, ...]
 
 
-def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> Callable[..., Reconstruction]:
+def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> RecursiveInversion:
     r"""Return the closed-form attack on chains of convolutions: one layer after another, from the last.
 
     The last layer gives its input :math:`a_k` and :math:`\delta` in closed form. Below it, the activation
@@ -71,53 +70,55 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> C
         iterations: at most so many of the least-squares solver, for each layer.
 
     Returns:
-        An attack ``(model, observation, *, generator=None) -> Reconstruction`` for one image and a chain of
-        convolutions, fully connected layers and activations that can be undone (sigmoid, tanh, softplus,
-        leaky ReLU; of ReLU the open units) that ends in a fully connected layer with a bias. Its score is
-        the distance measured on the result, and ``evaluations`` is 1, for that measurement.
-
-    Raises:
-        RecoveryError: when called, on a model that is no such chain, on more than one image, or on a
-            gradient that is zero on the way.
+        An attack for one image and a chain of convolutions, fully connected layers and activations that can
+        be undone (sigmoid, tanh, softplus, leaky ReLU; of ReLU the active units) that ends in a fully
+        connected layer with a bias. Its score is the distance measured on the result, and ``evaluations`` is
+        1, for that measurement.
 
     Source: Zhu and Blaschko 2021 (R-GAP), arXiv 2010.07733; the weights are this project's.
 
     Taught in: chapter 3
     """
+    return RecursiveInversion(tolerance=tolerance, iterations=iterations)
 
-    def attack(
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RecursiveInversion(Settings):
+    """The attack that `recursive_inversion` returns."""
+
+    tolerance: float = 1e-6
+    iterations: int = 5000
+
+    def __call__(
+        self,
         model: nn.Module,
         observation: Observation,
         *,
         generator: torch.Generator | None = None,
-        callback: object = None,
+        callback: Callback | None = None,
         progress: bool = False,
     ) -> Reconstruction:
+        """Attack an observation. Nothing is drawn and there are no steps: the three options do nothing.
+
+        Raises:
+            ObservationError: the observation does not fit the model.
+            RecoveryError: the model is no such chain, there is more than one image, or a gradient is zero in
+                one of the layers.
+        """
         began = time.perf_counter()
         observation.validate(model)
         if observation.num_images != 1:
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
-        inputs = _image(_chain(model, observation), observation, iterations)
-        some = next(model.parameters())
-        inputs = inputs.reshape(1, *observation.image_shape).to(some)
+        inputs = _image(_chain(model, observation), observation, self.iterations)
+        inputs = inputs.reshape(1, *observation.image_shape).to(next(model.parameters()))
         images = observation.normalization.decode(inputs).clamp(0, 1)
-        labels = observation.labels if observation.labels is not None else infer(model, observation).labels
+        labels = known_labels(model, observation)
         # rounding may leave the cosine a little above one
-        score = max(0.0, GradientMatching().score(model, observation, images, labels.to(some.device)))
-        what = "exact" if score <= tolerance else "approximate"
-        return Reconstruction(
-            images=images,
-            labels=labels,
-            score=score,
-            trial_scores=torch.tensor([score]),
-            trials=images[None],
-            status="closed_form",
-            seconds=time.perf_counter() - began,
-            evaluations=1,
-            note=f"{what}: the update of this image is {score:.1e} from the observed one in direction",
-        )
-
-    return attack
+        score = max(0.0, GradientMatching().score(model, observation, images, labels))
+        what = "exact" if score <= self.tolerance else "approximate"
+        note = f"{what}: the update of this image is {score:.1e} from the observed one in direction"
+        result = closed_form(images, labels, score, objective="cosine", note=note, began=began)
+        return replace(result, evaluations=1)
 
 
 def is_chain(model: nn.Module, observation: Observation) -> bool:
@@ -130,48 +131,32 @@ def is_chain(model: nn.Module, observation: Observation) -> bool:
         stages = _chain(model, observation)
     except RecoveryError:
         return False
-    # Where ReLU closes half of the units, equations may be missing, and matching does better from noise.
+    # Where half of the units are inactive, equations may be missing, and matching does better from noise.
     return not any(isinstance(stage.activation, nn.ReLU) for stage in stages)
 
 
 def _chain(model: nn.Module, observation: Observation) -> list[_Stage]:
     """Return the layers in the order in which they run, checked to feed one another and nothing else."""
-    ran: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, arguments, output: ran.append((name, module, arguments[0], output))
-
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
-    some = next(model.parameters())
-    probe = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0)).to(some)
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            logits = model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    probe = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0))
+    calls, logits = layer_calls(model, probe)
     stages: list[_Stage] = []
-    flowing = probe
-    for name, module, given, output in ran:
-        if not torch.equal(given.flatten(), flowing.flatten()):
+    flowing = probe.to(logits)
+    for call in calls:
+        name, module = call.name, call.layer
+        if not torch.equal(call.given.flatten(), flowing.flatten()):
             raise _no_chain(model, f"{name!r} does not take what the layer before it gives")
         if isinstance(module, nn.Linear) or (
             isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         ):
-            shape = tuple(given.shape[1:])
+            shape = tuple(call.given.shape[1:])
             stages.append(_Stage(name=name, layer=module, activation=nn.Identity(), shape=shape))
         elif type(module) in _INVERSES and not isinstance(module, nn.Identity):
             if not stages or not isinstance(stages[-1].activation, nn.Identity):
                 raise _no_chain(model, f"{name!r} is an activation that follows no layer")
-            last = stages[-1]
-            stages[-1] = _Stage(name=last.name, layer=last.layer, activation=module, shape=last.shape)
+            stages[-1] = replace(stages[-1], activation=module)
         elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
             raise _no_chain(model, f"{name!r} is {type(module).__name__}")
-        flowing = output
+        flowing = call.output
     if not stages or not torch.equal(flowing, logits):
         raise _no_chain(model, "it has steps that are no layers")
     head = stages[-1]
@@ -188,7 +173,7 @@ def _no_chain(model: nn.Module, why: str) -> RecoveryError:
 
 
 def _image(stages: list[_Stage], observation: Observation, iterations: int) -> Tensor:
-    """Go down the chain and return the normalised input of its first layer, flat, float64."""
+    """Return the normalised input of the chain's first layer, flat, float64, layer by layer from the last."""
     gradients = {name: tensor.detach().cpu().double() for name, tensor in observation.update.items()}
     head = stages[-1]
     delta = observation.protocol.mean_gradient(gradients[f"{head.name}.bias"], 1)
@@ -196,7 +181,7 @@ def _image(stages: list[_Stage], observation: Observation, iterations: int) -> T
     behind = _double(head.layer.weight).T @ delta
     for stage in reversed(stages[:-1]):
         kind = type(stage.activation)
-        # rounding may leave an output a little beyond its border, where the slope has the wrong sign
+        # rounding may leave an output a little out of range, where the slope has the wrong sign
         z, slope = _INVERSES[kind](stage.activation, a), SLOPES[kind](stage.activation, a).clamp_min(0)
         delta = behind.flatten() * slope
         if not delta.any():
@@ -233,7 +218,7 @@ def _undo(
     layer = stage.layer
     assert isinstance(layer, nn.Conv2d)
     pixels = math.prod(stage.shape)
-    # unfold, given each pixel's own number, tells which pixel every weight meets at every place
+    # unfold, given each pixel's own number, gives the pixel that each weight multiplies at each place
     numbers = torch.arange(1, pixels + 1, dtype=torch.float64).view(1, *stage.shape)
     meets = (_unfold(layer, numbers).long() - 1).numpy()  # (C kh kw, places), -1 in the padding
     out, places = len(weight), meets.shape[1]
@@ -260,7 +245,7 @@ def _undo(
     # Columns of equal length: the solver then needs half as many iterations.
     length = np.sqrt(np.asarray(matrix.multiply(matrix).sum(0)).ravel())
     length[length == 0] = 1.0
-    found = lsmr(
+    solution = lsmr(
         matrix @ sparse.diags(1 / length),
         np.concatenate([forward[1], backward[1]]),
         atol=1e-11,
@@ -268,17 +253,12 @@ def _undo(
         conlim=0,
         maxiter=iterations,
     )[0]
-    return torch.from_numpy(found / length)
+    return torch.from_numpy(solution / length)
 
 
 def _unfold(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    padding = _padding(layer)
-    return F.unfold(
-        F.pad(images, padding),
-        layer.kernel_size,
-        dilation=layer.dilation,
-        stride=layer.stride,
-    )[0]
+    padded = F.pad(images, _padding(layer))
+    return F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)[0]
 
 
 def _padding(layer: nn.Conv2d) -> list[int]:
@@ -293,13 +273,6 @@ def _backward(stage: _Stage, delta: Tensor) -> Tensor:
     weight = _double(layer.weight)
     given = torch.zeros(1, *stage.shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
-        out = F.conv2d(
-            F.pad(given, _padding(layer)),
-            weight,
-            None,
-            layer.stride,
-            0,
-            layer.dilation,
-        )
+        out = F.conv2d(F.pad(given, _padding(layer)), weight, None, layer.stride, 0, layer.dilation)
         (behind,) = torch.autograd.grad(out, given, delta.view_as(out))
     return behind

@@ -1,25 +1,25 @@
-"""Shifted copies: a search often finds the picture in another place than where it is, and stays there."""
+"""Shifted copies: a search often ends with the picture in another place than where it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from invlib.attacks.base import index_of_best, layer_calls
 from invlib.attacks.matching import GradientMatching
 from invlib.autodiff.smoothing import Smoothing
-from invlib.core.network import in_mode
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, History, Progress, Reconstruction
 
 Move = tuple[int, int]
 
 _REACH = 2  # strides, up and down and to the sides
-# The way from round kinks to sharp ones is 0 to 1: there the search stops, shifted copies are compared, and
-# the rest begins.
+# From the initial sharpness (0) to the last (1), in its logarithm: where the search stops, to where shifted
+# copies are compared, and where the rest begins.
 _FOUND, _SHIFTED, _REST = 0.37, 0.5, 0.6
 # Which part of the budget is spent when the search ends, and at most when the last copies were compared.
 _SEARCH, _COMPARED = 1 / 6, 5 / 6
@@ -28,27 +28,17 @@ _SEARCH, _COMPARED = 1 / 6, 5 / 6
 def moves(model: nn.Module, observation: Observation) -> list[Move]:
     """Return how far, down and across, the picture may lie beside where it is, in pixels.
 
-    A network that pools over all places at its end does not ask where things are, only how they lie to the
-    grid of its strides: what is shifted by their product gives nearly the same gradient, the border apart.
-    The product is measured: the side of the image over that of the smallest output of a convolution. None for
-    a batch, in which each image would have to be shifted by itself, or where nothing is strided.
+    A network that pools over all places at its end is invariant to shifts by the product of its strides, the
+    border apart: they give nearly the same gradient. The product is measured: the side of the image over that
+    of the smallest output of a convolution. None for a batch, in which each image would have to be shifted by
+    itself, or where nothing is strided.
     """
-    sides: list[Sequence[int]] = []
-
-    def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        sides.append(output.shape[-2:])
-
     if observation.num_images > 1:
         return []
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            model(torch.zeros(1, *observation.image_shape).to(next(model.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    calls, _ = layer_calls(model, torch.zeros(1, *observation.image_shape))
+    sides = [call.output.shape[-2:] for call in calls if isinstance(call.layer, nn.Conv2d)]
     image = observation.image_shape[-2:]
-    strides = [side // min(found) for side, found in zip(image, zip(*sides, strict=True), strict=False)]
+    strides = [side // min(out) for side, out in zip(image, zip(*sides, strict=True), strict=False)]
     if not sides or strides == [1, 1]:
         return []
     down, across = (
@@ -66,100 +56,103 @@ def shifted(images: Tensor, move: Move) -> Tensor:
     return padded[..., i - down : i - down + height, j - across : j - across + width]
 
 
-def settled(
-    search: GradientMatching,
-    model: nn.Module,
-    observation: Observation,
-    *,
-    places: list[Move],
-    copies: int,
-    stage: int,
-    asks: int,
-    generator: torch.Generator,
-    callback: Callback | None,
-    progress: bool,
-) -> Reconstruction:
-    """Search while the kinks are round, shift what was found as long as that helps, and go on from there.
+@dataclass(frozen=True, kw_only=True)
+class Shifting:
+    """A search that goes on from shifted copies of what it found, as long as that lowers the score.
 
     Args:
         search: the whole search, as it would be without shifting.
-        model: the model that the client received.
-        observation: what the server saw.
         places: as `moves` gives them.
         copies: how many shifted copies are compared with the picture where it is, at a time.
         stage: steps of the search before copies are compared.
-        asks: evaluations in a step.
-        generator: draws the starting points.
-        callback: as for `invlib.GradientMatching`.
-        progress: show progress bars.
+        per_step: evaluations in a step.
     """
-    spent = 0.0
-    score_of: Callable[[Tensor], float] | None = None
 
-    def run(first: float, last: float, steps: int, **settings: object) -> Reconstruction:
-        part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
-        watch = None if callback is None else _heard(callback, round(spent), search.steps)
-        return part(model, observation, generator=generator, callback=watch, progress=progress)
+    search: GradientMatching
+    places: tuple[Move, ...]
+    copies: int
+    stage: int
+    per_step: int
 
-    first = max(2 * stage, round(_SEARCH * search.steps))
-    found = run(0, _FOUND, first)
-    spent += first
-    # The picture where it is and each copy take a stage, the best of them another, and choosing the copies an
-    # evaluation for each place.
-    price = (copies + 2) * stage + len(places) / asks
-    while spent + price <= _COMPARED * search.steps and found.status == "max_steps":
-        assert found.labels is not None
-        try:
-            score_of = score_of or search.scorer(model, observation, found.labels)
-            others = [shifted(found.images, place) for place in places]
-            scores = [score_of(other) for other in others]
-        except KeyboardInterrupt:
-            return replace(found, status="interrupted")
-        order = sorted(range(len(places)), key=scores.__getitem__)[:copies]
-        starts = torch.stack([found.images, *(others[k] for k in order)])
-        race = run(_FOUND, _SHIFTED, 2 * stage, init=starts, restarts=len(starts), prune=True)
-        moved = race.score < min(found.score, float(race.trial_scores[0]))
-        found = _joined(found, race, round(spent), len(places))
-        spent += price
-        if not moved:
-            break
-    if found.status != "max_steps":
-        return found
-    rest = run(_REST, 1, int(search.steps - spent), init=found.images, restarts=1)
-    return _joined(found, rest, round(spent), 0)
+    def __call__(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Reconstruction:
+        """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
+        search, stage, spent = self.search, self.stage, 0.0
+
+        def run(first: float, last: float, steps: int, **settings: object) -> Reconstruction:
+            part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
+            watch = None if callback is None else _continuing(callback, round(spent), search.steps)
+            return part(model, observation, generator=generator, callback=watch, progress=progress)
+
+        first = max(2 * stage, round(_SEARCH * search.steps))
+        result = run(0, _FOUND, first)
+        spent += first
+        # The picture where it is and each copy take a stage, the best of them another, and choosing the
+        # copies an evaluation for each place.
+        price = (self.copies + 2) * stage + len(self.places) / self.per_step
+        score_of: Callable[[Tensor], float] | None = None
+        while spent + price <= _COMPARED * search.steps and result.status == "max_steps":
+            assert result.labels is not None
+            try:
+                score_of = score_of or search.scorer(model, observation, result.labels)
+                others = [shifted(result.images, place) for place in self.places]
+                scores = [score_of(other) for other in others]
+            except KeyboardInterrupt:
+                return replace(result, status="interrupted")
+            order = sorted(range(len(others)), key=scores.__getitem__)[: self.copies]
+            starts = torch.stack([result.images, *(others[k] for k in order)])
+            compared = run(_FOUND, _SHIFTED, 2 * stage, init=starts, restarts=len(starts), prune=True)
+            moved = compared.score < min(result.score, float(compared.trial_scores[0]))
+            result = _joined(result, compared, round(spent), len(others))
+            spent += price
+            if not moved:
+                break
+        if result.status != "max_steps":
+            return result
+        rest = run(_REST, 1, int(search.steps - spent), init=result.images, restarts=1)
+        return _joined(result, rest, round(spent), 0)
 
 
 def _part(search: GradientMatching, first: float, last: float) -> GradientMatching:
-    """Return the part of a search from one place on the way from round kinks to sharp ones to another."""
+    """Return the part of a search between two places from 0, the initial sharpness, to 1, the last."""
 
     def between(start: float, end: float, place: float) -> float:
         return float(start * (end / start) ** place)
 
-    kinks = search.smoothing
+    whole = search.smoothing
     return replace(
         search,
-        smoothing=kinks
+        smoothing=whole
         and Smoothing(
-            start=between(kinks.start, kinks.end, first), end=between(kinks.start, kinks.end, last)
+            start=between(whole.start, whole.end, first), end=between(whole.start, whole.end, last)
         ),
         priors=tuple((between(1, search.fading, first) * weight, prior) for weight, prior in search.priors),
         fading=between(1, search.fading, last - first),
     )
 
 
-def _heard(callback: Callback, spent: int, steps: int) -> Callback:
-    def hear(progress: Progress) -> bool | None:
+def _continuing(callback: Callback, spent: int, steps: int) -> Callback:
+    """Return a callback to which a part of a search looks like the whole."""
+
+    def watch(progress: Progress) -> bool | None:
         if progress.step == 0 and spent > 0:
             return None  # the start of a part is the end of the one before
         return callback(replace(progress, step=spent + progress.step, steps=steps))
 
-    return hear
+    return watch
 
 
 def _joined(before: Reconstruction, after: Reconstruction, spent: int, asked: int) -> Reconstruction:
-    """Return the restarts of a search, with what came of the best one in its place where that is better."""
+    """Return the restarts of a search, with a later part's result for the best where it is better."""
     scores, trials = before.trial_scores.clone(), before.trials.clone()
-    best = int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin())
+    best = index_of_best(scores)
     images, score = before.images, before.score
     if after.score < before.score:
         images, score = after.images, after.score

@@ -1,4 +1,4 @@
-"""Networks with their kinks rounded: what an attack walks on before it walks on the real one."""
+"""Softplus in the place of ReLU while an attack optimises its guess."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from invlib.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothing:
-    r"""How round the kinks of ReLU are during an attack, from first step to last.
+    r"""The sharpness of the softplus in the place of ReLU during an attack, from first step to last.
 
-    The gradient of a ReLU network hears of its closed units only through a step function, whose slope is
-    zero: to gradient matching, moving the image never opens or closes a unit. While the attack walks, each
-    :math:`\max(0, x)` of the *candidate* (and each clip, as in ReLU6, likewise) is therefore
+    The gradient of a ReLU network depends on which units are active only through a step function, whose slope
+    is zero: the gradient of the objective does not say that moving the image would activate a unit. While the
+    image is optimised, each :math:`\max(0, x)` of the *candidate* (and each clip, as in ReLU6, likewise) is
+    therefore
 
     .. math:: \tfrac1\beta \log(1 + e^{\beta x}), \qquad
               \beta_k = \beta_0\,(\beta_1 / \beta_0)^{k / (K - 1)},
 
-    which sharpens until it is almost the network that the client has. The observed update stays as it is,
-    and every score that is reported is measured on the network as it is.
+    which sharpens until it is almost the network that the client has. The observed update, and every score
+    that is reported, are those of the network with its ReLUs.
 
     Args:
         start: :math:`\beta_0`, in units of one over an activation.

@@ -35,16 +35,19 @@ class Reconstruction:
 
     Args:
         images: ``(N, C, H, W)`` in [0, 1], of the restart with the lowest score.
-        labels: int64 ``(N,)``: those given, inferred or optimised; None where the attack uses none.
-        score: the objective measured on ``images``; NaN where no restart was ever finite.
+        labels: int64 ``(N,)``: those given, inferred or optimised; None where a closed form needs none and
+            the update does not tell them.
+        score: what the restarts are chosen by, measured on ``images``; NaN where no restart was ever finite.
         trial_scores: ``(R,)``, one score for each restart.
         trials: ``(R, N, C, H, W)`` in [0, 1], the images of each restart.
         status: why the attack stopped: ``max_steps``, ``converged``, ``interrupted``, ``non_finite``
             (no restart ever had a finite score), or ``closed_form``.
         seconds: wall-clock time.
+        objective: what ``score`` measures, such as ``"cosine"``.
         evaluations: how often the network's gradient was computed, over all restarts.
         history: how the cost fell.
-        engine: what ran the steps: ``"eager"``, ``"batched"`` or ``"graphed"``; empty for attacks without.
+        engine: what ran the steps: ``"eager"``, ``"batched"``, ``"graphed"`` or ``"forward"``; empty for
+            attacks without steps.
         engine_reason: why that was chosen, in a clause.
         chunks: how many restarts ran together, chunk by chunk.
         note: what the attack has to say about its result, in a sentence; may be empty.
@@ -57,6 +60,7 @@ class Reconstruction:
     trials: Tensor
     status: Status
     seconds: float
+    objective: str = ""
     evaluations: int = 0
     history: History = field(default_factory=History)
     engine: str = ""

@@ -14,7 +14,7 @@ from invlib.attacks.base import Attack
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.published import improved_deep_leakage, inverting_gradients
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Reconstruction
+from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.federated.surrogate import as_one_gradient
 from invlib.optim.optimizers import LBFGS
 
@@ -47,13 +47,20 @@ class OnTheWay:
     attack: GradientMatching
 
     def __call__(
-        self, model: nn.Module, observation: Observation, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
     ) -> Reconstruction:
         """Attack an observation."""
-        found = self.attack(*as_one_gradient(model, observation), generator=generator)
-        assert found.labels is not None  # the attack does not optimise them
-        score = self.attack.score(model, observation, found.images, found.labels)
-        return replace(found, score=score, trial_scores=torch.tensor([score]))
+        moved, gradient = as_one_gradient(model, observation)
+        result = self.attack(moved, gradient, generator=generator, callback=callback, progress=progress)
+        assert result.labels is not None  # the attack does not optimise them
+        score = self.attack.score(model, observation, result.images, result.labels)
+        return replace(result, score=score, trial_scores=torch.tensor([score]))
 
 
 PUBLISHED: dict[str, Callable[..., Attack]] = {

@@ -23,6 +23,8 @@ from invlib.experiments.networks import Networks, check
 ADDED_LATER = {
     "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
 }
+# How records described `best` before it was a dataclass: by the variables of a function inside it.
+_FORMER_BEST = "best.<locals>.attack"
 
 
 def _some_device() -> torch.device:
@@ -171,6 +173,28 @@ def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
         if not any(words in name for name in names):
             raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")
     return [case for case in cases if not only or any(words in case.name for words in only)]
+
+
+def current(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a record as it is written today, whose attack may be described as it was before."""
+    attack = row["settings"].get("attack")
+    if not isinstance(attack, dict) or attack.get("") != _FORMER_BEST:
+        return row
+    if row["key"] != key(row["case"], row["image"], row["settings"]):
+        return row  # its settings were edited
+    given = attack["settings"]
+    described = {
+        "": "Best",
+        "matching": attack["matching"],
+        "evaluations": attack["steps"],
+        "tv": attack["tv"],
+        "natural": attack["natural"],
+        "shifts": attack.get("shifts", 0),  # the oldest did not shift
+        "near_grey": "init" not in given,
+        "measured_smoothing": "smoothing" not in given,
+    }
+    settings = {**row["settings"], "attack": described}
+    return {**row, "settings": settings, "key": key(row["case"], row["image"], settings)}
 
 
 def key(case: str, image: int, settings: dict[str, Any]) -> str:

@@ -218,7 +218,7 @@ def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> se
     advice = "; expected the same (give another --out, or --fresh to begin anew)"
     wanted = {(case.name, first) for case, first in plan.tasks()}
     done = set()
-    for row in record.rows:
+    for row in map(_plan.current, record.rows):
         where = f"record {record.path} holds {row['case']!r}"
         if row["experiment"] != plan.name:
             raise DataError(f"{where} of experiment {row['experiment']!r}, not of {plan.name!r}{advice}")

@@ -46,7 +46,12 @@ class SearchResult:
 
 
 def run(
-    problem: Problem, starts: list[Tensor], settings: SearchSettings, hooks: Sequence[Hook] = ()
+    problem: Problem,
+    starts: list[Tensor],
+    settings: SearchSettings,
+    hooks: Sequence[Hook] = (),
+    *,
+    engine: Engine | None = None,
 ) -> list[SearchResult]:
     """Run all restarts, and return a result for each observation. Ctrl-C ends the run as a hook may.
 
@@ -55,8 +60,9 @@ def run(
         starts: the starting points of each variable, ``(observations * restarts, ...)``; may be changed.
         settings: what the loop is told.
         hooks: told of every step, in this order.
+        engine: what runs the steps; None chooses by the settings.
     """
-    engine = selection.choose(problem, settings, len(starts[0]))
+    engine = engine or selection.choose(problem, settings, len(starts[0]))
     chunks, memory = _chunks(problem, settings, starts, engine)
     states = [init(problem, settings, starts, list(rows)) for rows in chunks]
     search = Search(problem=problem, settings=settings, states=states)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from invlib.autodiff.smoothing import Smoothing
 from invlib.optim.optimizers import Optimizer
-from invlib.optim.schedules import StepDecay
 
 EngineName = Literal["auto", "eager", "batched", "graphed"]
+
+
+class Schedule(Protocol):
+    """How the step size changes, such as `invlib.StepDecay`."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the factor of the step size at a step, counted from 0, of a run of so many steps."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,7 @@ class SearchSettings:
 
     optimizer: Optimizer
     steps: int
-    decay: StepDecay | None
+    decay: Schedule | None
     restarts: int
     smoothing: Smoothing | None
     fading: float

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import invlib as iv
-from invlib.attacks.forward import ForwardMatching, _Problem, block
+from invlib.attacks.forward import ForwardMatching, block, cosine_by_block, forward_step
 from invlib.errors import ConfigError, ObservationError
 from tests.conftest import build_tiny, random_batch
 
@@ -31,11 +31,19 @@ def with_batch_norm() -> nn.Module:
 def test_the_slope_is_that_of_a_double_backward_pass() -> None:
     model = with_batch_norm().eval()
     seen = seen_by(model)
-    problem = _Problem(model, seen, seen.labels)
-    inputs = torch.rand(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    objective, slope = problem.slope(inputs)
+    by_block = cosine_by_block([name for name, _ in model.named_parameters()])
+    attack = iv.GradientMatching(objective=by_block, priors=((0.5, iv.priors.total_variation),))
+    measure = forward_step(model, attack.problem(model, seen))
+    stack = torch.rand(2, 1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    _, objectives, [slopes] = measure([stack], [0, 1], None, 0.0)
+    costs, _, [steeper] = measure([stack], [0, 1], None, 2.0)
+    objective, slope = objectives[1], slopes[1]
 
-    guess = inputs.clone().requires_grad_()
+    guess = stack[1].clone().requires_grad_()
+    variation = iv.priors.total_variation(guess)
+    torch.testing.assert_close(costs[1], objective + variation.detach())
+    torch.testing.assert_close(steeper[1], slope + torch.autograd.grad(variation, guess)[0])
+
     loss = F.cross_entropy(model(guess), seen.labels)
     candidate = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     target = list(seen.update.values())
@@ -67,9 +75,10 @@ def test_it_finds_the_image() -> None:
     assert 0 <= found.images.min() <= found.images.max() <= 1
     assert torch.equal(found.labels, y)
     assert found.status == "max_steps"
-    assert found.evaluations == 301
-    assert found.history.steps == list(range(0, 300, 10))
-    assert found.history.objective.shape == (30, 1)
+    assert found.evaluations == 302  # one a step, one where the last step led, and one for the score
+    assert found.history.steps == list(range(0, 301, 10))
+    assert found.history.objective.shape == (31, 1)
+    assert (found.engine, found.objective, found.chunks) == ("forward", "cosine by block", (1,))
     assert found.history.objective[-1] < 0.1 * found.history.objective[0]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())

@@ -32,7 +32,7 @@ class Engine:
         fallback: says why steps run batched after all; gives nothing where they do not.
     """
 
-    chosen: EngineName
+    chosen: str
     chosen_for: str
     measure: Measure
     fallback: Callable[[], str] = str
