@@ -1,11 +1,11 @@
-"""Packages that only some of the library needs, imported where they are first used."""
+"""What a machine may lack: optional packages, and a GPU."""
 
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
-from invlib.errors import DependencyError
+from invlib.errors import ConfigError, DependencyError, DeviceError
 
 
 def package(name: str, extra: str) -> ModuleType:
@@ -36,3 +36,23 @@ def torchvision() -> ModuleType:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float bar) -> Tensor")
         return import_module("torchvision")
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """Return the device of a ``--device`` option; None takes a GPU where there is one.
+
+    Raises:
+        ConfigError: torch knows no such device.
+        DeviceError: there is no GPU of that number.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}; expected 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"--device is {name!r}, but torch finds {torch.cuda.device_count()} GPUs; expected 'cpu'"
+        )
+    return device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from invlib.core.files import atomic_write
 from invlib.core.network import trainable_parameters
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Observation
@@ -204,10 +204,9 @@ def save_observation(observation: Observation, path: str | Path) -> None:
     if observation.labels is not None:
         tensors["labels"] = observation.labels
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    metadata = {"invlib": json.dumps(header)}
     try:
-        safetensors.torch.save_file(tensors, beside, metadata={"invlib": json.dumps(header)})
-        os.replace(beside, path)
+        atomic_write(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise DataError(f"the observation cannot be written to {path}: {error}") from error
 
@@ -237,7 +236,7 @@ def load_observation(path: str | Path) -> Observation:
         protocol=kind(**header["protocol_settings"]),
         num_images=header["num_images"],
         image_shape=tuple(header["image_shape"]),
-        normalization=Normalization(**{k: tuple(v) for k, v in header["normalization"].items()}),
+        normalization=Normalization.from_card(header),
         labels=tensors.get("labels"),
         buffers={n.removeprefix("buffers/"): t for n, t in tensors.items() if n.startswith("buffers/")},
         training_mode=header["training_mode"],
