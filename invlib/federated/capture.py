@@ -60,7 +60,7 @@ def from_gradients(
             f"gradients has {len(tensors)} tensors; expected {len(names)}, one for each trainable parameter "
             f"in the order {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
         )
-    return _checked(
+    return from_arrays(
         model,
         dict(zip(names, tensors, strict=True)),
         num_images=num_images,
@@ -89,18 +89,18 @@ def from_arrays(
 
     Arguments and errors as for `from_gradients`.
     """
-    update = {name: torch.as_tensor(value) for name, value in arrays.items()}
-    return _checked(
-        model,
-        update,
+    observation = Observation(
+        update={name: torch.as_tensor(value).detach().clone() for name, value in arrays.items()},
+        protocol=protocol or FedSGD(),
         num_images=num_images,
-        image_shape=image_shape,
+        image_shape=(image_shape[0], image_shape[1], image_shape[2]),
         normalization=normalization,
-        protocol=protocol,
         labels=labels,
-        buffers=buffers,
+        buffers=dict(buffers or {}),
         training_mode=training_mode,
     )
+    observation.validate(model)
+    return observation
 
 
 def from_state_dicts(
@@ -140,7 +140,7 @@ def from_state_dicts(
         differing = sorted(before.keys() ^ after.keys())
         raise ObservationError(f"the state dicts differ in {differing[:5]}; expected the same names in both")
     names = trainable_parameters(model)
-    return _checked(
+    return from_arrays(
         model,
         {name: after[name] - before[name] for name in names if name in after},
         num_images=num_images,
@@ -151,26 +151,6 @@ def from_state_dicts(
         buffers={name: value for name, value in after.items() if name not in names},
         training_mode=training_mode,
     )
-
-
-def _checked(
-    model: nn.Module,
-    update: Mapping[str, Tensor],
-    *,
-    protocol: ClientStep | None,
-    buffers: Mapping[str, Tensor] | None,
-    image_shape: tuple[int, int, int],
-    **facts: Any,
-) -> Observation:
-    observation = Observation(
-        update={name: value.detach().clone() for name, value in update.items()},
-        protocol=protocol or FedSGD(),
-        buffers=dict(buffers or {}),
-        image_shape=(image_shape[0], image_shape[1], image_shape[2]),
-        **facts,
-    )
-    observation.validate(model)
-    return observation
 
 
 def save_observation(observation: Observation, path: str | Path) -> None:
@@ -203,10 +183,9 @@ def save_observation(observation: Observation, path: str | Path) -> None:
     tensors |= {f"buffers/{name}": value.contiguous() for name, value in observation.buffers.items()}
     if observation.labels is not None:
         tensors["labels"] = observation.labels
-    path = Path(path)
     metadata = {"invlib": json.dumps(header)}
     try:
-        atomic_write(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=metadata))
+        atomic_write(Path(path), lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
     except (OSError, SafetensorError) as error:
         raise DataError(f"the observation cannot be written to {path}: {error}") from error
 

@@ -1,7 +1,7 @@
-"""How an attack walks: optimisers over a list of tensors, as ``init`` and ``step``.
+"""Optimisers over a list of tensors, as ``init`` and ``step``.
 
-`Evaluate` gives the cost of each restart and its gradient. An optimiser asks for it as often as it likes;
-whoever hands it in keeps the best point that was really measured.
+`Evaluate` gives the cost of each restart and its gradient. An optimiser calls it as often as it needs to; the
+search, which hands it in, keeps the best point that was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from invlib import kernels
 from invlib.errors import ConfigError
 
-Evaluate = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
+Values = list[Tensor]
+State = dict[str, Any]
+Evaluate = Callable[[Values], tuple[Tensor, Values]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +51,12 @@ class Optimizer(Protocol):
         """Whether restarts may share one call."""
         ...
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         ...
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place; the step size is multiplied by ``factor``."""
         ...
@@ -81,7 +78,7 @@ def per_restart(optimizer: Optimizer) -> tuple[str, ...]:
     return names
 
 
-def select(optimizer: Optimizer, state: dict[str, Any], index: Tensor) -> dict[str, Any]:
+def select(optimizer: Optimizer, state: State, index: Tensor) -> State:
     """Return the state of some restarts: what is declared per restart is cut, everything else is kept.
 
     Args:
@@ -133,7 +130,7 @@ class Adam:
     def __post_init__(self) -> None:
         _check_lr("Adam", self.lr)
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         return {
             "step": 0,
@@ -142,12 +139,7 @@ class Adam:
         }
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
         _, gradients = evaluate(values)
@@ -198,17 +190,12 @@ class SGD:
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"SGD momentum is {self.momentum}; expected a number in [0, 1)")
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         return {"u": [torch.zeros_like(v) for v in values]}
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
         _, gradients = evaluate(values)
@@ -259,17 +246,12 @@ class LBFGS:
         if self.line_search not in (None, "strong_wolfe"):
             raise ConfigError(f"LBFGS line_search is {self.line_search!r}; expected 'strong_wolfe' or None")
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         return {}
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
         optimizer = torch.optim.LBFGS(
@@ -282,7 +264,7 @@ class LBFGS:
             tolerance_change=self.tolerance_change,
             line_search_fn=self.line_search,
         )
-        # The state lives with us, not in the torch object, so that a checkpoint holds all of it.
+        # The state is kept in `state`, not in the torch object, so that a checkpoint holds all of it.
         if "lbfgs" in state:
             optimizer.state[values[0]].update(state["lbfgs"])
 
