@@ -11,7 +11,7 @@ from ipywidgets.embed import dependency_state
 from PIL import Image
 
 from invlib import viz
-from invlib.core.reconstruction import Frames
+from invlib.core.reconstruction import Frames, Reconstruction
 from invlib.errors import ConfigError
 
 
@@ -99,6 +99,20 @@ def test_wipe_goes_from_reconstruction_to_original(images):
     assert (half[:, :4, :3] > 0).any()
     np.testing.assert_array_equal(pixels(shown[-1])[..., :3], (images[0].permute(1, 2, 0) * 255).round())
     assert "50% original, 50% reconstruction" in shown[2]
+
+
+def test_wipe_puts_a_reconstruction_in_the_order_of_the_original(images):
+    shuffled = Reconstruction(
+        images=images.flip(0),
+        labels=None,
+        score=0.0,
+        trial_scores=torch.zeros(1),
+        trials=images.flip(0)[None],
+        status="closed_form",
+        seconds=0.0,
+    )
+    first, last = (pixels(pages(viz.wipe(images, shuffled))[place]) for place in (0, -1))
+    np.testing.assert_array_equal(first, last)
 
 
 @pytest.mark.parametrize(
