@@ -12,8 +12,6 @@ from invlib.core.network import classifier
 from invlib.core.normalization import Normalization
 from invlib.metrics import quality
 
-_SSIM_SIDE = 11
-
 
 def floors(image: Tensor, others: Tensor, same_class: Tensor) -> dict[str, float | None]:
     """Return the PSNR in dB of guesses that need no update.
@@ -52,7 +50,7 @@ def rank(scores: Tensor, own: int) -> int:
 
 def similarity(image: Tensor, candidates: Tensor) -> Tensor | None:
     """Return the SSIM of an image with each candidate, None where they are under 11 pixels a side."""
-    if min(image.shape[1:]) < _SSIM_SIDE:
+    if min(image.shape[1:]) < quality.SSIM_SIDE:
         return None
     return quality.ssim(image.expand_as(candidates).contiguous(), candidates)
 

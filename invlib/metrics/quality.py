@@ -11,6 +11,8 @@ from torch import Tensor
 from invlib.core.optional import torchvision
 from invlib.errors import ConfigError, DataError, DeviceError
 
+SSIM_SIDE = 11  # pixels, the side of its window
+
 
 def _check(images: Tensor, truth: Tensor) -> None:
     if images.ndim != 4 or images.shape != truth.shape:
@@ -63,8 +65,9 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     Source: Wang et al. 2004, computed by torchmetrics.
     """
     _check(images, truth)
-    if min(images.shape[2:]) < 11:
-        raise ConfigError(f"ssim needs images of 11 pixels a side or more, got {tuple(images.shape[2:])}")
+    if min(images.shape[2:]) < SSIM_SIDE:
+        got = tuple(images.shape[2:])
+        raise ConfigError(f"ssim needs images of {SSIM_SIDE} pixels a side or more, got {got}")
     functional = _torchmetrics()
     value = functional.structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
     return torch.as_tensor(value).reshape(-1)

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from invlib.core.reconstruction import Reconstruction
-from invlib.metrics.quality import _check, mse, psnr, ssim
+from invlib.metrics.quality import SSIM_SIDE, _check, mse, psnr, ssim
 
 
 def matching_order(images: Tensor, truth: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
         images=images,
         mse=_floats(mse(images, truth)),
         psnr=_floats(psnr(images, truth)),
-        ssim=_floats(ssim(images, truth)) if min(truth.shape[2:]) >= 11 else (),
+        ssim=_floats(ssim(images, truth)) if min(truth.shape[2:]) >= SSIM_SIDE else (),
         order=tuple(order.tolist()),
         labels_right=right,
         num_images=len(truth),

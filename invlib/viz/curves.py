@@ -71,7 +71,6 @@ def lines(
     xlabel: str,
     ylabel: str,
     log: str = "",
-    title: str | None = None,
 ) -> Figure:
     """Draw one line with markers for each series.
 
@@ -81,7 +80,6 @@ def lines(
         xlabel: what is on the horizontal axis, with its unit.
         ylabel: what is on the vertical axis, with its unit.
         log: the logarithmic axes: `""`, `"x"`, `"y"` or `"xy"`.
-        title: a line above the axes.
 
     Raises:
         ConfigError: where lengths do not fit or `log` is another word.
@@ -115,7 +113,7 @@ def lines(
         axes.minorticks_off()
     if "y" in log:
         axes.set_yscale("log")
-    return _finished(axes, series, title)
+    return _finished(axes, series)
 
 
 @figure
@@ -125,7 +123,6 @@ def bars(
     *,
     ylabel: str,
     number: str = "{:.1f}",
-    title: str | None = None,
 ) -> Figure:
     """Draw bars with the number above each.
 
@@ -134,7 +131,6 @@ def bars(
         values: one series, or several by name, each as long as `labels`.
         ylabel: what is measured, with its unit.
         number: the format of the numbers above the bars.
-        title: a line above the axes.
 
     Raises:
         ConfigError: where lengths do not fit.
@@ -167,7 +163,7 @@ def bars(
     axes.grid(False, axis="x")
     axes.set_ylabel(ylabel)
     axes.margins(y=0.12)
-    return _finished(axes, series, title)
+    return _finished(axes, series)
 
 
 def _series(
@@ -188,9 +184,7 @@ def _axes(height: float, named: Mapping[str, object]) -> Any:
     return plt.subplots(figsize=(NARROW, height + legend))[1]
 
 
-def _finished(axes: Any, named: Mapping[str, object], title: str | None = None) -> Figure:
-    if title is not None:
-        axes.set_title(title)
+def _finished(axes: Any, named: Mapping[str, object]) -> Figure:
     if any(named):
         # Above the axes: within them some line passes behind it.
         axes.figure.legend(loc="outside upper left", ncols=2)

@@ -51,16 +51,7 @@ _TOLERANCE = 1e-3  # a closed form overshoots [0, 1] by rounding; more than this
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw with the book's figure style inside the `with` block and leave matplotlib as it was after it.
-
-    Example:
-        >>> import matplotlib
-        >>> before = matplotlib.rcParams["font.size"]
-        >>> with style():
-        ...     pass
-        >>> matplotlib.rcParams["font.size"] == before
-        True
-    """
+    """Draw with the book's figure style inside the `with` block and leave matplotlib as it was after it."""
     import matplotlib
     from cycler import cycler
 
@@ -117,8 +108,8 @@ def as_images(images: Tensor | np.ndarray, name: str = "images") -> np.ndarray:
 def same_shape(images: np.ndarray, reference: np.ndarray, name: str) -> None:
     """Raise `ConfigError` where two arrays of images `(N, H, W, C)` differ in shape."""
     if images.shape != reference.shape:
-        found, expected = ((n, c, h, w) for n, h, w, c in (images.shape, reference.shape))
-        raise ConfigError(f"{name} must have the original's shape {expected}, got {found}")
+        given, expected = ((n, c, h, w) for n, h, w, c in (images.shape, reference.shape))
+        raise ConfigError(f"{name} must have the original's shape {expected}, got {given}")
 
 
 def same_length(name: str, values: Sequence[object], expected: int, what: str) -> None:

@@ -96,16 +96,13 @@ def compare(
 
 
 @figure
-def grid(
-    images: Images, captions: Sequence[str] | None = None, *, columns: int = 8, title: str | None = None
-) -> Figure:
+def grid(images: Images, captions: Sequence[str] | None = None, *, columns: int = 8) -> Figure:
     """Draw images in rows, each with its caption below.
 
     Args:
         images: `(N, C, H, W)` in [0, 1].
         captions: one for each image.
         columns: images in a row.
-        title: a line above all.
 
     Raises:
         ConfigError: where shape, range, columns or the number of captions do not fit.
@@ -131,8 +128,6 @@ def grid(
                 place.set_xlabel(captions[index])
         else:
             place.set_axis_off()
-    if title is not None:
-        result.suptitle(title, fontsize=10)
     return result
 
 
@@ -158,31 +153,25 @@ def filmstrip(
 
     Taught in: chapter 2
     """
-    labels, pictures = moments(frames, count)
-    batch = len(pictures[0])
-    reference = None if original is None else as_images(original, "original")
+    labels, pictures, reference = moments(frames, count, original)
+    columns = list(zip(labels, pictures, strict=True))
     if reference is not None:
-        same_shape(pictures[0], reference, "each frame")
-    width = len(pictures) + (reference is not None)
-    result, axes = _panels(batch, width, pictures[0].shape[1] / pictures[0].shape[2])
-    for column, (label, batch_images) in enumerate(zip(labels, pictures, strict=True)):
+        columns.append(("original", reference))
+    result, axes = _panels(len(pictures[0]), len(columns), pictures[0].shape[1] / pictures[0].shape[2])
+    for column, (label, images) in enumerate(columns):
         axes[0, column].set_title(label)
-        for row in range(batch):
-            show(axes[row, column], batch_images[row])
-        if reference is not None:
-            for row, caption in enumerate(decibels(batch_images, reference)):
+        for row, image in enumerate(images):
+            show(axes[row, column], image)
+        if reference is not None and images is not reference:
+            for row, caption in enumerate(decibels(images, reference)):
                 axes[row, column].set_xlabel(caption)
-    if reference is not None:
-        axes[0, -1].set_title("original")
-        for row in range(batch):
-            show(axes[row, -1], reference[row])
     return result
 
 
 def moments(
-    frames: Recording | Mapping[str, Images], count: int, what: str = "step"
-) -> tuple[list[str], list[np.ndarray]]:
-    """Choose `count` evenly spaced frames and return their labels and images `(N, H, W, C)`."""
+    frames: Recording | Mapping[str, Images], count: int, original: Images | None, what: str = "step"
+) -> tuple[list[str], list[np.ndarray], np.ndarray | None]:
+    """Return labels and images `(N, H, W, C)` of `count` evenly spaced frames, and the original likewise."""
     if count < 2:
         raise ConfigError(f"count must be at least 2, got {count}")
     if isinstance(frames, Mapping):
@@ -197,7 +186,10 @@ def moments(
     pictures = [as_images(images[place], labels[index]) for index, place in enumerate(places)]
     for label, picture in zip(labels, pictures, strict=True):
         same_shape(picture, pictures[0], label)
-    return labels, pictures
+    reference = None if original is None else as_images(original, "original")
+    if reference is not None:
+        same_shape(pictures[0], reference, "each frame")
+    return labels, pictures, reference
 
 
 def _panels(rows: int, columns: int, aspect: float) -> tuple[Figure, np.ndarray]:

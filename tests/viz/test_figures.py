@@ -113,7 +113,7 @@ def test_pictures_that_are_none(bad, message):
 
 class TestGrid:
     def test_captions_and_empty_places(self, images):
-        axes = viz.grid(images, ["a", "b", "c"], columns=2, title="three").axes
+        axes = viz.grid(images, ["a", "b", "c"], columns=2).axes
         assert [panel.get_xlabel() for panel in axes] == ["a", "b", "c", ""]
         assert not axes[3].axison
 
@@ -184,9 +184,7 @@ class TestConvergence:
 
 class TestLinesAndBars:
     def test_lines(self):
-        axes = viz.lines(
-            [1, 10], {"a": [1, 2], "b": [2, 1]}, xlabel="x", ylabel="y", log="xy", title="t"
-        ).axes[0]
+        axes = viz.lines([1, 10], {"a": [1, 2], "b": [2, 1]}, xlabel="x", ylabel="y", log="xy").axes[0]
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         assert [line.get_marker() for line in axes.lines] == ["o", "s"]
         assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["a", "b"]
@@ -198,7 +196,7 @@ class TestLinesAndBars:
         assert (axes.get_xscale(), axes.get_yscale()) == scales
 
     def test_bars_carry_their_numbers(self):
-        axes = viz.bars(["a", "b"], {"x": [1.0, 2.0], "y": [3.0, 4.0]}, ylabel="dB", title="t").axes[0]
+        axes = viz.bars(["a", "b"], {"x": [1.0, 2.0], "y": [3.0, 4.0]}, ylabel="dB").axes[0]
         assert [text.get_text() for text in axes.texts] == ["1.0", "2.0", "3.0", "4.0"]
 
     @pytest.mark.parametrize(("labels", "angle"), [(["a", "b"], 0), (["pullover"] * 10, 30)])
