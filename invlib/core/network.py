@@ -105,7 +105,7 @@ def record_layers(
 
     Args:
         model: the network; its hooks and modes are as before afterwards, also after an error.
-        inputs: normalised images ``(N, C, H, W)``, on the device of the network.
+        inputs: normalised images ``(N, C, H, W)``; taken to the device and type of the parameters.
         kinds: which types of layers to note; None notes every module that has no modules inside.
         params: parameters in place of the network's own.
         training: run in training mode, without writing batch-norm statistics.
@@ -114,6 +114,8 @@ def record_layers(
         The output of the network and the calls; a layer that runs twice is noted twice.
     """
     calls: list[LayerCall] = []
+    some = next(model.parameters(), None)
+    inputs = inputs if some is None else inputs.to(some)
 
     def noted(name: str, layer: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
