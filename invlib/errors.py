@@ -29,5 +29,9 @@ class DeviceError(InvlibError, RuntimeError):
     """A device or implementation was asked for by name and cannot run here."""
 
 
+class DependencyError(DeviceError):
+    """An optional package is needed and not installed; the message says what installs it."""
+
+
 class WorkerError(InvlibError, RuntimeError):
     """A process that ran attacks for this one ended before its work was done."""

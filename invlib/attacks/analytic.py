@@ -12,7 +12,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from invlib.attacks.base import Settings, closed_form, known_labels, layer_calls
+from invlib.attacks.base import Settings, closed_form, known_labels
+from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -168,7 +169,7 @@ class _Stage:
 
 def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
     """Return the fully connected layers from the image on, in the order in which they run."""
-    calls, _ = layer_calls(model, torch.zeros(1, *observation.image_shape))
+    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
     stages: list[_Stage] = []
     for call in calls:
         module = call.layer

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from invlib.attacks.labels import infer
-from invlib.core.network import in_mode
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 
@@ -70,36 +68,6 @@ def known_labels(model: nn.Module, observation: Observation) -> Tensor:
     """
     labels = infer(model, observation).labels if observation.labels is None else observation.labels
     return labels.to(next(model.parameters()).device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCall:
-    """A layer without parts as it ran: its name in the network, what went into it and what came out."""
-
-    name: str
-    layer: nn.Module
-    given: Tensor
-    output: Tensor
-
-
-def layer_calls(model: nn.Module, images: Tensor) -> tuple[list[LayerCall], Tensor]:
-    """Return the layers of a network in the order in which they run on images, and the logits."""
-    calls: list[LayerCall] = []
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda layer, arguments, output: calls.append(
-            LayerCall(name=name, layer=layer, given=arguments[0], output=output)
-        )
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            logits = model(images.to(next(model.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
 
 
 def index_of_best(scores: Tensor) -> int:

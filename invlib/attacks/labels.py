@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.core.network import classifier, forward, in_mode, trainable_parameters
+from invlib.core.network import classifier, record_layers, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.errors import RecoveryError
 from invlib.federated import FedAvg
@@ -35,9 +35,16 @@ def infer(model: nn.Module, observation: Observation, *, samples: int = 64) -> L
     With cross-entropy the bias gradient of class :math:`c` is the mean of :math:`p_c - [y = c]`, so it
     is negative only for classes in the batch. For one image its smallest entry is the label. For a batch
     of :math:`N` images the counts are about :math:`N(\bar p_c - g_c)`; the mean prediction
-    :math:`\bar p` is estimated by running the model on random images. Without a bias, the row sums of the
-    weight gradient take its place, divided by the mean sum of the features. A weight update is turned
-    into a mean gradient first, which also mends its opposite sign.
+    :math:`\bar p` is estimated by running the model on random images. A weight update is turned into a mean
+    gradient first, which also mends its opposite sign.
+
+    Without a bias the weight gradient has to say it. For one image, row :math:`c` is
+    :math:`(p_c - [y = c])\, a` with the features :math:`a` of unknown sign. As the factors add up to zero,
+    the row of the label has the opposite direction of all others and the length of their sum, whatever
+    :math:`a` is. Where only two rows differ from zero, as with two classes, they are each other's negative
+    and either may be the label's: the one opposed to the mean features of random images is taken, which is
+    right for features that cannot be negative (or positive), and a guess for others. For a batch, row sums
+    take the place of the bias gradient, divided by the mean sum of such features.
 
     Args:
         model: the model that the client received.
@@ -45,7 +52,7 @@ def infer(model: nn.Module, observation: Observation, *, samples: int = 64) -> L
         samples: how many random images estimate the mean prediction of a batch.
 
     Returns:
-        The labels (exact for one image and a bias; an estimate for batches).
+        The labels (exact for one image, but for the two rows above; an estimate for batches).
 
     Raises:
         RecoveryError: the model has no fully connected layer, the update lacks it, or its gradient is zero.
@@ -64,22 +71,47 @@ def infer(model: nn.Module, observation: Observation, *, samples: int = 64) -> L
     gradient = observation.protocol.mean_gradient(observation.update[name], observation.num_images)
     if not gradient.any():
         raise RecoveryError(f"the gradient of {name!r} is all zero; it says nothing about the labels")
+    if observation.num_images == 1:
+        if gradient.ndim == 1:
+            label, method = int(gradient.argmin()), "smallest entry of the bias gradient"
+        else:
+            label, method = _opposed_row(model, observation, gradient, samples)
+        labels = torch.tensor([label], device=gradient.device)
+        counts = torch.bincount(labels, minlength=len(gradient))
+        return LabelInference(labels=labels, counts=counts, method=method)
     per_class = gradient if gradient.ndim == 1 else gradient.sum(1)
     source = "bias gradient" if gradient.ndim == 1 else "row sums of the weight gradient"
-    if observation.num_images == 1:
-        labels = per_class.argmin().reshape(1)
-        counts = torch.bincount(labels, minlength=len(per_class))
-        return LabelInference(labels=labels, counts=counts, method=f"smallest entry of the {source}")
-    predictions, feature_sum = _typical_output(model, observation, samples)
-    scale = feature_sum if gradient.ndim == 2 else torch.ones_like(feature_sum)
+    predictions, features = _typical_output(model, observation, samples)
+    scale = features.sum() if gradient.ndim == 2 else features.new_ones(())
     expected = observation.num_images * (predictions - per_class / scale)
     counts = _whole_counts(expected, present=per_class * scale.sign() < 0, total=observation.num_images)
     labels = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     return LabelInference(labels=labels, counts=counts, method=f"counts from the {source}")
 
 
+def _opposed_row(
+    model: nn.Module, observation: Observation, gradient: Tensor, samples: int
+) -> tuple[int, str]:
+    """Return which row of one image's weight gradient is opposed to the others, and by what it was chosen."""
+    rows = gradient.double() / gradient.abs().max()
+    along = rows @ rows[rows.square().sum(1).argmax()]
+    first, second = int(along.argmax()), int(along.argmin())
+    # The factors of all rows add up to zero. Where these two differ by little more than rounding, the sum of
+    # the others, which is the same difference, says it without cancellation.
+    longer = along[first] + along[second]
+    if longer.abs() <= 1e-3 * along[first]:
+        others = torch.ones_like(along)
+        others[[first, second]] = 0
+        longer = -(along * others).sum()
+    if longer != 0:
+        return first if longer > 0 else second, "row of the weight gradient that is opposed to all others"
+    _, features = _typical_output(model, observation, samples)
+    opposed = second if rows[first] @ features.to(rows) > 0 else first
+    return opposed, "row of the weight gradient that is opposed to the features of random images"
+
+
 def _typical_output(model: nn.Module, observation: Observation, samples: int) -> tuple[Tensor, Tensor]:
-    """Return the mean prediction and the mean sum of the last layer's inputs on random images.
+    """Return the mean prediction and the mean inputs ``(D,)`` of the last layer on random images.
 
     The images are noise at several scales, since predictions depend on how smooth an image is. A client
     that trains for some steps predicts with weights that move, from the ones sent to it to the ones it
@@ -92,15 +124,15 @@ def _typical_output(model: nn.Module, observation: Observation, samples: int) ->
     ends = [params]
     if isinstance(observation.protocol, FedAvg):
         ends.append({name: p + observation.update[name].to(p) for name, p in params.items()})
-    features: list[Tensor] = []
-    layer = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    handle = layer.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
-    try:
-        with torch.no_grad(), in_mode(model, training=observation.training_mode):
-            logits = torch.cat([forward(model, end, None, inputs) for end in ends])
-    finally:
-        handle.remove()
-    return logits.softmax(-1).mean(0), torch.cat(features).sum(-1).mean()
+    name = classifier(model)[0].removesuffix("weight").removesuffix(".")
+    predictions, features = [], []
+    for end in ends:
+        logits, calls = record_layers(
+            model, inputs, nn.Linear, params=end, training=observation.training_mode
+        )
+        predictions.append(logits.softmax(-1))
+        features += [call.given.flatten(0, -2) for call in calls if call.name == name]
+    return torch.cat(predictions).mean(0), torch.cat(features).mean(0)
 
 
 def _noise_images(samples: int, shape: tuple[int, int, int]) -> Tensor:

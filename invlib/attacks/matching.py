@@ -243,7 +243,7 @@ class GradientMatching(Settings):
             target=[target[i] for i in indices],
             params=own,
             priors=self.priors,
-            variables=[images, Variable(name="labels")] if optimized else [images],
+            variables=[images, Variable(name="labels", signed=False)] if optimized else [images],
             labels=labels,
             classes=num_classes(model, observation.image_shape) if optimized else None,
             inputs=inputs,

@@ -17,8 +17,9 @@ from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import SLOPES, layer_input
-from invlib.attacks.base import Settings, closed_form, known_labels, layer_calls
+from invlib.attacks.base import Settings, closed_form, known_labels
 from invlib.attacks.matching import GradientMatching
+from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -138,7 +139,7 @@ def is_chain(model: nn.Module, observation: Observation) -> bool:
 def _chain(model: nn.Module, observation: Observation) -> list[_Stage]:
     """Return the layers in the order in which they run, checked to feed one another and nothing else."""
     probe = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0))
-    calls, logits = layer_calls(model, probe)
+    logits, calls = record_layers(model, probe)
     stages: list[_Stage] = []
     flowing = probe.to(logits)
     for call in calls:

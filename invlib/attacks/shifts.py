@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.base import index_of_best, layer_calls
+from invlib.attacks.base import index_of_best
 from invlib.attacks.matching import GradientMatching
 from invlib.autodiff.smoothing import Smoothing
+from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, History, Progress, Reconstruction
 
@@ -35,7 +36,7 @@ def moves(model: nn.Module, observation: Observation) -> list[Move]:
     """
     if observation.num_images > 1:
         return []
-    calls, _ = layer_calls(model, torch.zeros(1, *observation.image_shape))
+    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
     sides = [call.output.shape[-2:] for call in calls if isinstance(call.layer, nn.Conv2d)]
     image = observation.image_shape[-2:]
     strides = [side // min(out) for side, out in zip(image, zip(*sides, strict=True), strict=False)]

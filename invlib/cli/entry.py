@@ -17,7 +17,7 @@ from invlib.cli import reconstruct
 from invlib.cli import series as rec_mult
 from invlib.cli import train as train_command
 from invlib.cli.options import add_arguments
-from invlib.cli.status import guarded
+from invlib.cli.status import exit_status
 from invlib.core.version import __version__
 from invlib.errors import DeviceError
 from invlib.models import efficientnet
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.set_defaults(run=evaluate_command.cli)
 
     args = parser.parse_args(argv)
-    return guarded(lambda: int(args.run(args)))
+    return exit_status(lambda: int(args.run(args)))
 
 
 def _models(args: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from invlib import data, models
-from invlib.cli.options import device_of
 from invlib.core.normalization import NORMALIZATIONS, Normalization
+from invlib.core.optional import device_of
 from invlib.errors import ConfigError, DataError, UnknownNameError
 from invlib.models import cards, training
 from invlib.models.weights import locate
@@ -58,9 +58,7 @@ def cli(args: argparse.Namespace) -> int:
         )
     images, labels = data.load(dataset, split=args.split)
     print(f"{path.name}: {len(images)} images on {device} …", file=sys.stderr, flush=True)
-    normalization = NORMALIZATIONS[dataset]
-    if "normalization" in card:
-        normalization = Normalization(**{key: tuple(v) for key, v in card["normalization"].items()})
+    normalization = Normalization.from_card(card, NORMALIZATIONS[dataset])
     measured = training.accuracy(trained.model.to(device), images, labels, normalization=normalization)
     title = f"{data.describe(dataset)}, {'training' if args.split == 'train' else 'test'} images"
     print(f"measured: {measured:.4f} on {title}, the {len(images)} on this disk")

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from invlib.cli.options import device_of
+from invlib.core.optional import device_of
 from invlib.errors import DataError
 from invlib.experiments import EXPERIMENTS, executors, figure, runner, table
 from invlib.experiments import plan as _plan

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from invlib.attacks import auto
-from invlib.errors import ConfigError, DeviceError
+from invlib.core.normalization import NORMALIZATIONS
+from invlib.core.optional import device_of
+from invlib.errors import ConfigError
 from invlib.legacy import DEFAULT_CONFIG
-from invlib.legacy.config import FILTERS, INITS, OPTIMIZERS, SCORINGS
+from invlib.legacy.config import FILTERS, INITS, OPTIMIZERS, SCORINGS, checked
 from invlib.legacy.costs import DISTANCES, SUBSETS, WEIGHTS
 
-# What --optim stands for; a flag that is given goes before it.
+_DTYPES = {
+    "float": torch.float32,
+    "float32": torch.float32,
+    "double": torch.float64,
+    "float64": torch.float64,
+    "half": torch.float16,
+    "float16": torch.float16,
+}
+# What --optim stands for; a flag that is given overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "ours": {**DEFAULT_CONFIG, "signed": True, "total_variation": 1e-4},
     "zhu": {
@@ -27,9 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {**DEFAULT_CONFIG, "max_iterations": auto.STEPS, "total_variation": auto.TV},
 }
-AUTO = "auto"
-# What --optim best chooses by itself, so that a flag for it would go unheard, and what it chooses, where a
-# flag can say it.
+_AUTO = "auto"
+# What --optim best chooses by itself (None: no flag can say it); a flag for something else would be ignored.
 _CHOSEN: dict[str, Any] = {
     "cost_fn": "sim",
     "indices": "def",
@@ -76,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("the attack", "Defaults are those of --optim.")
     how.add_argument(
         "--optim",
-        default=AUTO,
-        choices=[AUTO, *PRESETS],
+        default=_AUTO,
+        choices=[_AUTO, *PRESETS],
         help="ours: cosine and signed Adam (Geiping et al. 2020), 4800 iterations; zhu: squared distance and "
         "L-BFGS (Zhu et al. 2019), 300 iterations of 20; best: this project's strongest, "
         f"{auto.STEPS} evaluations; auto: best on trained weights, where the published attack finds "
@@ -90,17 +103,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="starting points (%(default)s); best stops the worse ones early",
     )
     how.add_argument("--iterations", "--max_iterations", type=int, help="steps of each restart")
-    how.add_argument("--cost_fn", help=_choices(DISTANCES))
-    how.add_argument("--indices", help=f"which tensors are compared: {_choices(SUBSETS)}")
-    how.add_argument("--weights", help=f"how they are weighed: {_choices(WEIGHTS)}")
-    how.add_argument("--optimizer", help=_choices(OPTIMIZERS))
+    how.add_argument("--cost_fn", help=", ".join(DISTANCES))
+    how.add_argument("--indices", help=f"which tensors are compared: {', '.join(SUBSETS)}")
+    how.add_argument("--weights", help=f"how they are weighed: {', '.join(WEIGHTS)}")
+    how.add_argument("--optimizer", help=", ".join(OPTIMIZERS))
     how.add_argument("--signed", action=argparse.BooleanOptionalAction, help="use the gradient's sign")
     how.add_argument("--boxed", action=argparse.BooleanOptionalAction, help="keep images in [0, 1]")
     how.add_argument("--lr", type=float, help="step size of adam and adamw (0.1)")
     how.add_argument("--tv", type=float, help="weight of total variation (1e-4)")
-    how.add_argument("--init", help=_choices(INITS))
-    how.add_argument("--filter", help=f"median filter every 500 steps: {_choices(FILTERS)}")
-    how.add_argument("--scoring_choice", help=f"how the result is chosen: {_choices(SCORINGS)}")
+    how.add_argument("--init", help=", ".join(INITS))
+    how.add_argument("--filter", help=f"median filter every 500 steps: {', '.join(FILTERS)}")
+    how.add_argument("--scoring_choice", help=f"how the result is chosen: {', '.join(SCORINGS)}")
     how.add_argument("--soft_labels", action="store_true", help="find the labels too, do not give them")
     how.add_argument("--dtype", default="float", help="float, double or half, for the attack (%(default)s)")
     how.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
@@ -120,61 +133,181 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--name", default="iv", help="goes into the name of the table (%(default)s)")
 
 
-def _choices(names: Any) -> str:
-    return ", ".join(names)
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Which private images a client has.
+
+    Args:
+        dataset: ``--dataset``, one of `NORMALIZATIONS`.
+        count: ``--num_images`` of one client, each of another class.
+        first: ``--target_id``; negative takes an embedded image, None a random one.
+        flip: ``--label_flip``.
+        root: ``--data_path``, where data sets are looked for.
+    """
+
+    dataset: str
+    count: int
+    first: int | None
+    flip: bool
+    root: str | None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether an image is taken that comes with invlib."""
+        return self.first is not None and self.first < 0
 
 
-def attack_of(args: argparse.Namespace) -> tuple[str, str]:
-    """Return what --optim stands for, and in a sentence why."""
-    if args.optim != AUTO:
-        return args.optim, "as --optim says"
-    if not args.trained_model:
-        return (
-            "ours",
-            "the published one, for the weights are fresh; --optim best takes this project's strongest",
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Which network is attacked: ``--model``, ``--trained_model``, ``--epochs`` and ``--model_path``."""
+
+    name: str
+    trained: bool
+    epochs: int | None
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """How the client trains: ``--accumulation`` (0 sends a gradient), ``--local_lr`` and ``--batch_size``."""
+
+    local_steps: int
+    lr: float
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions:
+    """What the server does with the update.
+
+    Args:
+        name: of the preset that ``--optim`` stands for.
+        reason: why it is that one, as a phrase.
+        config: the 2020 config that the options describe, checked.
+        soft_labels: whether the labels are optimised too.
+        dtype: ``--dtype`` as it was given.
+        chunk: restarts that run together; None leaves it to the device.
+        deterministic: whether cuDNN may take deterministic algorithms only.
+    """
+
+    name: str
+    reason: str
+    config: Mapping[str, Any]
+    soft_labels: bool
+    dtype: str
+    chunk: int | None
+    deterministic: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the attack computes in."""
+        return _DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """What is written: ``--image_path`` (None without ``--save_image``), ``--table_path`` and ``--name``."""
+
+    images: Path | None
+    tables: Path
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of a 2020 command, checked.
+
+    Args:
+        images: which private images.
+        network: which network.
+        client: how the client trains.
+        attack: what the server does.
+        files: what is written.
+        device: where all of it runs.
+        seed: of the untrained network and the starting points.
+        dryrun: take one step and write nothing.
+    """
+
+    images: ImageOptions
+    network: NetworkOptions
+    client: ClientOptions
+    attack: AttackOptions
+    files: FileOptions
+    device: torch.device
+    seed: int
+    dryrun: bool
+
+    @classmethod
+    def parse(cls, args: argparse.Namespace) -> Request:
+        """Return what the parsed options of `add_arguments` ask for.
+
+        Raises:
+            ConfigError: an option is out of range, or does not go with another.
+            DeviceError: there is no such GPU.
+        """
+        name, reason, config = _attack(args)
+        for flag, choices in (("dataset", NORMALIZATIONS), ("dtype", _DTYPES)):
+            if getattr(args, flag) not in choices:
+                raise ConfigError(
+                    f"--{flag} is {getattr(args, flag)!r}; expected one of {', '.join(choices)}"
+                )
+        for flag, least in (("num_images", 1), ("accumulation", 0), ("batch_size", 0), ("chunk", 1)):
+            value = getattr(args, flag)
+            if value is not None and value < least:
+                raise ConfigError(f"--{flag} is {value}; expected at least {least}")
+        return cls(
+            images=ImageOptions(
+                dataset=args.dataset,
+                count=args.num_images,
+                first=args.target_id,
+                flip=args.label_flip,
+                root=args.data_path,
+            ),
+            network=NetworkOptions(
+                name=args.model,
+                trained=args.trained_model,
+                epochs=args.epochs,
+                folder=Path(args.model_path),
+            ),
+            client=ClientOptions(local_steps=args.accumulation, lr=args.local_lr, batch_size=args.batch_size),
+            attack=AttackOptions(
+                name=name,
+                reason=reason,
+                config=checked(config),
+                soft_labels=args.soft_labels,
+                dtype=args.dtype,
+                chunk=args.chunk,
+                deterministic=args.deterministic,
+            ),
+            files=FileOptions(
+                images=Path(args.image_path) if args.save_image else None,
+                tables=Path(args.table_path),
+                name=args.name,
+            ),
+            device=device_of(args.device),
+            seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
+            dryrun=args.dryrun,
         )
-    unheard = _unheard(args)
-    if unheard:
-        return "ours", f"the published one, for this project's strongest takes no {', '.join(unheard)}"
-    return (
-        "best",
-        "this project's strongest, for the weights are trained; --optim ours takes the published one",
-    )
 
 
-def config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the 2020 config that the options describe."""
-    name, _ = attack_of(args)
-    unheard = _unheard(args) if name == "best" else []
-    if unheard:
+def _attack(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
+    """Return what --optim stands for, why, and the 2020 config that the options describe."""
+    given = {key: getattr(args, flag) for key, flag in _FLAGS.items()}
+    ignored = [f"--{_FLAGS[key]}" for key, own in _CHOSEN.items() if given[key] not in (None, own)]
+    ignored += ["--soft_labels"] if args.soft_labels else []
+    name, reason = args.optim, "as --optim says"
+    if name == "best" and ignored:
         raise ConfigError(
-            f"--optim best was given {', '.join(unheard)}; expected only --iterations, --restarts "
+            f"--optim best was given {', '.join(ignored)}; expected only --iterations, --restarts "
             "and --tv of the attack's options (it chooses the others by itself)"
         )
-    return PRESETS[name] | {key: value for key, value in _given(args).items() if value is not None}
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: getattr(args, flag) for key, flag in _FLAGS.items()}
-
-
-def _unheard(args: argparse.Namespace) -> list[str]:
-    """Return the options that are given and that --optim best would not do."""
-    given = _given(args)
-    unheard = [f"--{_FLAGS[key]}" for key, does in _CHOSEN.items() if given[key] not in (None, does)]
-    return [*unheard, "--soft_labels"] if args.soft_labels else unheard
-
-
-def device_of(name: str | None) -> torch.device:
-    """Return the device of ``--device``; None takes a GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {name!r}; expected 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"--device is {name!r}, but torch finds {torch.cuda.device_count()} GPUs; expected 'cpu'"
-        )
-    return device
+    if name == _AUTO and not args.trained_model:
+        name = "ours"
+        reason = "the published attack, because the weights are untrained; --optim best is this project's"
+    elif name == _AUTO and ignored:
+        name = "ours"
+        reason = f"the published attack, because this project's strongest takes no {', '.join(ignored)}"
+    elif name == _AUTO:
+        name = "best"
+        reason = "this project's strongest, because the weights are trained; --optim ours is published"
+    return name, reason, PRESETS[name] | {key: value for key, value in given.items() if value is not None}

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from invlib.cli.options import add_arguments, config_of
-from invlib.cli.session import Experiment, Result, Subject
-from invlib.cli.status import INTERRUPTED, guarded
+from invlib.cli.options import Request, add_arguments
+from invlib.cli.session import Result, Session, Subject
+from invlib.cli.status import INTERRUPTED, exit_status
 from invlib.cli.tables import append_row, check_table, save_image
 
 DESCRIPTION = "Reconstruct the private images of a client from the update that it sends."
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    return guarded(lambda: run(args))
+    return exit_status(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,68 +61,79 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: an option does not fit, or data or weights are missing.
     """
-    config = config_of(args)
-    experiment = Experiment(args, config, many=args.num_images > 1)
-    subject = experiment.subject(experiment.first)
-    table = Path(args.table_path) / f"table_exp_{args.name}.csv"
+    request = Request.parse(args)
+    session = Session(request, many=request.images.count > 1)
+    subject = session.images.subject(session.images.first)
+    table = request.files.tables / f"table_exp_{request.files.name}.csv"
     check_table(table, COLUMNS)
-    announce(experiment, subject)
-    result = experiment.attack(subject)
-    rec = result.reconstruction
-    print(f"matching cost {rec.score:.4g} ({rec.status}, {rec.seconds:.0f} s)")
+    announce(session, subject)
+    result = session.attack(subject)
+    reconstruction = result.reconstruction
+    print(
+        f"matching cost {reconstruction.score:.4g} ({reconstruction.status}, {reconstruction.seconds:.0f} s)"
+    )
     print(result.report)
-    if args.dryrun:
+    if request.dryrun:
         print(f"dry run: nothing written to {table}")
         return 0
-    pictures: tuple[list[Path], list[Path]] = ([], [])
-    if args.save_image:
-        pictures = _save_pictures(args, config, subject, result)
+    row = facts(session, subject, result)
+    if request.files.images is not None:
+        network = f"{'trained' if request.network.trained else ''}{request.network.name}_{row['cost_fn']}"
+        pictures = _save_pictures(request.files.images, network, subject, result)
         for path in (*pictures[0], *pictures[1]):
             print(path)
-    append_row(table, _row(experiment, subject, result, pictures))
+        row |= {
+            name: " ".join(path.name for path in paths)
+            for name, paths in zip(("rec_img", "gt_img"), pictures, strict=True)
+        }
+    append_row(table, {name: row[name] for name in COLUMNS})
     print(table)
-    return INTERRUPTED if rec.status == "interrupted" else 0
+    return INTERRUPTED if reconstruction.status == "interrupted" else 0
 
 
-def announce(experiment: Experiment, subject: Subject) -> None:
+def announce(session: Session, subject: Subject) -> None:
     """Say what is attacked with what, before the work begins."""
-    args, config = experiment.args, experiment.config
-    if experiment.embedded:
-        print(f"--target_id {args.target_id}: an image that comes with invlib, not one of {args.dataset}")
+    request, attack = session.request, session.request.attack
+    if request.images.embedded:
+        print(
+            f"--target_id {request.images.first}: an image that comes with invlib, "
+            f"not one of {request.images.dataset}"
+        )
     print(f"{subject.about}; labels {subject.labels.tolist()} ({', '.join(subject.classes)})")
-    print(f"{experiment.network.about}; seed {experiment.seed}, on {experiment.device}")
-    print(f"attack {experiment.optim}: {experiment.why}")
+    print(f"{session.network.about}; seed {request.seed}, on {request.device}")
+    print(f"attack {attack.name}: {attack.reason}")
     # At once: the progress bar that follows is written to another stream.
-    print(f"{config['restarts']} restarts of {config['max_iterations']} iterations", flush=True)
+    print(f"{attack.config['restarts']} restarts of {attack.config['max_iterations']} iterations", flush=True)
 
 
-def facts(experiment: Experiment) -> dict[str, Any]:
-    """Return the columns of a table that say what was asked for."""
-    args, config = experiment.args, experiment.config
+def facts(session: Session, subject: Subject, result: Result) -> dict[str, Any]:
+    """Return the columns of a table: what was asked for, and how good a reconstruction is."""
+    request, config, card = session.request, session.request.attack.config, session.network.card
     return {
-        "model": args.model,
-        "dataset": args.dataset,
-        "trained": args.trained_model,
-        "accumulation": args.accumulation,
+        "model": request.network.name,
+        "dataset": request.images.dataset,
+        "trained": request.network.trained,
+        "accumulation": request.client.local_steps,
         "restarts": config["restarts"],
-        "OPTIM": experiment.optim,
+        "OPTIM": request.attack.name,
         "cost_fn": config["cost_fn"],
         "indices": config["indices"],
         "weights": config["weights"],
         "scoring": config["scoring_choice"],
         "init": config["init"],
         "tv": config["total_variation"],
-    }
-
-
-def measures(result: Result) -> dict[str, Any]:
-    """Return the columns of a table that say how good a reconstruction is."""
-    report = result.report
-    return {
         "rec_loss": result.reconstruction.score,
-        "psnr": report.mean_psnr,
-        "test_mse": report.mean_mse,
+        "psnr": result.report.mean_psnr,
+        "test_mse": result.report.mean_mse,
         "feat_mse": result.feature_mse,
+        "target_id": " ".join(map(str, subject.ids)),
+        "seed": request.seed,
+        "timing": str(datetime.timedelta(seconds=round(result.reconstruction.seconds))),
+        "dtype": request.attack.dtype,
+        "epochs": card.get("epochs"),
+        "val_acc": card.get("accuracy"),
+        "rec_img": "",
+        "gt_img": "",
     }
 
 
@@ -133,29 +144,9 @@ COLUMNS = (
 )
 
 
-def _row(
-    experiment: Experiment, subject: Subject, result: Result, pictures: tuple[list[Path], list[Path]]
-) -> dict[str, Any]:
-    args, card = experiment.args, experiment.network.card
-    return {
-        **facts(experiment),
-        **measures(result),
-        "target_id": " ".join(map(str, subject.ids)),
-        "seed": experiment.seed,
-        "timing": str(datetime.timedelta(seconds=round(result.reconstruction.seconds))),
-        "dtype": args.dtype,
-        "epochs": card.get("epochs"),
-        "val_acc": card.get("accuracy"),
-        "rec_img": " ".join(path.name for path in pictures[0]),
-        "gt_img": " ".join(path.name for path in pictures[1]),
-    }
-
-
 def _save_pictures(
-    args: argparse.Namespace, config: dict[str, Any], subject: Subject, result: Result
+    folder: Path, network: str, subject: Subject, result: Result
 ) -> tuple[list[Path], list[Path]]:
-    folder = Path(args.image_path)
-    network = f"{'trained' if args.trained_model else ''}{args.model}_{config['cost_fn']}"
     found, true = [], []
     for j, (kind, number) in enumerate(zip(subject.classes, subject.ids, strict=True)):
         kind = re.sub(r"[^\w.-]+", "-", kind)

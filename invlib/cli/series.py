@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from invlib.cli.options import add_arguments, config_of
-from invlib.cli.reconstruct import announce, facts, measures
-from invlib.cli.session import Experiment
-from invlib.cli.status import INTERRUPTED, guarded
+from invlib.cli import reconstruct
+from invlib.cli.options import Request, add_arguments
+from invlib.cli.session import Session
+from invlib.cli.status import INTERRUPTED, exit_status
 from invlib.cli.tables import append_row, check_table, column, save_image
 from invlib.errors import ConfigError
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     add_own_arguments(parser)
     args = parser.parse_args(argv)
-    return guarded(lambda: run(args))
+    return exit_status(lambda: run(args))
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_exp", type=int, default=10, help="clients in a row (%(default)s)")
     group.add_argument("--unsigned", dest="signed", action="store_false", help="the same as --no-signed")
     group.add_argument("--result_path", default="results/", help="folder for what is found (%(default)s)")
-    parser.set_defaults(signed=None)
+    parser.set_defaults(signed=None, target_id=0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,74 +70,61 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.num_exp < 1:
         raise ConfigError(f"--num_exp is {args.num_exp}; expected at least 1")
+    return series(Request.parse(args), clients=args.num_exp, results=Path(args.result_path))
+
+
+def series(request: Request, *, clients: int, results: Path) -> int:
+    """Attack so many clients one after another, and return the exit status."""
     began = time.perf_counter()
-    config = config_of(args)
-    if args.target_id is None:
-        args.target_id = 0
-    experiment = Experiment(args, config, many=args.num_images * args.num_exp > 1)
-    settings = config | {
-        key: getattr(args, key)
-        for key in ("dataset", "model", "num_exp", "num_images", "accumulation", "batch_size", "local_lr")
+    session = Session(request, many=request.images.count * clients > 1)
+    settings = {
+        **request.attack.config,
+        "dataset": request.images.dataset,
+        "model": request.network.name,
+        "num_exp": clients,
+        "num_images": request.images.count,
+        "accumulation": request.client.local_steps,
+        "batch_size": request.client.batch_size,
+        "local_lr": request.client.lr,
+        "trained": request.network.trained,
+        "soft_labels": request.attack.soft_labels,
     }
-    settings |= {"trained": args.trained_model, "soft_labels": args.soft_labels}
     tag = hashlib.md5(json.dumps(settings, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
-    folder = Path(args.result_path) / tag
-    check_table(folder / f"table_mul_exp_{args.name}.csv", COLUMNS)
+    folder = results / tag
+    table = folder / f"table_mul_exp_{request.files.name}.csv"
+    check_table(table, COLUMNS)
     psnrs: list[float] = []
     status = 0
-    for index in range(args.num_exp):
-        subject = experiment.subject(experiment.first + index * args.num_images)
-        announce(experiment, subject)
-        result = experiment.attack(subject)
+    for index in range(clients):
+        subject = session.images.subject(session.images.first + index * request.images.count)
+        reconstruct.announce(session, subject)
+        result = session.attack(subject)
         print(result.report)
-        found = measures(result)
-        psnrs.append(found["psnr"])
-        if not args.dryrun:
+        row = {"config_hash": tag, **reconstruct.facts(session, subject, result)}
+        psnrs.append(row["psnr"])
+        if not request.dryrun:
             for j, image in enumerate(result.images):
-                save_image(folder / f"{index * args.num_images + j}.png", image)
-            row = {
-                "config_hash": tag,
-                **facts(experiment),
-                **found,
-                "target_id": " ".join(map(str, subject.ids)),
-                "seed": experiment.seed,
-                "dtype": args.dtype,
-                "epochs": experiment.network.card.get("epochs"),
-                "val_acc": experiment.network.card.get("accuracy"),
-            }
-            append_row(folder / f"table_mul_exp_{args.name}.csv", row)
-            append_row(folder / "table_psnrs.csv", {"target_id": row["target_id"], "psnr": found["psnr"]})
+                save_image(folder / f"{index * request.images.count + j}.png", image)
+            append_row(table, {name: row[name] for name in COLUMNS})
+            append_row(folder / "table_psnrs.csv", {name: row[name] for name in ("target_id", "psnr")})
         if result.reconstruction.status == "interrupted":
             status = INTERRUPTED
             break
     summary = _summary(psnrs, time.perf_counter() - began)
     print(", ".join(f"{key} {value}" for key, value in summary.items()))
-    if args.dryrun:
+    if request.dryrun:
         print(f"dry run: nothing written to {folder}")
         return status
     append_row(folder / "table_psnr_stats.csv", summary)
-    configs = Path(args.result_path) / "table_configs.csv"
+    configs = results / "table_configs.csv"
     if status == 0 and tag not in column(configs, "config_hash"):
         append_row(configs, {"config_hash": tag, **settings, **summary})
     print(folder)
     return status
 
 
-COLUMNS = (
-    *(
-        "config_hash",
-        "model",
-        "dataset",
-        "trained",
-        "accumulation",
-        "restarts",
-        "OPTIM",
-        "cost_fn",
-        "indices",
-    ),
-    *("weights", "scoring", "init", "tv", "rec_loss", "psnr", "test_mse", "feat_mse", "target_id", "seed"),
-    *("dtype", "epochs", "val_acc"),
-)
+# Those of reconstruct_image but for the time and the names of pictures.
+COLUMNS = ("config_hash", *(c for c in reconstruct.COLUMNS if c not in ("timing", "rec_img", "gt_img")))
 
 
 def _summary(psnrs: list[float], seconds: float) -> dict[str, Any]:

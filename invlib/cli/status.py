@@ -10,7 +10,7 @@ from invlib.errors import InvlibError
 INTERRUPTED = 130
 
 
-def guarded(command: Callable[[], int]) -> int:
+def exit_status(command: Callable[[], int]) -> int:
     """Run a command and return its exit status: 2 for an `InvlibError`, 130 for Ctrl-C."""
     try:
         return command()

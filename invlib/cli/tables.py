@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
+from invlib.core.files import atomic_write, png_bytes
 from invlib.errors import DataError
 
 
@@ -64,19 +62,12 @@ def save_image(path: Path, image: Tensor) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
-    _write(path, lambda beside: picture.save(beside, format="PNG"))
+    _write(path, lambda beside: beside.write_bytes(png_bytes(image[None])))
 
 
-def _write(path: Path, write: Any) -> None:
-    beside = path.with_name(f"{path.name}.part")
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
+        atomic_write(path, write)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
-    finally:
-        if beside.exists():
-            beside.unlink()

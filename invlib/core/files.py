@@ -18,7 +18,10 @@ from torch import Tensor
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside, then rename, so that a reader never meets half a file."""
+    """Let ``write`` make a file beside a path, then rename it, so that the path never holds half a file.
+
+    Where ``write`` or the renaming fails, the old file stays and nothing is left beside it.
+    """
     beside = path.with_name(f"{path.name}.partial")
     try:
         write(beside)
@@ -27,14 +30,19 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def png(images: Tensor) -> str:
-    """Return images ``(N, C, H, W)`` in [0, 1], side by side, as a PNG file in base64."""
+def png_bytes(images: Tensor) -> bytes:
+    """Return images ``(N, C, H, W)`` in [0, 1], side by side, as the bytes of a PNG file."""
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     row = pixels.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # (H, N·W, C)
     picture = Image.fromarray(np.ascontiguousarray(row[..., 0] if row.shape[2] == 1 else row))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def png(images: Tensor) -> str:
+    """Return what `png_bytes` does, in base64."""
+    return base64.b64encode(png_bytes(images)).decode("ascii")
 
 
 def unpng(text: str, count: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""How a network is asked without being changed."""
+"""Run a network and ask what it has, without changing it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,68 @@ def forward(
     """Run the model with the given parameters and buffers in place of its own."""
     logits: Tensor = functional_call(model, {**params, **(buffers or {})}, (inputs,))
     return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """One call of one layer of a network.
+
+    Args:
+        name: the layer's name in ``model.named_modules()``.
+        layer: the layer.
+        given: its first argument.
+        output: what it returned.
+    """
+
+    name: str
+    layer: nn.Module
+    given: Any
+    output: Any
+
+
+def record_layers(
+    model: nn.Module,
+    inputs: Tensor,
+    kinds: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    training: bool = False,
+) -> tuple[Tensor, list[LayerCall]]:
+    """Run a network once, without gradients, and note every call of its layers, in order.
+
+    Args:
+        model: the network; its hooks and modes are as before afterwards, also after an error.
+        inputs: normalised images ``(N, C, H, W)``; taken to the device and type of the parameters.
+        kinds: which types of layers to note; None notes every module that has no modules inside.
+        params: parameters in place of the network's own.
+        training: run in training mode, without writing batch-norm statistics.
+
+    Returns:
+        The output of the network and the calls; a layer that runs twice is noted twice.
+    """
+    calls: list[LayerCall] = []
+    some = next(model.parameters(), None)
+    inputs = inputs if some is None else inputs.to(some)
+
+    def noted(name: str, layer: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = next(iter((*args, *kwargs.values())), None)
+            calls.append(LayerCall(name=name, layer=layer, given=given, output=output))
+
+        return layer.register_forward_hook(hook, with_kwargs=True)
+
+    handles = [
+        noted(name, module)
+        for name, module in model.named_modules()
+        if (isinstance(module, kinds) if kinds is not None else not list(module.children()))
+    ]
+    try:
+        with torch.no_grad(), in_mode(model, training=training):
+            output = model(inputs) if params is None else forward(model, params, None, inputs)
+            return output, calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

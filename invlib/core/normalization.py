@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,23 @@ class Normalization:
             )
         if any(not s > 0 for s in self.std):
             raise ConfigError(f"normalization: std is {self.std}; expected positive numbers")
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any], default: Normalization | None = None) -> Normalization:
+        """Return what a model card, or the header of a saved observation, has as ``"normalization"``.
+
+        Args:
+            card: as read from JSON.
+            default: taken where the card has none.
+
+        Raises:
+            DataError: the card has none, and there is no default.
+        """
+        if "normalization" in card:
+            return cls(**{name: tuple(values) for name, values in card["normalization"].items()})
+        if default is None:
+            raise DataError("no 'normalization' in the card; expected one with 'mean' and 'std'")
+        return default
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         if len(values) not in (1, like.shape[-3]):

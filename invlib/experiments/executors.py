@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from invlib.errors import ConfigError, DeviceError, WorkerError
+from invlib.errors import ConfigError, DependencyError, WorkerError
 from invlib.experiments import runner
 from invlib.experiments.plan import Request
 
@@ -71,14 +71,15 @@ def cluster(address: str, request: Request) -> Iterator[Executor]:
         request: what is run; an error here ends the workers that are at it, and their nannies restart them.
 
     Raises:
-        DeviceError: the package distributed is not installed.
+        DependencyError: the package distributed is not installed.
         ConfigError: there is no scheduler.
         WorkerError: an attack ended every worker that it was given to.
     """
     try:
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise DeviceError("distributed is not installed; `pip install invlib[cluster]` brings it") from error
+        message = "distributed is not installed; `pip install invlib[cluster]` brings it"
+        raise DependencyError(message) from error
     try:
         client = Client(address)
     except (OSError, ValueError) as error:

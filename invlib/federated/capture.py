@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from invlib.core.files import atomic_write
 from invlib.core.network import trainable_parameters
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Observation
@@ -60,7 +60,7 @@ def from_gradients(
             f"gradients has {len(tensors)} tensors; expected {len(names)}, one for each trainable parameter "
             f"in the order {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
         )
-    return _checked(
+    return from_arrays(
         model,
         dict(zip(names, tensors, strict=True)),
         num_images=num_images,
@@ -89,18 +89,18 @@ def from_arrays(
 
     Arguments and errors as for `from_gradients`.
     """
-    update = {name: torch.as_tensor(value) for name, value in arrays.items()}
-    return _checked(
-        model,
-        update,
+    observation = Observation(
+        update={name: torch.as_tensor(value).detach().clone() for name, value in arrays.items()},
+        protocol=protocol or FedSGD(),
         num_images=num_images,
-        image_shape=image_shape,
+        image_shape=(image_shape[0], image_shape[1], image_shape[2]),
         normalization=normalization,
-        protocol=protocol,
         labels=labels,
-        buffers=buffers,
+        buffers=dict(buffers or {}),
         training_mode=training_mode,
     )
+    observation.validate(model)
+    return observation
 
 
 def from_state_dicts(
@@ -140,7 +140,7 @@ def from_state_dicts(
         differing = sorted(before.keys() ^ after.keys())
         raise ObservationError(f"the state dicts differ in {differing[:5]}; expected the same names in both")
     names = trainable_parameters(model)
-    return _checked(
+    return from_arrays(
         model,
         {name: after[name] - before[name] for name in names if name in after},
         num_images=num_images,
@@ -151,26 +151,6 @@ def from_state_dicts(
         buffers={name: value for name, value in after.items() if name not in names},
         training_mode=training_mode,
     )
-
-
-def _checked(
-    model: nn.Module,
-    update: Mapping[str, Tensor],
-    *,
-    protocol: ClientStep | None,
-    buffers: Mapping[str, Tensor] | None,
-    image_shape: tuple[int, int, int],
-    **facts: Any,
-) -> Observation:
-    observation = Observation(
-        update={name: value.detach().clone() for name, value in update.items()},
-        protocol=protocol or FedSGD(),
-        buffers=dict(buffers or {}),
-        image_shape=(image_shape[0], image_shape[1], image_shape[2]),
-        **facts,
-    )
-    observation.validate(model)
-    return observation
 
 
 def save_observation(observation: Observation, path: str | Path) -> None:
@@ -203,11 +183,9 @@ def save_observation(observation: Observation, path: str | Path) -> None:
     tensors |= {f"buffers/{name}": value.contiguous() for name, value in observation.buffers.items()}
     if observation.labels is not None:
         tensors["labels"] = observation.labels
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    metadata = {"invlib": json.dumps(header)}
     try:
-        safetensors.torch.save_file(tensors, beside, metadata={"invlib": json.dumps(header)})
-        os.replace(beside, path)
+        atomic_write(Path(path), lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
     except (OSError, SafetensorError) as error:
         raise DataError(f"the observation cannot be written to {path}: {error}") from error
 
@@ -237,7 +215,7 @@ def load_observation(path: str | Path) -> Observation:
         protocol=kind(**header["protocol_settings"]),
         num_images=header["num_images"],
         image_shape=tuple(header["image_shape"]),
-        normalization=Normalization(**{k: tuple(v) for k, v in header["normalization"].items()}),
+        normalization=Normalization.from_card(header),
         labels=tensors.get("labels"),
         buffers={n.removeprefix("buffers/"): t for n, t in tensors.items() if n.startswith("buffers/")},
         training_mode=header["training_mode"],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from invlib.errors import ConfigError, DeviceError
-from invlib.kernels import manual, reference
+from invlib.kernels import reference
 from invlib.kernels.checks import check_adam, check_images, check_lists
 
 Impl = Literal["reference", "triton"]
@@ -80,8 +80,6 @@ def gradient_statistics(
     """
     checked = check_lists(candidate, target, weights)
     if _choose_for_lists(impl, candidate, target) == "reference":
-        if impl is None and not torch.compiler.is_compiling():
-            return manual.gradient_statistics(candidate, target, checked)
         return reference.gradient_statistics(candidate, target, checked)
     sums: tuple[Tensor, Tensor, Tensor] = _triton().gradient_statistics(candidate, target, checked)
     return sums

@@ -12,7 +12,7 @@ from torch import Tensor
 from invlib.attacks.matching import GradientMatching
 from invlib.errors import ConfigError
 from invlib.legacy.costs import DISTANCES, SUBSETS, WEIGHTS, comparison, named
-from invlib.optim.optimizers import LBFGS, SGD, Adam, Evaluate, Optimizer, Variable
+from invlib.optim.optimizers import LBFGS, SGD, Adam, Evaluate, Optimizer, State, Values, Variable
 from invlib.optim.priors import total_variation
 from invlib.optim.schedules import StepDecay
 
@@ -59,16 +59,11 @@ class AdamW(Adam):
     weight_decay: float = 0.01
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
 
-        def then_decay(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def then_decay(values: Values) -> tuple[Tensor, Values]:
             result = evaluate(values)
             for value in values:
                 value.mul_(1 - self.lr * factor * self.weight_decay)

@@ -1,4 +1,4 @@
-"""How close a reconstruction is to the truth; only here are the two compared."""
+"""How close a reconstruction is to the truth, which is the second argument; only here are they compared."""
 
 from invlib.metrics.quality import lpips, mse, psnr, ssim
 from invlib.metrics.report import Report, evaluate, matching_order

@@ -1,4 +1,4 @@
-"""What a reconstruction is worth beside what no attack would give, and whether it tells its original."""
+"""Floors that need no attack, and whether a reconstruction identifies its original among other images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from invlib.core.network import classifier
 from invlib.core.normalization import Normalization
 from invlib.metrics import quality
 
-_SSIM_SIDE = 11
-
 
 def floors(image: Tensor, others: Tensor, same_class: Tensor) -> dict[str, float | None]:
-    """Return the PSNR of what needs no update at all.
+    """Return the PSNR in dB of guesses that need no update.
 
     Args:
         image: the private image ``(C, H, W)`` in [0, 1].
@@ -24,25 +22,26 @@ def floors(image: Tensor, others: Tensor, same_class: Tensor) -> dict[str, float
         same_class: those of them that are of its class.
 
     Returns:
-        In dB: ``grey``, the best of all plain grey images; ``mean``, the mean of the others; ``class``, the
+        ``grey``, the best of all plain grey images; ``mean``, the mean of the others; ``class``, the
         mean over the others of its class. None where there are none.
     """
-    found: dict[str, float | None] = {"grey": _psnr(image.mean().expand_as(image), image)}
-    found["mean"] = _psnr(others.mean(0), image) if len(others) else None
     each = [_psnr(other, image) for other in same_class]
-    found["class"] = sum(each) / len(each) if each else None
-    return found
+    return {
+        "grey": _psnr(image.mean().expand_as(image), image),
+        "mean": _psnr(others.mean(0), image) if len(others) else None,
+        "class": sum(each) / len(each) if each else None,
+    }
 
 
 def rank(scores: Tensor, own: int) -> int:
-    """Return the place of one's own score among all, 1 for the highest; equals count as better.
+    """Return the place of one score among all, 1 for the highest; equal scores count as better.
 
     >>> rank(torch.tensor([0.2, 0.9, 0.5]), own=2)
     2
 
     Args:
         scores: one for each candidate; a NaN is lower than all.
-        own: which one is one's own.
+        own: the index of the score that is placed.
     """
     if math.isnan(float(scores[own])):
         return len(scores)
@@ -51,18 +50,18 @@ def rank(scores: Tensor, own: int) -> int:
 
 def similarity(image: Tensor, candidates: Tensor) -> Tensor | None:
     """Return the SSIM of an image with each candidate, None where they are under 11 pixels a side."""
-    if min(image.shape[1:]) < _SSIM_SIDE:
+    if min(image.shape[1:]) < quality.SSIM_SIDE:
         return None
     return quality.ssim(image.expand_as(candidates).contiguous(), candidates)
 
 
 class Features:
-    """A trained network that looks at images: what its last fully connected layer is given.
+    """The input of a trained network's last fully connected layer, as a description of images.
 
     Args:
         model: a network with a fully connected layer.
         normalization: what its input is encoded with.
-        side: height and width that it was trained on, in pixels.
+        side: height and width in pixels that it was trained on.
         name: which network it is.
     """
 
@@ -87,8 +86,8 @@ class Features:
 
     def similarity(self, image: Tensor, candidates: Tensor) -> Tensor:
         """Return the cosine of the angle between the features of an image and of each candidate."""
-        found = self(torch.cat([image[None], candidates]))
-        return F.cosine_similarity(found[:1], found[1:])
+        features = self(torch.cat([image[None], candidates]))
+        return F.cosine_similarity(features[:1], features[1:])
 
 
 def _psnr(image: Tensor, truth: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""How close images are to the truth."""
+"""How close images are to the truth, which is the second argument of all that measures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from invlib.core.optional import torchvision
 from invlib.errors import ConfigError, DataError, DeviceError
+
+SSIM_SIDE = 11  # pixels, the side of its window
 
 
 def _check(images: Tensor, truth: Tensor) -> None:
@@ -63,8 +65,9 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     Source: Wang et al. 2004, computed by torchmetrics.
     """
     _check(images, truth)
-    if min(images.shape[2:]) < 11:
-        raise ConfigError(f"ssim needs images of 11 pixels a side or more, got {tuple(images.shape[2:])}")
+    if min(images.shape[2:]) < SSIM_SIDE:
+        got = tuple(images.shape[2:])
+        raise ConfigError(f"ssim needs images of {SSIM_SIDE} pixels a side or more, got {got}")
     functional = _torchmetrics()
     value = functional.structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
     return torch.as_tensor(value).reshape(-1)
@@ -98,7 +101,6 @@ def lpips(images: Tensor, truth: Tensor) -> Tensor:
 
 def _torchmetrics() -> Any:
     # torchmetrics imports torchvision where it is installed, so it has to be mended first.
-
     with contextlib.suppress(DeviceError):
         torchvision()
     import torchmetrics.functional.image as functional

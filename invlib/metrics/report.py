@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from invlib.core.reconstruction import Reconstruction
-from invlib.metrics.quality import _check, mse, psnr, ssim
+from invlib.metrics.quality import SSIM_SIDE, _check, mse, psnr, ssim
 
 
 def matching_order(images: Tensor, truth: Tensor) -> Tensor:
@@ -45,16 +46,18 @@ class Report:
     """How close a reconstruction is to the truth, beside what no attack at all would give.
 
     Args:
-        mse: one number for each image, in the truth's order.
+        images: the reconstructed images ``(N, C, H, W)``, like all that follows in the truth's order.
+        mse: one number for each image.
         psnr: likewise, in dB.
         ssim: likewise; empty for images under 11 pixels a side.
-        order: which reconstruction was matched to each true image.
+        order: which image of the reconstruction was matched to each true one.
         labels_right: how many of the labels are right, as a multiset; None where there are none.
         num_images: how many images there are.
         grey_psnr: the PSNR of a plain mid-grey image against each true one.
         mean_image_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
     """
 
+    images: Tensor = field(repr=False, compare=False)
     mse: tuple[float, ...]
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
@@ -94,7 +97,7 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
     """Compare a reconstruction with the truth, after matching the order of the batch.
 
     Args:
-        reconstruction: what an attack gave.
+        reconstruction: what an attack returned.
         truth: the private images ``(N, C, H, W)`` in [0, 1].
         labels: the private labels, int64 ``(N,)``.
 
@@ -107,15 +110,14 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
     images = reconstruction.images[order]
     right = None
     if labels is not None and reconstruction.labels is not None:
-        classes = int(max(labels.max(), reconstruction.labels.max())) + 1
-        counts = [torch.bincount(t.cpu(), minlength=classes) for t in (labels, reconstruction.labels)]
-        right = int(torch.minimum(*counts).sum())
+        right = (Counter(labels.tolist()) & Counter(reconstruction.labels.tolist())).total()
     grey = torch.full_like(truth, 0.5)
     mean = truth.mean(0, keepdim=True) if len(truth) > 1 else truth.mean((2, 3), keepdim=True)
     return Report(
+        images=images,
         mse=_floats(mse(images, truth)),
         psnr=_floats(psnr(images, truth)),
-        ssim=_floats(ssim(images, truth)) if min(truth.shape[2:]) >= 11 else (),
+        ssim=_floats(ssim(images, truth)) if min(truth.shape[2:]) >= SSIM_SIDE else (),
         order=tuple(order.tolist()),
         labels_right=right,
         num_images=len(truth),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,18 +69,43 @@ def save(trained: Trained, path: str | os.PathLike[str]) -> Path:
     return card
 
 
-def load(path: str | os.PathLike[str]) -> Trained:
+def load(path: str | os.PathLike[str], model: str | None = None) -> Trained:
     """Read what `save` wrote.
+
+    Args:
+        path: the ``.safetensors`` file.
+        model: the name of the network; None takes that of the card.
 
     Raises:
         DataError: where weights or card are missing or corrupt, or do not fit each other.
-        UnknownNameError: where the zoo has no model of the card's name.
+        UnknownNameError: where the zoo has no model of the name.
+        ConfigError: the card is that of another model.
     """
     target = Path(path)
     card = weights.model_card("", target)  # a path names its card by itself
-    if "model" not in card:
+    name = model or card.get("model")
+    if name is None:
         raise DataError(f"model card of {target} has no 'model'; expected a card that save() wrote")
-    return Trained(model=zoo.build(card["model"], weights=target), card=card)
+    return Trained(model=zoo.build(name, weights=target), card=card)
+
+
+def own_file(model: str, slug: str, folder: Path) -> Path:
+    """Return the file in a folder that weights of a model for a data set are expected in."""
+    return folder / f"{model}-{slug}.safetensors"
+
+
+def find(model: str, slug: str, folder: Path) -> Path | None:
+    """Return the file of trained weights: the folder's before the shipped one; None where neither is."""
+    own = own_file(model, slug, folder)
+    if own.is_file():
+        return own
+    return weights.locate(model, slug) if slug in weights.available().get(model, ()) else None
+
+
+def training_command(model: str, dataset: str, out: Path, *flags: str) -> str:
+    """Return the command that makes weights which are missing."""
+    words = ["--model", model, "--dataset", dataset, *flags, "--out", str(out)]
+    return "python -m invlib train " + shlex.join(words)
 
 
 def write_checkpoint(

@@ -19,10 +19,7 @@ class ConvNet(nn.Sequential):
 
     Args:
         width: Channels of the first convolution.
-        num_classes: Length of the output.
-        in_channels: Channels of the images.
         image_size: Height and width of the images; at least 9, for the two pools.
-        activation: Name of the activation.
         batch_norm: Whether each convolution is followed by batch norm. Without it the convolutions
             start from He's initialisation (2015, arXiv 1502.01852), which keeps the signal's size.
 

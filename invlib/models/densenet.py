@@ -42,10 +42,7 @@ class DenseNet(nn.Sequential):
         stem: ``"cifar"``, a 3×3 convolution of twice ``growth`` channels, whose network ends in a 4×4 mean
             pool that leaves 2×2 places of a 32-pixel image to the linear layer; or ``"imagenet"``, a 7×7
             convolution of 64 channels and a pool, whose network ends in a global mean pool.
-        num_classes: Length of the output.
-        in_channels: Channels of the images.
         image_size: Height and width of the images; at least 16 (``"cifar"``) or 29 (``"imagenet"``).
-        activation: Name of the activation.
 
     Raises:
         ConfigError: The image is too small or a setting unknown.

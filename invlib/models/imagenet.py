@@ -22,7 +22,7 @@ def torchvision_model(
 
     Raises:
         ConfigError: The images do not fit.
-        DeviceError: torchvision is not installed.
+        DependencyError: torchvision is not installed.
     """
     at_least("image_size", image_size, 32, f"{name} halves it five times")
     if in_channels != 3:
@@ -44,7 +44,7 @@ def pretrained(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         UnknownNameError: There are no such weights.
         DataError: They cannot be fetched.
-        DeviceError: torchvision is not installed.
+        DependencyError: torchvision is not installed.
     """
     known = torchvision().models.get_model_weights(name).__members__
     if weights not in known:

@@ -62,10 +62,8 @@ class IRevNet(nn.Module):
         blocks: Blocks in each stage.
         channels: Channels of each half in each stage; four times as many in each new stage, for a half
             that gives up 2×2 places must find them again as channels.
-        num_classes: Length of the output.
         in_channels: Channels of the images; at most twice the first of ``channels``.
         image_size: Height and width of the images; divisible by 2 for every stage after the first.
-        activation: Name of the activation.
 
     Raises:
         ConfigError: The images do not fit or the activation is unknown.

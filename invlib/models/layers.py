@@ -1,4 +1,9 @@
-"""What every family of the zoo shares: activations by name, optional batch norm, checks of sizes."""
+"""What every family of the zoo shares: activations by name, optional batch norm, checks of sizes.
+
+All networks map images ``(N, C, H, W)`` to logits ``(N, K)`` and take ``num_classes`` (K), ``in_channels``,
+``image_size`` (height and width, where the network depends on it), ``activation`` (a name of `ACTIVATIONS`)
+and some ``batch_norm``, all as for `invlib.models.build`. They raise `ConfigError` where one does not fit.
+"""
 
 from torch import nn
 

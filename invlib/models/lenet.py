@@ -13,14 +13,6 @@ class LeNetZhu(nn.Module):
     in :math:`[-\tfrac12, \tfrac12]`: the network is smooth and far from linear, which is what a
     second-order attack likes. Source: "Deep Leakage from Gradients" (2019, arXiv 1906.08935).
 
-    Args:
-        num_classes: Length of the output.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        activation: Name of the activation.
-
-    Raises:
-        ConfigError: The activation is unknown.
     """
 
     def __init__(

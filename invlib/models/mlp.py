@@ -16,13 +16,6 @@ class FullyConnected(nn.Sequential):
 
     Args:
         hidden: Widths of the hidden layers.
-        num_classes: Length of the output.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        activation: Name of the activation.
-
-    Raises:
-        ConfigError: The activation is unknown.
     """
 
     def __init__(

@@ -36,12 +36,6 @@ class MobileNetwork(nn.Module):
     Args:
         stages: For each stage ``(expansion, channels, blocks, stride, kernel)``.
         stem_stride: Stride of the stem.
-        num_classes: Length of the output.
-        in_channels: Channels of the images.
-        activation: Name of the activation.
-
-    Raises:
-        ConfigError: The activation is unknown.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,64 +15,55 @@ from invlib.models.layers import activation_layer, norm_layer
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut (He 2015, arXiv 1512.03385, figure 5 left)."""
 
-    expansion = 1
+    expansion: ClassVar[int] = 1
+    kernels: ClassVar[tuple[int, ...]] = (3, 3)
+    strided: ClassVar[int] = 0  # which convolution has the stride
 
     def __init__(self, inputs: int, width: int, stride: int, activation: str, batch_norm: bool) -> None:
         super().__init__()
-        # A convolution before batch norm needs no bias; without batch norm it does.
-        bias = not batch_norm
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias)
-        self.bn1 = norm_layer(width, batch_norm)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=bias)
-        self.bn2 = norm_layer(width, batch_norm)
-        self.downsample = _shortcut(inputs, width * self.expansion, stride, batch_norm)
+        channels = [inputs, *(width for _ in self.kernels[1:]), width * self.expansion]
+        for k, kernel in enumerate(self.kernels):
+            # A convolution before batch norm needs no bias; without batch norm it does.
+            conv = nn.Conv2d(
+                channels[k],
+                channels[k + 1],
+                kernel,
+                stride=stride if k == self.strided else 1,
+                padding=kernel // 2,
+                bias=not batch_norm,
+            )
+            self.add_module(f"conv{k + 1}", conv)
+            self.add_module(f"bn{k + 1}", norm_layer(channels[k + 1], batch_norm))
+        self.downsample = _shortcut(inputs, channels[-1], stride, batch_norm)
         self.act = activation_layer(activation)
 
     @property
     def last_conv(self) -> nn.Conv2d:
         """The convolution that ends the residual branch."""
-        return self.conv2
+        conv = self.get_submodule(f"conv{len(self.kernels)}")
+        assert isinstance(conv, nn.Conv2d)
+        return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map features ``(N, inputs, H, W)`` to ``(N, width, H / stride, W / stride)``."""
-        branch = self.act(self.bn1(self.conv1(x)))
-        branch = self.bn2(self.conv2(branch))
+        """Map features ``(N, inputs, H, W)`` to ``(N, width · expansion, H / stride, W / stride)``."""
+        branch = x
+        for k in range(1, len(self.kernels) + 1):
+            branch = getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(branch))
+            if k < len(self.kernels):
+                branch = self.act(branch)
         result: Tensor = self.act(branch + self.downsample(x))
         return result
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(BasicBlock):
     """A 1×1, a 3×3 and a 1×1 convolution beside a shortcut (He 2015, arXiv 1512.03385, figure 5 right).
 
     The stride is in the 3×3 convolution, as in torchvision.
     """
 
     expansion = 4
-
-    def __init__(self, inputs: int, width: int, stride: int, activation: str, batch_norm: bool) -> None:
-        super().__init__()
-        bias = not batch_norm
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=bias)
-        self.bn1 = norm_layer(width, batch_norm)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=bias)
-        self.bn2 = norm_layer(width, batch_norm)
-        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=bias)
-        self.bn3 = norm_layer(width * self.expansion, batch_norm)
-        self.downsample = _shortcut(inputs, width * self.expansion, stride, batch_norm)
-        self.act = activation_layer(activation)
-
-    @property
-    def last_conv(self) -> nn.Conv2d:
-        """The convolution that ends the residual branch."""
-        return self.conv3
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features ``(N, inputs, H, W)`` to ``(N, 4 · width, H / stride, W / stride)``."""
-        branch = self.act(self.bn1(self.conv1(x)))
-        branch = self.act(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
-        result: Tensor = self.act(branch + self.downsample(x))
-        return result
+    kernels = (1, 3, 1)
+    strided = 1
 
 
 class ResNet(nn.Module):
@@ -90,9 +81,6 @@ class ResNet(nn.Module):
         width: Channels of the stem and of the first stage's blocks.
         strides: Stride of each stage; by default 1 and then 2.
         pool: What becomes of the last feature maps: their ``"mean"`` or their ``"max"``.
-        num_classes: Length of the output.
-        in_channels: Channels of the images.
-        activation: Name of the activation.
         batch_norm: Whether each convolution is followed by batch norm.
 
     Raises:
@@ -144,7 +132,7 @@ class ResNet(nn.Module):
         if not batch_norm:
             with torch.no_grad():
                 for module in self.modules():
-                    if isinstance(module, BasicBlock | Bottleneck):
+                    if isinstance(module, BasicBlock):
                         module.last_conv.weight.div_(math.sqrt(depth))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,7 +151,7 @@ def _shortcut(inputs: int, outputs: int, stride: int, batch_norm: bool) -> nn.Mo
     return nn.Sequential(conv, norm_layer(outputs, batch_norm))
 
 
-_BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+_BLOCKS: dict[str, type[BasicBlock]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 # The 2020 code's names: the suffix multiplies the width, and "unpooled" takes the maximum over the last
 # feature maps where the others take their mean.

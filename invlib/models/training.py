@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from invlib.core.network import in_mode
 from invlib.core.normalization import Normalization
 from invlib.errors import ConfigError, DeviceError
 from invlib.models import cards, zoo
 from invlib.models.cards import Trained, load, save
+from invlib.optim.schedules import StepDecay
 
 __all__ = ["Trained", "accuracy", "load", "save", "train"]
 
@@ -87,20 +89,19 @@ def train(
 
     Taught in: chapter 3
     """
-    _check(images, labels, val_images, val_labels, strategy, epochs, batch_size)
-    if precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision={precision!r} is unknown; expected 'float32' or 'bfloat16'")
+    for name, value, choices in (
+        ("strategy", strategy, ("conservative", "adam")),
+        ("precision", precision, ("float32", "bfloat16")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} is unknown; expected {choices[0]!r} or {choices[1]!r}")
+    if epochs < 1 or batch_size < 1:
+        raise ConfigError(f"epochs={epochs} and batch_size={batch_size}; expected both to be at least 1")
+    num_classes = _classes(num_classes, ("training", images, labels), ("validation", val_images, val_labels))
     gpus, kind = _gpus(device), torch.device(device).type
     commit = cards.commit()  # now: after hours the checkout may be another one
     batch_size = min(batch_size, len(images))
     lr = {"conservative": 0.1, "adam": 3e-3}[strategy] if lr is None else lr
-    num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    for y in (labels, val_labels):
-        if int(y.min()) < 0 or int(y.max()) >= num_classes:
-            raise ConfigError(
-                f"labels run from {int(y.min())} to {int(y.max())}; "
-                f"expected 0 to {num_classes - 1} (num_classes={num_classes})"
-            )
     model = zoo.build(
         model_name,
         num_classes=num_classes,
@@ -199,35 +200,29 @@ def accuracy(
     Taught in: chapter 3
     """
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     right = 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        right += int((model(normalization.encode(x.to(device))).argmax(1) == y.to(device)).sum())
-    for module, mode in modes:
-        module.training = mode
+    with in_mode(model, training=False):
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            right += int((model(normalization.encode(x.to(device))).argmax(1) == y.to(device)).sum())
     return right / len(images)
 
 
-def _check(
-    images: Tensor,
-    labels: Tensor,
-    val_images: Tensor,
-    val_labels: Tensor,
-    strategy: str,
-    epochs: int,
-    batch_size: int,
-) -> None:
-    if strategy not in ("conservative", "adam"):
-        raise ConfigError(f"strategy={strategy!r} is unknown; expected 'conservative' or 'adam'")
-    if epochs < 1 or batch_size < 1:
-        raise ConfigError(f"epochs={epochs} and batch_size={batch_size}; expected both to be at least 1")
-    for what, x, y in (("training", images, labels), ("validation", val_images, val_labels)):
+def _classes(num_classes: int | None, *parts: tuple[str, Tensor, Tensor]) -> int:
+    """Check the images and labels of both parts, and return how many classes there are."""
+    for what, x, y in parts:
         if x.ndim != 4 or y.shape != x.shape[:1] or not len(x):
             raise ConfigError(
                 f"{what} images have shape {tuple(x.shape)} and labels {tuple(y.shape)}; "
                 "expected (N, C, H, W) and (N,), N at least 1"
             )
+    count = int(parts[0][2].max()) + 1 if num_classes is None else num_classes
+    for _, _, y in parts:
+        if int(y.min()) < 0 or int(y.max()) >= count:
+            raise ConfigError(
+                f"labels run from {int(y.min())} to {int(y.max())}; "
+                f"expected 0 to {count - 1} (num_classes={count})"
+            )
+    return count
 
 
 def _optimizer(strategy: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -240,7 +235,8 @@ def _schedule(strategy: str, done: float) -> float:
     """Return the factor on the learning rate when the part `done` of all steps is over."""
     if strategy == "adam":
         return min(1.0, done / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
-    return 0.1 ** sum(done >= eighths / 8 for eighths in (3, 5, 7))
+    decay = StepDecay()
+    return decay.gamma ** sum(done >= part for part in decay.at)
 
 
 def _batches(

@@ -90,7 +90,7 @@ def build(
         UnknownNameError: There is no such network, or there are no such weights.
         ConfigError: A setting is out of range, does not apply to this network or contradicts the weights.
         DataError: The weights are missing, corrupt or not this network's.
-        DeviceError: torchvision, or the package with efficientnet_lite0, is needed and not installed.
+        DependencyError: torchvision, or the package with efficientnet_lite0, is needed and not installed.
 
     Taught in: chapter 3
 

@@ -1,4 +1,4 @@
-"""Coordinates in which photographs look like noise: where an attack that knows no image can start to walk."""
+"""Coordinates in which photographs look like noise, for a search that has no image to start from."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from invlib import kernels
 from invlib.errors import ConfigError
+from invlib.kernels.checks import check_lists
 
 Tensors = Sequence[Tensor]
 Objective = Callable[..., Tensor]
@@ -88,15 +89,7 @@ def _sum(
     weights: Sequence[float] | None,
     distance: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    if len(candidate) != len(target) or not len(target):
-        raise ConfigError(
-            f"candidate has {len(candidate)} tensors and target {len(target)}; expected as many"
-        )
-    factors = [1.0] * len(target) if weights is None else list(weights)
-    if len(factors) != len(target):
-        raise ConfigError(
-            f"weights has {len(factors)} numbers; expected one for each of {len(target)} tensors"
-        )
+    factors = check_lists(candidate, target, weights)
     parts = [w * distance(c, t) for w, c, t in zip(factors, candidate, target, strict=True)]
     return torch.stack(parts).sum()
 

@@ -1,7 +1,7 @@
-"""How an attack walks: optimisers over a list of tensors, as ``init`` and ``step``.
+"""Optimisers over a list of tensors, as ``init`` and ``step``.
 
-`Evaluate` gives the cost of each restart and its gradient. An optimiser asks for it as often as it likes;
-whoever hands it in keeps the best point that was really measured.
+`Evaluate` gives the cost of each restart and its gradient. An optimiser calls it as often as it needs to; the
+search, which hands it in, keeps the best point that was measured.
 """
 
 from __future__ import annotations
@@ -16,16 +16,27 @@ from torch import Tensor
 from invlib import kernels
 from invlib.errors import ConfigError
 
-Evaluate = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
+Values = list[Tensor]
+State = dict[str, Any]
+Evaluate = Callable[[Values], tuple[Tensor, Values]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variable:
-    """One thing to optimise: what it is called, and the box that it has to stay in."""
+    """One thing to optimise.
+
+    Args:
+        name: what it is called.
+        low: lower bounds of the box that it stays in, broadcast against its values; None for none.
+        high: upper bounds, likewise.
+        signed: whether an optimiser that takes the sign of gradients does so here. Pixels share one scale;
+            soft labels, which do not, take the plain gradient.
+    """
 
     name: str
     low: Tensor | None = None
     high: Tensor | None = None
+    signed: bool = True
 
 
 class Optimizer(Protocol):
@@ -40,17 +51,12 @@ class Optimizer(Protocol):
         """Whether restarts may share one call."""
         ...
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         ...
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place; the step size is multiplied by ``factor``."""
         ...
@@ -72,7 +78,7 @@ def per_restart(optimizer: Optimizer) -> tuple[str, ...]:
     return names
 
 
-def select(optimizer: Optimizer, state: dict[str, Any], index: Tensor) -> dict[str, Any]:
+def select(optimizer: Optimizer, state: State, index: Tensor) -> State:
     """Return the state of some restarts: what is declared per restart is cut, everything else is kept.
 
     Args:
@@ -104,11 +110,9 @@ class Adam:
     with :math:`m` and :math:`v` the running means of :math:`g` and :math:`g^2`, and :math:`g` the gradient
     or, if signed, its sign.
 
-    Only images are signed; soft labels take the plain gradient.
-
     Args:
         lr: the step size :math:`\eta`, in normalised image units.
-        signed: use the sign of the gradient.
+        signed: use the sign of the gradient, where the variable allows it.
 
     Raises:
         ConfigError: lr is not positive.
@@ -126,7 +130,7 @@ class Adam:
     def __post_init__(self) -> None:
         _check_lr("Adam", self.lr)
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         return {
             "step": 0,
@@ -135,12 +139,7 @@ class Adam:
         }
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
         _, gradients = evaluate(values)
@@ -157,7 +156,7 @@ class Adam:
                 lr=self.lr * factor,
                 betas=self.betas,
                 eps=self.eps,
-                signed=self.signed and variable.name == "images",
+                signed=self.signed and variable.signed,
                 low=variable.low,
                 high=variable.high,
             )
@@ -172,7 +171,7 @@ class SGD:
     Args:
         lr: the step size :math:`\eta`.
         momentum: :math:`\mu` in [0, 1).
-        signed: use the sign of the image's gradient.
+        signed: as for `Adam`.
 
     Raises:
         ConfigError: lr is not positive, or momentum is out of range.
@@ -191,22 +190,17 @@ class SGD:
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"SGD momentum is {self.momentum}; expected a number in [0, 1)")
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         return {"u": [torch.zeros_like(v) for v in values]}
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
         _, gradients = evaluate(values)
         for value, gradient, u, variable in zip(values, gradients, state["u"], variables, strict=True):
-            g = gradient.sign() if self.signed and variable.name == "images" else gradient
+            g = gradient.sign() if self.signed and variable.signed else gradient
             u.mul_(self.momentum).add_(g)
             value.sub_(self.lr * factor * (g + self.momentum * u))
             project_(value, variable)
@@ -229,7 +223,7 @@ class LBFGS:
         tolerance_change: a step ends where cost or values change by less than this. Torch's tolerances, the
             defaults, are large beside the costs of networks whose gradients all point nearly the same way.
         line_search: ``"strong_wolfe"`` or None.
-        signed: use the sign of the image's gradient (the 2020 code allows it; it defeats the curvature).
+        signed: as for `Adam` (the 2020 code allows it; it defeats the curvature).
 
     Raises:
         ConfigError: lr is not positive, or the line search is unknown.
@@ -252,17 +246,12 @@ class LBFGS:
         if self.line_search not in (None, "strong_wolfe"):
             raise ConfigError(f"LBFGS line_search is {self.line_search!r}; expected 'strong_wolfe' or None")
 
-    def init(self, values: list[Tensor]) -> dict[str, Any]:
+    def init(self, values: Values) -> State:
         """Return the state before the first step."""
         return {}
 
     def step(
-        self,
-        values: list[Tensor],
-        variables: list[Variable],
-        state: dict[str, Any],
-        evaluate: Evaluate,
-        factor: float,
+        self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float
     ) -> None:
         """Move the values one step, in place."""
         optimizer = torch.optim.LBFGS(
@@ -275,14 +264,14 @@ class LBFGS:
             tolerance_change=self.tolerance_change,
             line_search_fn=self.line_search,
         )
-        # The state lives with us, not in the torch object, so that a checkpoint holds all of it.
+        # The state is kept in `state`, not in the torch object, so that a checkpoint holds all of it.
         if "lbfgs" in state:
             optimizer.state[values[0]].update(state["lbfgs"])
 
         def closure() -> Tensor:
             cost, gradients = evaluate(values)
             for value, gradient, variable in zip(values, gradients, variables, strict=True):
-                value.grad = gradient.sign() if self.signed and variable.name == "images" else gradient
+                value.grad = gradient.sign() if self.signed and variable.signed else gradient
             return cost.sum()
 
         optimizer.step(closure)

@@ -38,7 +38,7 @@ def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean
 
 
 def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
-    r"""Return total variation with its kink at zero rounded, for optimisers that need a smooth cost.
+    r"""Return total variation that is smooth at zero, for optimisers that need a smooth cost.
 
     .. math:: \frac{1}{n_h}\sum \sqrt{(x_{i,j+1} - x_{i,j})^2 + \epsilon^2}
               + \frac{1}{n_v}\sum \sqrt{(x_{i+1,j} - x_{i,j})^2 + \epsilon^2}

@@ -1,10 +1,25 @@
-"""How the step size changes from step to step."""
+"""How step sizes and weights change from step to step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from invlib.errors import ConfigError
+
+
+def geometric(start: float, end: float, part: float) -> float:
+    """Return the number at a part of the way from one positive number to another, in equal ratios.
+
+    Args:
+        start: the number at part 0.
+        end: the number at part 1.
+        part: in [0, 1].
+
+    Example:
+        >>> geometric(1.0, 100.0, 0.5)
+        10.0
+    """
+    return float(start * (end / start) ** part)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from invlib.core.files import atomic_write
 from invlib.core.fingerprint import differences
 from invlib.errors import ConfigError
 from invlib.search.hooks import Hook
@@ -69,12 +69,10 @@ class Checkpoint(Hook):
 
     def save(self, search: Search) -> None:
         """Write the file beside the old one, and put it in its place."""
-        beside = self.path.with_name(self.path.name + ".part")
         saved = {
             "identity": json.dumps(self.identity),
             "states": [state.snapshot() for state in search.states],
             "pruned": [state.snapshot() for state in search.pruned],
         }
-        torch.save(saved, beside)
-        os.replace(beside, self.path)
+        atomic_write(self.path, lambda beside: torch.save(saved, beside))
         self.saved_at = time.monotonic()

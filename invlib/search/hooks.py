@@ -39,7 +39,7 @@ class Bar(Hook):
     """
 
     def __init__(self, *, show: bool) -> None:
-        self.show = show
+        self.show, self.bar = show, tqdm(disable=True)
 
     def begin(self, search: Search) -> None:
         """Draw it, at where the search goes on."""
@@ -60,8 +60,7 @@ class Bar(Hook):
 
     def close(self) -> None:
         """Leave it as it is."""
-        if hasattr(self, "bar"):
-            self.bar.close()
+        self.bar.close()
 
 
 class Told(Hook):

@@ -1,7 +1,7 @@
 """Every figure and slider of the book.
 
-A figure is returned, not shown, and no global setting of matplotlib is changed.
-Images are `(N, C, H, W)` in [0, 1].
+What draws takes the truth first (what measures takes it second) and images `(N, C, H, W)` in [0, 1]. It
+returns a figure or a widget, which a notebook shows where a cell returns it, and changes no global setting.
 """
 
 from invlib.viz.curves import bars, convergence, lines

@@ -24,9 +24,6 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
         ylabel: name of the cost.
         log: whether the cost's axis is logarithmic.
 
-    Returns:
-        The figure, not shown.
-
     Raises:
         ConfigError: where there is nothing to draw.
 
@@ -41,7 +38,7 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not named:
         raise ConfigError("runs is empty; expected at least one history")
-    result, axes = _axes(2.9, named)
+    axes = _axes(2.9, named)
     for index, (name, run) in enumerate(named.items()):
         history = getattr(run, "history", run)
         cost = np.asarray(torch.as_tensor(history.cost, dtype=torch.float64))
@@ -63,9 +60,7 @@ def convergence(runs: Any, *, ylabel: str = "matching cost", log: bool = True) -
                 label=name if strong and name else None,
             )
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
-    if any(named):
-        _legend(result)
-    return result
+    return _finished(axes, named)
 
 
 @figure
@@ -76,7 +71,6 @@ def lines(
     xlabel: str,
     ylabel: str,
     log: str = "",
-    title: str | None = None,
 ) -> Figure:
     """Draw one line with markers for each series.
 
@@ -86,10 +80,6 @@ def lines(
         xlabel: what is on the horizontal axis, with its unit.
         ylabel: what is on the vertical axis, with its unit.
         log: the logarithmic axes: `""`, `"x"`, `"y"` or `"xy"`.
-        title: a line above the axes.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ConfigError: where lengths do not fit or `log` is another word.
@@ -104,7 +94,7 @@ def lines(
     series = _series(ys, len(x), "points")
     if log not in ("", "x", "y", "xy"):
         raise ConfigError(f"log must be '', 'x', 'y' or 'xy', got {log!r}")
-    result, axes = _axes(2.9, series)
+    axes = _axes(2.9, series)
     for index, (name, values) in enumerate(series.items()):
         axes.plot(
             x,
@@ -123,11 +113,7 @@ def lines(
         axes.minorticks_off()
     if "y" in log:
         axes.set_yscale("log")
-    if title is not None:
-        axes.set_title(title)
-    if any(series):
-        _legend(result)
-    return result
+    return _finished(axes, series)
 
 
 @figure
@@ -137,7 +123,6 @@ def bars(
     *,
     ylabel: str,
     number: str = "{:.1f}",
-    title: str | None = None,
 ) -> Figure:
     """Draw bars with the number above each.
 
@@ -146,10 +131,6 @@ def bars(
         values: one series, or several by name, each as long as `labels`.
         ylabel: what is measured, with its unit.
         number: the format of the numbers above the bars.
-        title: a line above the axes.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ConfigError: where lengths do not fit.
@@ -162,7 +143,7 @@ def bars(
     Taught in: chapter 1
     """
     series = _series(values, len(labels), "labels")
-    result, axes = _axes(2.6, series)
+    axes = _axes(2.6, series)
     width = 0.8 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
@@ -182,11 +163,7 @@ def bars(
     axes.grid(False, axis="x")
     axes.set_ylabel(ylabel)
     axes.margins(y=0.12)
-    if title is not None:
-        axes.set_title(title)
-    if any(series):
-        _legend(result)
-    return result
+    return _finished(axes, series)
 
 
 def _series(
@@ -200,13 +177,16 @@ def _series(
     return series
 
 
-def _axes(height: float, named: Mapping[str, object]) -> tuple[Figure, Any]:
+def _axes(height: float, named: Mapping[str, object]) -> Any:
     import matplotlib.pyplot as plt
 
     legend = 0.2 * -(-len(named) // 2) if any(named) else 0.0  # inches, two names in a line
-    return plt.subplots(figsize=(NARROW, height + legend))
+    return plt.subplots(figsize=(NARROW, height + legend))[1]
 
 
-def _legend(result: Figure) -> None:
-    # Above the axes: within them some line passes behind it.
-    result.legend(loc="outside upper left", ncols=2)
+def _finished(axes: Any, named: Mapping[str, object]) -> Figure:
+    if any(named):
+        # Above the axes: within them some line passes behind it.
+        axes.figure.legend(loc="outside upper left", ncols=2)
+    result: Figure = axes.figure
+    return result

@@ -1,4 +1,4 @@
-"""An attack that a reader runs: controls in a live notebook, recorded pictures where there is no kernel."""
+"""Controls that run an attack in a live notebook, and recorded pictures where there is no kernel."""
 
 from __future__ import annotations
 
@@ -47,14 +47,11 @@ def panel(
         send: makes what the server sees of a network's step on image number n.
         attack: makes the attack from a number of steps and of restarts; from nothing where steps is None.
         steps: the number of steps that is filled in; None for a closed form, which has neither steps nor
-            restarts and takes no callback.
+            restarts.
         restarts: the number of restarts that is filled in.
         names: what each of the N images is called; numbers where not given.
         label: what the attack's steps are called.
         alt: what the pictures show, for readers who do not see them.
-
-    Returns:
-        A widget; a notebook shows it where a cell returns it.
 
     Raises:
         ConfigError: there is no network, the images' shape or range or the number of names does not fit, or
@@ -107,12 +104,12 @@ def panel(
     run = widgets.Button(description="Run", button_style="primary")
     stop = widgets.Button(description="Stop", disabled=True)
     bar = widgets.IntProgress(description="", bar_style="info", layout=widgets.Layout(width="12em"))
-    said = widgets.HTML()
+    message = widgets.HTML()
     wrap = widgets.Layout(flex_flow="row wrap")
     controls = widgets.VBox(
         [
             widgets.HBox([image, network, *counts], layout=wrap),
-            widgets.HBox([run, stop, bar, said], layout=wrap),
+            widgets.HBox([run, stop, bar, message], layout=wrap),
         ]
     )
     # The book's style sheet hides what needs a kernel; a notebook does not have that sheet.
@@ -137,26 +134,25 @@ def panel(
 
         try:
             generator = torch.Generator().manual_seed(0)
-            told = {"callback": watch} if numbers else {}
-            found = attack(*numbers)(net, send(net, n), generator=generator, **told)
-            quality = ", ".join(decibels(as_images(found.images), truth))
-            said.value = f"score {found.score:.3g}, {quality}, {found.status}, {found.seconds:.1f} s"
+            result = attack(*numbers)(net, send(net, n), generator=generator, callback=watch)
+            quality = ", ".join(decibels(as_images(result.images), truth))
+            message.value = f"score {result.score:.3g}, {quality}, {result.status}, {result.seconds:.1f} s"
             if len(frames.images) > 1:
                 last = min(len(frames.images), MAX_FRAMES) - 1
                 shown = scrubber(frames, label=label, alt=alt, original=original, start=last)
                 whole.children = (controls, shown)
             else:  # a closed form, or a search that was stopped where it began
                 bar.value = bar.value if numbers else bar.max
-                screen.value = page(as_images(found.images), alt, quality, truth)
-        except Exception as error:  # a thread's error is seen by nobody unless it is shown
-            said.value = f"{type(error).__name__}: {error}"
+                screen.value = page(as_images(result.images), alt, quality, truth)
+        except Exception as error:  # a thread's error does not reach the notebook by itself
+            message.value = f"{type(error).__name__}: {error}"
         finally:
             run.disabled, stop.disabled = False, True
 
     def start(_: Any) -> None:
         stopping.clear()
         run.disabled, stop.disabled = True, False
-        bar.value, bar.max, said.value = 0, step_count.value, "running"
+        bar.value, bar.max, message.value = 0, step_count.value, "running"
         choice = (image.value, network.value, *(count.value for count in counts))
         threading.Thread(target=work, args=choice, name=THREAD, daemon=True).start()
 

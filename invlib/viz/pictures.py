@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError
-from invlib.metrics import psnr
+from invlib.metrics import matching_order, psnr
 from invlib.viz.figure import NARROW, WIDTH, as_images, figure, same_length, same_shape, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Images = Tensor | np.ndarray
+Drawn = Reconstruction | Images
 
 
 class Recording(Protocol):
@@ -32,38 +34,37 @@ def decibels(images: np.ndarray, reference: np.ndarray) -> list[str]:
     return ["exact" if value == float("inf") else f"{value:.1f} dB" for value in values.tolist()]
 
 
-def comparison(original: Images, reconstructions: Images | Mapping[str, Images]) -> dict[str, np.ndarray]:
-    """Check an original and its reconstructions and return them all as arrays by name, the original first."""
+def comparison(original: Images, reconstructions: Drawn | Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+    """Return an original and its reconstructions as arrays by name, all in the original's order."""
     rows = {"original": as_images(original, "original")}
     named = reconstructions if isinstance(reconstructions, Mapping) else {"reconstruction": reconstructions}
     if not named:
         raise ConfigError("reconstruction is empty; expected at least one set of images")
-    for name, images in named.items():
-        rows[name] = as_images(images, name)
+    for name, drawn in named.items():
+        rows[name] = as_images(drawn.images if isinstance(drawn, Reconstruction) else drawn, name)
         same_shape(rows[name], rows["original"], name)
+        if isinstance(drawn, Reconstruction):
+            pair = (torch.from_numpy(rows[key]).permute(0, 3, 1, 2) for key in (name, "original"))
+            rows[name] = rows[name][matching_order(*pair).numpy()]
     return rows
 
 
 @figure
 def compare(
     original: Images,
-    reconstruction: Images | Mapping[str, Images],
+    reconstruction: Drawn | Mapping[str, Drawn],
     *,
     titles: Sequence[str] | None = None,
     max_images: int = 8,
 ) -> Figure:
     """Draw the originals above their reconstructions, with the PSNR under each.
 
-    The images of a batch must already be in the original's order (`invlib.evaluate` gives it).
-
     Args:
         original: `(N, C, H, W)` in [0, 1].
-        reconstruction: the same shape, or several of them by name, one row each.
+        reconstruction: what an attack returned, whose images are put in the original's order
+            (`invlib.metrics.matching_order`), or images that are in it; several by name for one row each.
         titles: one for each of the N images.
         max_images: draw no more than the first so many.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ConfigError: where shapes, range or the number of titles do not fit.
@@ -95,19 +96,13 @@ def compare(
 
 
 @figure
-def grid(
-    images: Images, captions: Sequence[str] | None = None, *, columns: int = 8, title: str | None = None
-) -> Figure:
+def grid(images: Images, captions: Sequence[str] | None = None, *, columns: int = 8) -> Figure:
     """Draw images in rows, each with its caption below.
 
     Args:
         images: `(N, C, H, W)` in [0, 1].
         captions: one for each image.
         columns: images in a row.
-        title: a line above all.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ConfigError: where shape, range, columns or the number of captions do not fit.
@@ -133,8 +128,6 @@ def grid(
                 place.set_xlabel(captions[index])
         else:
             place.set_axis_off()
-    if title is not None:
-        result.suptitle(title, fontsize=10)
     return result
 
 
@@ -149,9 +142,6 @@ def filmstrip(
         count: draw so many moments, evenly spaced, the first and the last among them.
         original: `(N, C, H, W)` in [0, 1], drawn last where given, and the PSNR of each frame with it.
 
-    Returns:
-        The figure, not shown.
-
     Raises:
         ConfigError: where there are no frames, or shapes, range or count do not fit.
 
@@ -163,31 +153,25 @@ def filmstrip(
 
     Taught in: chapter 2
     """
-    labels, pictures = moments(frames, count)
-    batch = len(pictures[0])
-    reference = None if original is None else as_images(original, "original")
+    labels, pictures, reference = moments(frames, count, original)
+    columns = list(zip(labels, pictures, strict=True))
     if reference is not None:
-        same_shape(pictures[0], reference, "each frame")
-    width = len(pictures) + (reference is not None)
-    result, axes = _panels(batch, width, pictures[0].shape[1] / pictures[0].shape[2])
-    for column, (label, batch_images) in enumerate(zip(labels, pictures, strict=True)):
+        columns.append(("original", reference))
+    result, axes = _panels(len(pictures[0]), len(columns), pictures[0].shape[1] / pictures[0].shape[2])
+    for column, (label, images) in enumerate(columns):
         axes[0, column].set_title(label)
-        for row in range(batch):
-            show(axes[row, column], batch_images[row])
-        if reference is not None:
-            for row, caption in enumerate(decibels(batch_images, reference)):
+        for row, image in enumerate(images):
+            show(axes[row, column], image)
+        if reference is not None and images is not reference:
+            for row, caption in enumerate(decibels(images, reference)):
                 axes[row, column].set_xlabel(caption)
-    if reference is not None:
-        axes[0, -1].set_title("original")
-        for row in range(batch):
-            show(axes[row, -1], reference[row])
     return result
 
 
 def moments(
-    frames: Recording | Mapping[str, Images], count: int, what: str = "step"
-) -> tuple[list[str], list[np.ndarray]]:
-    """Choose `count` evenly spaced frames and return their labels and images `(N, H, W, C)`."""
+    frames: Recording | Mapping[str, Images], count: int, original: Images | None, what: str = "step"
+) -> tuple[list[str], list[np.ndarray], np.ndarray | None]:
+    """Return labels and images `(N, H, W, C)` of `count` evenly spaced frames, and the original likewise."""
     if count < 2:
         raise ConfigError(f"count must be at least 2, got {count}")
     if isinstance(frames, Mapping):
@@ -202,7 +186,10 @@ def moments(
     pictures = [as_images(images[place], labels[index]) for index, place in enumerate(places)]
     for label, picture in zip(labels, pictures, strict=True):
         same_shape(picture, pictures[0], label)
-    return labels, pictures
+    reference = None if original is None else as_images(original, "original")
+    if reference is not None:
+        same_shape(pictures[0], reference, "each frame")
+    return labels, pictures, reference
 
 
 def _panels(rows: int, columns: int, aspect: float) -> tuple[Figure, np.ndarray]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invlib.errors import ConfigError
-from invlib.viz.figure import as_images, png_uri, same_shape
-from invlib.viz.pictures import Images, Recording, comparison, decibels, moments
+from invlib.viz.figure import png_uri
+from invlib.viz.pictures import Drawn, Images, Recording, comparison, decibels, moments
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -25,25 +25,19 @@ def scrubber(
     alt: str = "reconstruction",
     original: Images | None = None,
     start: int = 0,
-    max_frames: int = MAX_FRAMES,
-    width: int = 192,
 ) -> VBox:
     """Make a slider that moves through pictures, in a live notebook and on the built page alike.
 
     Args:
-        frames: what `invlib.Frames` recorded, or images `(N, C, H, W)` by label, one a place.
+        frames: what `invlib.Frames` recorded, or images `(N, C, H, W)` by label, one a place; of more than
+            20 so many are shown, evenly spaced.
         label: what the slider moves through.
         alt: what the pictures show, for readers who do not see them; the frame's label is added.
         original: `(N, C, H, W)` in [0, 1], shown beside each frame where given, with the frame's PSNR.
         start: the frame that is shown first.
-        max_frames: show no more than so many, evenly spaced; at most 20.
-        width: width of one image in CSS pixels.
-
-    Returns:
-        A widget; a notebook shows it where a cell returns it.
 
     Raises:
-        ConfigError: where there are fewer than two frames, or shapes, range, start or max_frames do not fit.
+        ConfigError: where there are fewer than two frames, or shapes, range or start do not fit.
 
     Example:
         >>> import torch
@@ -54,21 +48,17 @@ def scrubber(
 
     Taught in: chapter 2
     """
-    if not 2 <= max_frames <= MAX_FRAMES:
-        raise ConfigError(f"max_frames must be from 2 to {MAX_FRAMES}, got {max_frames}")
-    labels, pictures = moments(frames, max_frames, label)
+    labels, pictures, reference = moments(frames, MAX_FRAMES, original, label)
     if isinstance(frames, Mapping):
         labels = [f"{label} {name}" for name in labels]
     captions = labels
-    reference = None if original is None else as_images(original, "original")
     if reference is not None:
-        same_shape(pictures[0], reference, "each frame")
         captions = [
             f"{name}: {', '.join(decibels(picture, reference))}"
             for name, picture in zip(labels, pictures, strict=True)
         ]
     pages = [
-        page(picture, f"{alt}, {name}", caption, reference, width)
+        page(picture, f"{alt}, {name}", caption, reference)
         for name, caption, picture in zip(labels, captions, pictures, strict=True)
     ]
     return _slider(pages, label, start)
@@ -76,23 +66,18 @@ def scrubber(
 
 def wipe(
     original: Images,
-    reconstruction: Images,
+    reconstruction: Drawn,
     *,
     alt: str = "reconstruction",
     places: int = 11,
-    width: int = 256,
 ) -> VBox:
     """Make a slider that uncovers the original, from the left, over its reconstruction.
 
     Args:
         original: `(N, C, H, W)` in [0, 1].
-        reconstruction: the same shape, in the same order.
+        reconstruction: what an attack returned, in any order, or images in the original's order.
         alt: what the pictures show, for readers who do not see them.
         places: how many places the slider has, 2 to 20.
-        width: width of one image in CSS pixels.
-
-    Returns:
-        A widget; a notebook shows it where a cell returns it.
 
     Raises:
         ConfigError: where shapes, range or places do not fit.
@@ -114,22 +99,22 @@ def wipe(
         columns = round(share * guess.shape[2])
         mixed = np.concatenate([reference[:, :, :columns], guess[:, :, columns:]], axis=2)
         text = f"{share:.0%} original, {1 - share:.0%} reconstruction"
-        pages.append(_panel(mixed, f"{alt}: left {text}", text, width))
+        pages.append(_panel(mixed, f"{alt}: left {text}", text, 256))
     return _slider(pages, "original", places // 2)
 
 
-def page(picture: np.ndarray, alt: str, caption: str, original: np.ndarray | None, width: int = 192) -> str:
+def page(picture: np.ndarray, alt: str, caption: str, original: np.ndarray | None) -> str:
     """Return images `(N, H, W, C)` with their caption as HTML, with the original beside them where given."""
-    panels = [_panel(picture, alt, caption, width)]
+    panels = [_panel(picture, alt, caption, 192)]
     if original is not None:
-        panels.append(_panel(original, f"original of the {alt.split(',')[0]}", "original", width))
+        panels.append(_panel(original, f"original of the {alt.split(',')[0]}", "original", 192))
     # Single images stand side by side and shrink with the page; batches are wide and stand stacked.
     direction = "row" if len(picture) == 1 else "column"
     return f'<div style="display: flex; flex-direction: {direction}; gap: 8px">{"".join(panels)}</div>'
 
 
 def _panel(images: np.ndarray, alt: str, caption: str, width: int) -> str:
-    """Return images with a caption under them as HTML, no wider than the page."""
+    """Return images, each `width` CSS pixels wide where there is room, with a caption as HTML."""
     total = width * len(images)
     # dark-light is how the book's theme is told to leave a picture as it is in the dark.
     return (

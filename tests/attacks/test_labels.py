@@ -57,6 +57,48 @@ def test_features_below_zero_turn_the_row_sums_round(labels):
     assert infer(net, seen).labels.tolist() == labels
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.LogSigmoid, nn.Tanh], ids=["above", "below", "mixed"])
+@pytest.mark.parametrize("label", range(5))
+def test_the_label_of_one_image_is_exact_for_features_of_any_sign(protocol, activation, label):
+    net = without_bias()
+    net[1] = activation()
+    for seed in range(4):
+        x, _ = random_batch(seed=seed)
+        y = torch.tensor([label])
+        seen = iv.observe(net, x, y, protocol, normalization=iv.CIFAR10, reveal_labels=False)
+        assert infer(net, seen).labels.tolist() == [label]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("label", range(5))
+@pytest.mark.parametrize("rest", [0.3, 1e-5, 1e-12])
+def test_a_confident_wrong_prediction_hides_no_label(sign, label, rest):
+    net = without_bias()
+    x, _ = random_batch()
+    seen = iv.observe(net, x, torch.tensor([0]), iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=False)
+    wrong = (label + 2) % 5
+    factors = torch.full((5,), rest / 4)
+    factors[wrong] = 1 - rest  # where rest is small, as long as the label's row, to rounding
+    factors[label] -= 1
+    features = sign * torch.rand(96, generator=torch.Generator().manual_seed(0))
+    seen = replace(seen, update=dict(seen.update) | {"3.weight": 1e-20 * torch.outer(factors, features)})
+    assert infer(net, seen).labels.tolist() == [label]
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.LogSigmoid], ids=["above", "below"])
+@pytest.mark.parametrize("label", range(2))
+def test_of_two_classes_random_images_tell_the_sign_of_the_features(activation, label):
+    net = build_tiny(classes=2)
+    net[1], net[3].bias = activation(), None
+    x, _ = random_batch()
+    y = torch.tensor([label])
+    seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=False)
+    found = infer(net, seen)
+    assert found.labels.tolist() == [label]
+    assert "features of random images" in found.method
+
+
 def test_a_bias_that_was_not_sent_is_not_needed():
     net = build_tiny()
     net[3].bias.requires_grad_(False)
@@ -64,7 +106,15 @@ def test_a_bias_that_was_not_sent_is_not_needed():
     seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=False)
     found = infer(net, seen)
     assert found.labels.tolist() == y.tolist()
-    assert "row sums" in found.method
+    assert found.method == "row of the weight gradient that is opposed to all others"
+
+
+def test_soft_labels_take_the_plain_gradient(tiny, seen):
+    attack = iv.GradientMatching(labels="optimize")
+    assert [(v.name, v.signed) for v in attack.problem(tiny, seen).variables] == [
+        ("images", True),
+        ("labels", False),
+    ]
 
 
 def test_the_last_layer_is_found():

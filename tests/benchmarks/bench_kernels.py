@@ -16,6 +16,7 @@ the L2 cache emptied; "call" is what one call of many costs from Python. Caches 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from invlib import kernels
-from invlib.kernels import manual, reference
+from invlib.kernels import reference
 from tests.benchmarks.conftest import DEVICE, wait
 
 GPU = DEVICE.type == "cuda"
@@ -36,17 +37,12 @@ GPU = DEVICE.type == "cuda"
 SIZES = [10**k for k in range(4, 9 if GPU else 7)]
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 OPERATIONS = ["statistics", "statistics+gradient", "variation", "variation+gradient", "adam"]
-IMPLEMENTATIONS = ["reference", "manual", "foreach"]
+IMPLEMENTATIONS = ["reference", "foreach"]
 if GPU or os.environ.get("INVLIB_BENCH_COMPILE") == "1":
     IMPLEMENTATIONS.append("compile")
 if GPU:
     IMPLEMENTATIONS.append("triton")
-CHOICES = [
-    (operation, implementation)
-    for operation in OPERATIONS
-    for implementation in IMPLEMENTATIONS
-    if implementation != "manual" or operation.startswith("statistics")
-]
+CHOICES = list(itertools.product(OPERATIONS, IMPLEMENTATIONS))
 
 # Largest difference from the float64 reference, as a share of the largest number of the same tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -129,7 +125,6 @@ def statistics_case(name: str, elements: int, dtype: torch.dtype, gradient: bool
         "reference": functools.partial(kernels.gradient_statistics, impl="reference"),
         "triton": functools.partial(kernels.gradient_statistics, impl="triton"),
         "foreach": foreach_statistics,
-        "manual": manual.gradient_statistics,
         "compile": compiled(reference.gradient_statistics),
     }["reference" if name == "exact" else name]
     weights = (1.0,) * len(candidate)

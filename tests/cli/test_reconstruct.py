@@ -3,6 +3,7 @@
 import csv
 import runpy
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image
 from invlib import cli, data, legacy, models
 from invlib.attacks import auto
 from invlib.cli import reconstruct, series, session
-from invlib.cli.options import PRESETS, attack_of, config_of
+from invlib.cli.options import PRESETS, Request
 from invlib.cli.tables import append_row, save_image
+from invlib.core.normalization import UNIT
 from invlib.data import files
 from invlib.errors import DataError
 from invlib.models import cards
@@ -190,8 +192,8 @@ def test_dtype_is_that_of_the_attack(monkeypatch: pytest.MonkeyPatch, name: str,
 
 def test_the_attack_knows_how_the_client_trained() -> None:
     argv = [*SMALL, "--target_id", "-1", "--num_images", "4", "--accumulation", "3", "--batch_size", "2"]
-    experiment = session.Experiment(*parsed([*argv, "--local_lr", "0.5"]), many=True)
-    machine = experiment._machine(experiment.network.model)
+    request = parsed([*argv, "--local_lr", "0.5"])
+    machine = session.reconstructor(models.build("LeNetZhu"), UNIT, request.client, request.attack, 4)
     assert isinstance(machine, legacy.FedAvgReconstructor)
     assert (machine.local_steps, machine.local_lr, machine.batch_size) == (3, 0.5, 2)
     assert (machine.num_images, machine.use_updates) == (4, True)
@@ -220,9 +222,9 @@ def test_trained_weights_are_attacked_by_the_strongest(capsys: pytest.CaptureFix
     seed = [*argv, "--trained_model", "--cost_fn", "sim", "--indices", "def", "--restarts", "3"]
     assert reconstruct.main(seed) == 0
     out = capsys.readouterr().out
-    assert "attack best: this project's strongest, for the weights are trained; --optim ours takes" in out
+    assert "attack best: this project's strongest, because the weights are trained; --optim ours is" in out
     assert reconstruct.main([*argv[:3], "2", *argv[4:], "--trained_model", "--signed"]) == 0
-    assert "attack ours: the published one, for this project's strongest takes no --signed" in (
+    assert "attack ours: the published attack, because this project's strongest takes no --signed" in (
         capsys.readouterr().out
     )
     assert [row["OPTIM"] for row in rows("tables/table_exp_iv.csv")] == ["best", "ours"]
@@ -243,10 +245,10 @@ def test_trained_weights_are_attacked_by_the_strongest(capsys: pytest.CaptureFix
     ],
 )
 def test_which_attack_is_taken(argv: list[str], name: str) -> None:
-    args, config = parsed(argv)
-    assert attack_of(args)[0] == name
+    attack = parsed(argv).attack
+    assert attack.name == name
     given = ("--iterations" in argv and 9) or PRESETS[name]["max_iterations"]
-    assert config["max_iterations"] == given
+    assert attack.config["max_iterations"] == given
 
 
 def test_the_strongest_attack_prunes_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +259,7 @@ def test_the_strongest_attack_prunes_its_restarts(monkeypatch: pytest.MonkeyPatc
     assert seen == [{"steps": 1, "restarts": 2, "tv": auto.TV, "prune": True}]
 
 
-def test_what_the_strongest_attack_does_not_hear_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_strongest_attack_ignores_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*SMALL, "--target_id", "-1", "--optim", "best", "--cost_fn", "l2", "--soft_labels"]
     assert reconstruct.main(argv) == 2
     assert "--optim best was given --cost_fn, --soft_labels" in capsys.readouterr().err
@@ -277,19 +279,19 @@ def test_random_tensors_run_on_their_own_chunk() -> None:
 
 def test_imagenet_means_torchvisions_network() -> None:
     argv = ["--model", "ResNet18", "--dataset", "ImageNet", "--target_id", "-1", "--device", "cpu"]
-    experiment = session.Experiment(*parsed(argv), many=False)
-    subject = experiment.subject(experiment.first)
+    here = session.Session(parsed(argv), many=False)
+    subject = here.images.subject(here.images.first)
     assert subject.images.shape == (1, 3, 224, 224)
     assert subject.classes == ["tabby"]
-    assert experiment.network.about == "resnet18, untrained"
-    assert models.parameter_count(experiment.network.model) == 11_689_512
+    assert here.network.about == "resnet18, untrained"
+    assert models.parameter_count(here.network.model) == 11_689_512
 
 
 def test_imagenet_weights_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(models, "build", lambda *a, **k: asked.append((a, k)) or torch.nn.Linear(1, 1))
     argv = ["--model", "resnet18", "--dataset", "ImageNet", "--target_id", "-1", "--trained_model"]
-    session.Experiment(*parsed(argv), many=False)
+    session.Session(parsed(argv), many=False)
     assert asked == [(("resnet18",), {"weights": "IMAGENET1K_V1"})]
 
 
@@ -302,16 +304,16 @@ def test_imagenet_is_read_image_by_image(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(data, "load", load)
     argv = ["--model", "LeNetZhu", "--dataset", "ImageNet", "--num_images", "2", "--target_id", "6"]
-    experiment = session.Experiment(*parsed(argv), many=True)
+    here = session.Session(parsed(argv), many=True)
     monkeypatch.setattr(data, "describe", lambda name, row: f"{name} {row}")
-    assert experiment.subject(6).ids == [6, 8]
+    assert here.images.subject(6).ids == [6, 8]
     assert max(asked) == 8
 
 
 # Flags do what they say.
 
 
-def parsed(argv: list[str], command=reconstruct) -> tuple:
+def parsed(argv: list[str], command=reconstruct) -> Request:
     seen = []
     run = command.run
     try:
@@ -319,7 +321,7 @@ def parsed(argv: list[str], command=reconstruct) -> tuple:
         command.main(argv)
     finally:
         command.run = run
-    return seen[0], config_of(seen[0])
+    return Request.parse(seen[0])
 
 
 @pytest.mark.parametrize(
@@ -341,15 +343,26 @@ def parsed(argv: list[str], command=reconstruct) -> tuple:
     ],
 )
 def test_options_become_a_config(argv: list[str], expected: dict) -> None:
-    _, config = parsed(argv)
+    config = parsed(argv).attack.config
     assert {key: config[key] for key in expected} == expected
     assert set(config) == set(legacy.DEFAULT_CONFIG)
 
 
 def test_unsigned_is_a_flag_of_rec_mult() -> None:
-    assert parsed(["--unsigned"], series)[1]["signed"] is False
-    assert parsed([], series)[1]["signed"] is True
-    assert parsed(["--signed"], series)[1]["signed"] is True
+    assert parsed(["--unsigned"], series).attack.config["signed"] is False
+    assert parsed([], series).attack.config["signed"] is True
+    assert parsed(["--signed"], series).attack.config["signed"] is True
+
+
+def test_a_request_keeps_what_it_was_parsed_to() -> None:
+    request = parsed(["--image_path", "elsewhere"])
+    assert request.files.images is None
+    assert parsed(["--image_path", "elsewhere", "--save_image"]).files.images == Path("elsewhere")
+    assert parsed([], series).images.first == 0
+    assert request.images.first is None
+    for part in (request, request.images, request.network, request.client, request.attack, request.files):
+        with pytest.raises(FrozenInstanceError):
+            part.name = "other"
 
 
 def test_deterministic_holds_during_the_attack_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -216,16 +216,27 @@ def test_any_executor_will_do(guessing):
     assert in_order(rows()) == in_order(rows("one"))
 
 
+class AtOnce(Executor):
+    """Runs everything where it is submitted, so that all attacks have ended when the first row is kept."""
+
+    def submit(self, call, *args):
+        future = Future()
+        try:
+            future.set_result(call(*args))
+        except DataError as error:
+            future.set_exception(error)
+        return future
+
+
 def test_an_attack_that_fails_ends_the_run_and_what_had_ended_is_kept(guessing, monkeypatch):
     class Failing(Guess):
         def __call__(self, *args, **kwargs):
             raise DataError("the disk is on fire")
 
-    register(monkeypatch, dark=Guess(level=0.2), light=Failing(level=0.8))
+    register(monkeypatch, light=Failing(level=0.8), dark=Guess(level=0.2))
     with pytest.raises(DataError, match="on fire"):
-        experiments.run("guess", "results/guess.jsonl", executor=guessing, progress=False)
-    assert {row["case"] for row in rows()} <= {"dark"}
-    assert len(rows()) == len({row["key"] for row in rows()})
+        experiments.run("guess", "results/guess.jsonl", executor=AtOnce(), progress=False)
+    assert sorted((row["case"], row["image"]) for row in rows()) == [("dark", 0), ("dark", 1)]
 
 
 def test_a_worker_with_other_images_or_settings_is_refused_by_name(guessing):
@@ -272,3 +283,17 @@ def test_without_distributed_the_extra_is_named(guessing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert cli.main(["experiment", "guess", "--dask", "tcp://127.0.0.1:8786"]) == 2
     assert "`pip install invlib[cluster]` brings it" in capsys.readouterr().err
+
+
+def test_the_originals_of_a_row_that_was_lost_are_kept_again(guessing, monkeypatch):
+    register(monkeypatch, dark=Guess(level=0.2), light=Guess(level=0.8))
+    experiments.run("guess", "results/guess.jsonl", progress=False)
+    whole = in_order(rows())
+    path = Path("results/guess.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    assert experiments.run("guess", path, executor=guessing, progress=False) == 1
+    assert in_order(rows()) == whole
+    assert sorted((row["case"], bool(row["truth"])) for row in whole) == [
+        *[("dark", True)] * 2,
+        *[("light", False)] * 2,
+    ]

@@ -101,6 +101,14 @@ def test_a_report_matches_the_order_first_and_counts_labels():
     assert "grey image" in str(report)
 
 
+def test_the_images_of_a_report_are_in_the_order_of_the_truth():
+    truth, _ = random_batch(3, side=12)
+    report = iv.evaluate(made(truth[[2, 0, 1]]), truth)
+    assert torch.equal(report.images, truth)
+    assert "tensor(" not in repr(report)
+    assert report == iv.evaluate(made(truth[[2, 0, 1]]), truth)
+
+
 def test_the_floors_are_what_no_attack_gives():
     truth = torch.stack([torch.full((1, 12, 12), v) for v in (0.2, 0.4)])
     report = iv.evaluate(made(truth), truth)

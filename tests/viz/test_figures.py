@@ -1,5 +1,7 @@
 """Figures: what is drawn, what is refused, and that matplotlib is left as it was."""
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ class TestCompare:
         axes = viz.compare(images, {"l2": 0.5 * images, "cosine": 0.9 * images}).axes
         assert [axes[row].get_ylabel() for row in (0, 3, 6)] == ["original", "l2", "cosine"]
 
+    def test_a_reconstruction_is_put_in_the_order_of_the_truth_and_images_are_left(self, images):
+        shuffled = images[[2, 0, 1]] * 0.9
+        result = replace(run_of(torch.ones(1, 1)), images=shuffled)
+        axes = viz.compare(images, {"an attack": result, "images": shuffled}).axes
+        drawn = [np.asarray(panel.images[0].get_array()) for panel in axes[3:]]
+        ordered = (images * 0.9).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(drawn[:3], ordered, atol=1e-6)
+        np.testing.assert_allclose(drawn[3:], ordered[[2, 0, 1]], atol=1e-6)
+
     def test_titles_and_max_images(self, images):
         axes = viz.compare(images, images, titles=["a", "b", "c"], max_images=2).axes
         assert len(axes) == 4
@@ -102,7 +113,7 @@ def test_pictures_that_are_none(bad, message):
 
 class TestGrid:
     def test_captions_and_empty_places(self, images):
-        axes = viz.grid(images, ["a", "b", "c"], columns=2, title="three").axes
+        axes = viz.grid(images, ["a", "b", "c"], columns=2).axes
         assert [panel.get_xlabel() for panel in axes] == ["a", "b", "c", ""]
         assert not axes[3].axison
 
@@ -173,9 +184,7 @@ class TestConvergence:
 
 class TestLinesAndBars:
     def test_lines(self):
-        axes = viz.lines(
-            [1, 10], {"a": [1, 2], "b": [2, 1]}, xlabel="x", ylabel="y", log="xy", title="t"
-        ).axes[0]
+        axes = viz.lines([1, 10], {"a": [1, 2], "b": [2, 1]}, xlabel="x", ylabel="y", log="xy").axes[0]
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         assert [line.get_marker() for line in axes.lines] == ["o", "s"]
         assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["a", "b"]
@@ -187,7 +196,7 @@ class TestLinesAndBars:
         assert (axes.get_xscale(), axes.get_yscale()) == scales
 
     def test_bars_carry_their_numbers(self):
-        axes = viz.bars(["a", "b"], {"x": [1.0, 2.0], "y": [3.0, 4.0]}, ylabel="dB", title="t").axes[0]
+        axes = viz.bars(["a", "b"], {"x": [1.0, 2.0], "y": [3.0, 4.0]}, ylabel="dB").axes[0]
         assert [text.get_text() for text in axes.texts] == ["1.0", "2.0", "3.0", "4.0"]
 
     @pytest.mark.parametrize(("labels", "angle"), [(["a", "b"], 0), (["pullover"] * 10, 30)])

@@ -91,14 +91,14 @@ def test_runs_what_was_chosen_and_shows_a_slider_over_it(photos, networks, sent)
         return iv.inverting_gradients(steps=steps, restarts=restarts)
 
     panel = made(photos, networks, send, attack)
-    image, network, steps, restarts, run, stop, bar, said = parts(panel)
+    image, network, steps, restarts, run, stop, bar, message = parts(panel)
     image.value, network.value, steps.value, restarts.value = 1, networks["wide"], 5, 2
     run.click()
     wait()
     assert settings == [(5, 2)]
     assert asked == [(networks["wide"], 1)]
     assert (bar.value, bar.max) == (5, 5)
-    assert re.search(r"score .* dB, max_steps", said.value)
+    assert re.search(r"score .* dB, max_steps", message.value)
     slider, stack = panel.children[1].children
     assert len(stack.children) == 6  # the start and five steps
     assert slider.value == 5
@@ -122,26 +122,26 @@ def test_stop_ends_the_run_and_keeps_what_was_found(photos, networks, sent):
         return run
 
     panel = made(photos, networks, sent[1], attack, steps=100_000)
-    *_, run, stop, bar, said = parts(panel)
+    *_, run, stop, bar, message = parts(panel)
     run.click()
     assert reached.wait(timeout=600)
     assert run.disabled
     stop.click()
     wait()
     assert bar.value < 100_000
-    assert "interrupted" in said.value
+    assert "interrupted" in message.value
     assert not run.disabled
 
 
 def test_a_closed_form_has_no_steps_and_shows_its_picture(photos, networks, sent):
     panel = made(photos, networks, sent[1], iv.fully_connected, steps=None)
-    image, _, run, _, bar, said = parts(panel)
+    image, _, run, _, bar, message = parts(panel)
     image.value = 2
     run.click()
     wait()
     assert sent[0] == [(networks["narrow"], 2)]
     assert bar.value == bar.max
-    assert "closed_form" in said.value
+    assert "closed_form" in message.value
     assert panel.children[1].value.count("<img") == 2
     assert re.search(r"\d+\.\d dB", panel.children[1].value)
 
@@ -151,10 +151,10 @@ def test_an_error_is_shown_and_the_panel_can_run_again(photos, networks, sent):
         raise ObservationError("no such client")
 
     panel = made(photos, networks, refuse)
-    *_, run, stop, _, said = parts(panel)
+    *_, run, stop, _, message = parts(panel)
     run.click()
     wait()
-    assert said.value == "ObservationError: no such client"
+    assert message.value == "ObservationError: no such client"
     assert (run.disabled, stop.disabled) == (False, True)
 
 
