@@ -74,8 +74,8 @@ def row_inputs(weight_gradient: Tensor, bias_gradient: Tensor) -> tuple[Tensor, 
 
     Row i says :math:`(\partial L/\partial W_i) / \delta_i`. For one input all rows agree, but for
     rounding, which is worst where :math:`\delta_i` is small. For a batch each row is another mixture
-    :math:`\sum_n \delta_{ni} x_n / \sum_n \delta_{ni}`, and a row that only one input moved gives that
-    input alone.
+    :math:`\sum_n \delta_{ni} x_n / \sum_n \delta_{ni}`, and a row whose unit is active for one input alone
+    gives that input.
 
     Args:
         weight_gradient: ``(out_features, in_features)``.
@@ -107,7 +107,7 @@ def _check_pair(weight_gradient: Tensor, bias_gradient: Tensor) -> None:
     if not bias_gradient.any():
         raise RecoveryError(
             "the bias gradient is zero in every row, so the input cannot be divided out; expected at least "
-            "one non-zero row (a layer whose units are all inactive, or a loss of zero, gives nothing away)"
+            "one non-zero row (there is none where all units are inactive, or the loss is zero)"
         )
 
 
@@ -147,7 +147,7 @@ def _sent(observation: Observation, name: str) -> Tensor:
     return observation.update[name]
 
 
-# The slope of an activation, from its output alone: all that a recovered layer input tells.
+# The slope of an activation from its output alone, which is what a recovered layer input is.
 SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Identity: lambda _, a: torch.ones_like(a),
     nn.ReLU: lambda _, a: (a > 0).to(a.dtype),
@@ -210,7 +210,7 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
         The normalised input ``(C * H * W,)`` and the residual of the layer at the image.
 
     Raises:
-        RecoveryError: the model is no such chain, or a gradient on the way is zero or was not sent.
+        RecoveryError: the model is no such chain, or a layer's gradient is zero or was not sent.
 
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
     Blaschko 2021 (R-GAP), arXiv 2010.07733.
@@ -236,12 +236,13 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
 
 
 def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> tuple[Tensor, Tensor]:
-    """Split the last weight gradient into its delta and its input where there is no bias to divide by."""
+    """Return delta and input of a last layer without bias, from its weight gradient and the softmax."""
     gradient = observation.protocol.mean_gradient(
         observation.update[f"{head.name}.weight"], observation.num_images
     )
     label = int(known_labels(model, observation)[0])
-    u, s, v = (part[0] for part in _rank_one(gradient.double()))
+    columns, sizes, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
+    u, s, v = columns[:, 0], sizes[0], rows[0]
     if u[label] > 0:
         u, v = -u, -v
     weight = head.layer.weight.detach().double()
@@ -268,11 +269,6 @@ def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> 
         )
     alpha = min(roots, key=lambda a: float(((logits / a).softmax(0) - hot - a * u).norm()))
     return (alpha * u).to(gradient), (s / alpha * v).to(gradient)
-
-
-def _rank_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u.T, s, vh
 
 
 def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
@@ -360,7 +356,7 @@ def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float
     outside = (images - images.clamp(0, 1)).square().mean(1)
     chosen: list[int] = []
     for k in outside.argsort().tolist():
-        # Two rows that only one image moved agree to rounding; showing that image once is enough.
+        # Two rows of units that are active for one image alone agree to rounding: keep one of them.
         if all((images[k] - images[c]).square().mean() > 1e-6 for c in chosen):
             chosen.append(k)
         if len(chosen) == observation.num_images:

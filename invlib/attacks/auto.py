@@ -22,8 +22,8 @@ from invlib.optim.coordinates import NaturalImages
 from invlib.optim.optimizers import LBFGS
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
-_DECAY = 0.03  # of the priors' weights, what is left at the end, where the objective can be trusted
-_FAINT = 0.1  # of white noise: a start near grey that is another one for each image and restart
+_DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
+_FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions: below the first there is nothing left to polish, above the second the closed form
 # failed (noise was added, say, or equations are missing) and a start from noise is better.
@@ -124,14 +124,14 @@ def best(
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Best(Settings):
-    """The attack that `best` returns.
+    """The attack that `best` returns, with settings of the same names.
 
     Args:
         matching: the search, where there is no closed form.
-        evaluations: as for `best`.
-        tv: as for `best`, in units of the objective of a noise image.
-        natural: likewise.
-        shifts: as for `best`.
+        evaluations: of each restart.
+        tv: in units of the objective of a noise image.
+        natural: in the same unit.
+        shifts: shifted copies at a time.
         near_grey: restarts begin near plain grey, and not as ``matching.init`` says.
         measured_smoothing: the sharpness is measured, and not that of ``matching.smoothing``.
 

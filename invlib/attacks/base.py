@@ -78,15 +78,9 @@ def index_of_best(scores: Tensor) -> int:
 def closed_form(
     images: Tensor, labels: Tensor | None, score: float, *, objective: str, note: str, began: float
 ) -> Reconstruction:
-    """Return the result of an attack without search.
+    """Return the result of an attack without search that began at a time by `time.perf_counter`.
 
-    Args:
-        images: ``(N, C, H, W)`` in [0, 1].
-        labels: int64 ``(N,)``; None where the update does not tell them.
-        score: what is measured on the images.
-        objective: what that is, in words.
-        note: what to say about it.
-        began: when the attack did, by `time.perf_counter`.
+    Images are ``(N, C, H, W)`` in [0, 1]; ``objective`` says what the score measures.
     """
     return Reconstruction(
         images=images,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
 from invlib.attacks.base import Settings
-from invlib.attacks.matching import GradientMatching, hooks_of, reconstruct
-from invlib.core.network import forward, trainable_parameters
+from invlib.attacks.matching import GradientMatching, hooks_of, reconstruction
+from invlib.core.network import forward, in_mode, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError
@@ -25,6 +25,7 @@ from invlib.optim.objectives import Objective
 from invlib.optim.optimizers import Adam, project_
 from invlib.search.engines import Engine
 from invlib.search.problem import Factor, Measure, Problem
+from invlib.search.run import run
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,21 +104,15 @@ class ForwardMatching(Settings):
         [starts] = matching.starts(problem, observation, generator or torch.Generator().manual_seed(0))
         starts[0] = 0
         project_(starts, problem.variables[0])
-        return reconstruct(
-            problem,
-            [starts],
-            replace(matching.search, decay=_QuarterCosine(), fading=self.tv[1] / self.tv[0]),
-            hooks_of(callback, progress),
-            model,
-            observation,
-            objective="cosine by block",
-            began=began,
-            engine=Engine(
-                chosen="forward",
-                chosen_for="one forward derivative costs less than a second backward pass",
-                measure=forward_step(model, problem),
-            ),
+        settings = replace(matching.search, decay=_QuarterCosine(), fading=self.tv[1] / self.tv[0])
+        engine = Engine(
+            chosen="forward",
+            chosen_for="one forward derivative costs less than a second backward pass",
+            measure=forward_step(model, problem),
         )
+        with in_mode(model, training=False):
+            [result] = run(problem, [starts], settings, hooks_of(callback, progress), engine=engine)
+            return reconstruction(problem, result, observation, "cosine by block", began)
 
 
 class _QuarterCosine:

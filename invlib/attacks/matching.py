@@ -28,7 +28,7 @@ from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
 from invlib.optim.priors import Prior
 from invlib.optim.schedules import StepDecay
 from invlib.search.checkpoint import Checkpoint
-from invlib.search.engines import Engine, selection
+from invlib.search.engines import selection
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
@@ -184,10 +184,9 @@ class GradientMatching(Settings):
         hooks = hooks_of(callback, progress)
         if checkpoint is not None:
             hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
-        named = words(self.objective)
-        return reconstruct(
-            problem, starts, self.search, hooks, model, observation, objective=named, began=began
-        )
+        with in_mode(model, training=observation.training_mode):
+            [result] = run(problem, starts, self.search, hooks)
+            return reconstruction(problem, result, observation, words(self.objective), began)
 
     @property
     def search(self) -> SearchSettings:
@@ -197,10 +196,7 @@ class GradientMatching(Settings):
     def problem(self, model: nn.Module, observation: Observation, labels: Tensor | None = None) -> Problem:
         """Return what this attack minimises, for an observation that is known to fit the model.
 
-        Args:
-            model: the model that the client received.
-            observation: what the server saw.
-            labels: of the images; None takes those of the observation, infers or optimises them.
+        Labels that are not given are those of the observation, inferred or optimised.
 
         Raises:
             RecoveryError: labels are to be inferred and cannot be.
@@ -262,11 +258,6 @@ class GradientMatching(Settings):
 
     def starts(self, problem: Problem, observation: Observation, generator: torch.Generator) -> list[Tensor]:
         """Draw all starting points at once, on the CPU, so that neither device nor chunk changes them.
-
-        Args:
-            problem: what is minimised.
-            observation: what the server saw.
-            generator: draws them.
 
         Returns:
             ``(restarts, N, C, H, W)``, normalised or in coordinates; and logits where labels are optimised.
@@ -350,45 +341,19 @@ def _weighted(
     return lambda candidate, target: objective(candidate, target, weights)
 
 
-def reconstruct(
-    problem: Problem,
-    starts: list[Tensor],
-    settings: SearchSettings,
-    hooks: Sequence[Hook],
-    model: nn.Module,
-    observation: Observation,
-    *,
-    objective: str,
-    began: float,
-    engine: Engine | None = None,
-) -> Reconstruction:
-    """Run a search and make a reconstruction of its result.
-
-    Args:
-        problem: what is minimised.
-        starts: the starting points of each variable.
-        settings: what the loop reads.
-        hooks: called after every step.
-        model: the model that the client received.
-        observation: what the server saw.
-        objective: what the score measures, in words.
-        began: when the attack did, by `time.perf_counter`.
-        engine: what runs the steps; None chooses by the settings.
-    """
-    with in_mode(model, training=observation.training_mode):
-        [result] = run(problem, starts, settings, hooks, engine=engine)
-        return _reconstruction(problem, result, observation, objective, began)
-
-
 def hooks_of(callback: Callback | None, progress: bool) -> list[Hook]:
     """Return what an attack's arguments ask to be called after every step."""
     return [Bar(show=progress), *([] if callback is None else [Told(callback)])]
 
 
-def _reconstruction(
+def reconstruction(
     problem: Problem, result: SearchResult, observation: Observation, objective: str, began: float
 ) -> Reconstruction:
-    """Measure every restart anew on the images that are given back, and choose by that score."""
+    """Score each restart of a search on the images that are given back, and choose by that score.
+
+    The model has to be in the client's mode; ``objective`` names the score, and ``began`` is the start of
+    the attack by `time.perf_counter`.
+    """
     images = problem.decode(problem.inputs(result.values[0])).clamp(0, 1)
     logits = result.values[1] if len(result.values) > 1 else None
     scores = torch.stack(
@@ -480,7 +445,7 @@ def attack_many(
         together = [torch.cat(some) for some in zip(*starts, strict=True)]
         results = run(joined, together, attack.search, hooks_of(None, progress))
         done = [
-            _reconstruction(*each, words(attack.objective), began)
+            reconstruction(*each, words(attack.objective), began)
             for each in zip(parts, results, observations, strict=True)
         ]
     share = (time.perf_counter() - began) / len(done)

@@ -193,8 +193,7 @@ def _image(stages: list[_Stage], observation: Observation, iterations: int) -> T
             bias = _double(stage.layer.bias)
             z = (z.reshape(len(bias), -1) - bias[:, None]).flatten()
         if isinstance(stage.layer, nn.Linear):
-            scale = delta.abs().max()
-            a = (gradient / scale).T @ (delta / scale) / (delta / scale).square().sum()
+            a = layer_input(gradient, delta).inputs
             behind = weight.T @ delta
         else:
             a = _undo(stage, weight, z, slope, delta, gradient, iterations)

@@ -18,7 +18,7 @@ def chain():
     return iv.models.build("LeNetZhu", num_classes=5, image_size=8, seed=0)
 
 
-def kinked():
+def relu_net():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
@@ -51,6 +51,28 @@ def test_rounded_gradients_are_polished():
     assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(closed.images, x))
 
 
+def test_a_polish_is_told_like_any_search_and_can_be_interrupted():
+    net = chain().double()
+    _, seen = see(net)
+    rough = replace(seen, update={name: value.bfloat16().double() for name, value in seen.update.items()})
+    frames = iv.Frames(every=1)
+    polished = iv.best(steps=60)(net, rough, callback=frames)
+    assert frames.steps == [0, 1, 2, 3]
+    assert polished.objective == "cosine"
+    assert polished.score == iv.GradientMatching().score(net, rough, polished.images, polished.labels)
+    # An objective of the matching does not change by what the two are compared.
+    assert iv.best(steps=60, objective=iv.objectives.l2)(net, rough).score == polished.score
+
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    stopped = iv.best(steps=60)(net, rough, callback=interrupt)
+    assert stopped.status == "interrupted"
+    closed = iv.recursive_inversion()(net, rough)
+    assert torch.equal(stopped.images, closed.images)
+    assert stopped.score == closed.score
+
+
 def test_noise_that_breaks_the_closed_form_leaves_matching():
     _, seen = see(chain())
     generator = torch.Generator().manual_seed(0)
@@ -60,21 +82,21 @@ def test_noise_that_breaks_the_closed_form_leaves_matching():
     assert found.status == "max_steps"
 
 
-def test_a_network_with_kinks_is_matched_with_rounded_ones():
-    x, seen = see(kinked())
-    found = iv.best(steps=150)(kinked(), seen)
-    assert "rounded" in found.note
+def test_a_network_of_relus_is_matched_with_smoothing():
+    x, seen = see(relu_net())
+    found = iv.best(steps=150)(relu_net(), seen)
+    assert "with smoothing" in found.note
     assert found.evaluations <= 175  # three stages, whose last line searches may go on
     grey = x.mean((2, 3), keepdim=True).expand_as(x)
     assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(grey, x)) + 3
-    again = iv.best(steps=150)(kinked(), seen)
+    again = iv.best(steps=150)(relu_net(), seen)
     assert torch.equal(found.images, again.images)
     # the score is that of the network as it is
-    measured = iv.GradientMatching().score(kinked(), seen, found.images, found.labels)
+    measured = iv.GradientMatching().score(relu_net(), seen, found.images, found.labels)
     assert found.score == pytest.approx(measured, abs=1e-6)
 
 
-def test_rounding_reaches_functions_and_modules_and_ends():
+def test_smoothing_reaches_functions_and_modules_and_ends():
     x = torch.linspace(-8, 8, 33)
     expected = F.softplus(x, beta=3.0)
     with rounded(3.0):
@@ -107,35 +129,47 @@ def test_a_sharpness_that_is_none_is_refused(value):
 def test_unknown_settings_are_named():
     with pytest.raises(ConfigError, match="unknown setting 'restrts'"):
         iv.best(restrts=2)
-    with pytest.raises(ConfigError, match="best steps is 0; expected at least 1"):
-        iv.best(steps=0)
+    with pytest.raises(ConfigError, match="best evaluations is 0; expected at least 1"):
+        iv.best(evaluations=0)
+    with pytest.raises(ConfigError, match="best evaluations is 3 and steps is 3; expected one of them"):
+        iv.best(evaluations=3, steps=3)
+
+
+def test_steps_are_another_name_of_evaluations():
+    assert iv.best(evaluations=300) == iv.best(steps=300) != iv.best(steps=400)
+    assert iv.best().evaluations == 1200
+    # A setting that is given counts even at its default, where the attack would choose another one.
+    given = {"init": "randn", "smoothing": iv.Smoothing()}
+    assert iv.best(**given) != iv.best()
+    assert iv.best(**given).matching == iv.best().matching
 
 
 def test_restarts_and_smoothing_go_together():
-    _, seen = see(kinked(), n=2)
-    found = iv.best(steps=4, restarts=3)(kinked(), seen)
+    _, seen = see(relu_net(), n=2)
+    found = iv.best(steps=4, restarts=3)(relu_net(), seen)
     assert found.trials.shape == (3, 2, 3, 8, 8)
-    alone = iv.best(steps=4, restarts=3, chunk=1)(kinked(), seen)
+    alone = iv.best(steps=4, restarts=3, chunk=1)(relu_net(), seen)
     assert torch.allclose(found.trial_scores, alone.trial_scores, atol=1e-5)
 
 
 def test_total_variation_counts_in_units_of_a_noise_image():
-    _, seen = see(kinked())
+    _, seen = see(relu_net())
     grain = [
-        float(iv.priors.total_variation(iv.best(steps=50, tv=tv)(kinked(), seen).images)) for tv in (0.0, 1e4)
+        float(iv.priors.total_variation(iv.best(steps=50, tv=tv)(relu_net(), seen).images))
+        for tv in (0.0, 1e4)
     ]
     assert grain[1] < 0.2 * grain[0]
     # With ten times the objective the unit is ten times as large, and the balance is as it was.
-    noise = iv.best(steps=20)(kinked(), seen)
+    noise = iv.best(steps=20)(relu_net(), seen)
     tenfold = iv.best(steps=20, objective=lambda *updates: 10 * iv.objectives.cosine(*updates))(
-        kinked(), seen
+        relu_net(), seen
     )
     assert tenfold.score == pytest.approx(10 * noise.score, rel=0.2)
     with pytest.raises(ConfigError, match="best tv is -1; expected at least 0"):
         iv.best(tv=-1)
 
 
-def test_rounding_is_sharp_enough_for_a_network_whose_activations_shrink():
+def test_smoothing_is_sharp_enough_for_a_network_whose_activations_shrink():
     faint = iv.models.build("ConvNet8", num_classes=5, image_size=16, seed=0)
     x, y = random_batch(1, side=16)
     seen = iv.observe(faint, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
@@ -144,18 +178,18 @@ def test_rounding_is_sharp_enough_for_a_network_whose_activations_shrink():
     assert found.score < 0.5 * blunt.score
 
 
-def test_the_note_says_whether_kinks_were_rounded():
-    _, seen = see(kinked())
-    assert "as they are" in iv.best(steps=2, smoothing=None)(kinked(), seen).note
-    # another objective has another unit, in which rounding is measured too
-    assert "rounded" in iv.best(steps=2, objective=iv.objectives.l2)(kinked(), seen).note
+def test_the_note_says_whether_there_was_smoothing():
+    _, seen = see(relu_net())
+    assert "without smoothing" in iv.best(steps=2, smoothing=None)(relu_net(), seen).note
+    # another objective has another unit, in which smoothing is measured too
+    assert "with smoothing" in iv.best(steps=2, objective=iv.objectives.l2)(relu_net(), seen).note
 
 
 def test_the_natural_prior_counts_and_its_weight_is_checked():
     natural = iv.NaturalImages()
-    _, seen = see(kinked())
+    _, seen = see(relu_net())
     unlike = [
-        float(natural.coordinates(iv.best(steps=50, tv=0, natural=weight)(kinked(), seen).images).var())
+        float(natural.coordinates(iv.best(steps=50, tv=0, natural=weight)(relu_net(), seen).images).var())
         for weight in (0.0, 1e4)
     ]
     assert unlike[1] < 0.2 * unlike[0]
@@ -164,19 +198,19 @@ def test_the_natural_prior_counts_and_its_weight_is_checked():
 
 
 def test_parts_can_be_left_out_one_by_one():
-    _, seen = see(kinked())
-    whole = iv.best(steps=100)(kinked(), seen)
+    _, seen = see(relu_net())
+    whole = iv.best(steps=100)(relu_net(), seen)
     for part in ({"coordinates": None}, {"fading": 1.0}, {"init": "randn"}, {"natural": 0.0}):
-        assert not torch.equal(iv.best(steps=100, **part)(kinked(), seen).images, whole.images)
+        assert not torch.equal(iv.best(steps=100, **part)(relu_net(), seen).images, whole.images)
     # An optimiser that asks once a step gets as many steps as there are evaluations.
-    adam = iv.best(steps=60, optimizer=iv.Adam(signed=True))(kinked(), seen)
+    adam = iv.best(steps=60, optimizer=iv.Adam(signed=True))(relu_net(), seen)
     assert 60 <= adam.evaluations <= 70
 
 
 def test_the_search_starts_near_plain_grey():
-    _, seen = see(kinked())
+    _, seen = see(relu_net())
     frames = iv.Frames(every=1)
-    iv.best(steps=1)(kinked(), seen, callback=frames)
+    iv.best(steps=1)(relu_net(), seen, callback=frames)
     assert frames.steps[0] == 0
     noise = iv.NaturalImages().images(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert 0 < float(frames.images[0].std()) < float(noise.std()) / 3
@@ -184,9 +218,9 @@ def test_the_search_starts_near_plain_grey():
 
 
 def test_images_of_one_label_do_not_start_alike():
-    _, seen = see(kinked(), n=2)
+    _, seen = see(relu_net(), n=2)
     alike = replace(seen, labels=torch.zeros(2, dtype=torch.int64))
-    found = iv.best(steps=1)(kinked(), alike)
+    found = iv.best(steps=1)(relu_net(), alike)
     assert not torch.allclose(found.images[0], found.images[1], atol=1e-3)
 
 

@@ -1,10 +1,17 @@
-"""Whole attacks on real images: what each must at least reach, in dB, well above a plain grey image."""
+"""Every attack: one signature and one kind of result for all, and what each must reach on real images."""
+
+import math
+import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import invlib as iv
+from invlib.core.fingerprint import describe
+from invlib.experiments.attacks import OnTheWay
 from invlib.optim import objectives
+from tests.conftest import build_tiny, random_batch
 
 QUASI_NEWTON = iv.LBFGS(line_search="strong_wolfe", history_size=50)
 SQUARED = iv.GradientMatching(
@@ -44,3 +51,125 @@ def test_a_wrong_target_gives_a_wrong_picture():
     other = iv.models.build("LeNetZhu", num_classes=10, seed=1)
     seen = iv.observe(other, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
     assert iv.evaluate(SQUARED(model, seen), x, y).psnr[0] < 20
+
+
+def mlp():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Sigmoid(), nn.Linear(8, 5))
+
+
+def relu_net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+
+
+SOFT = {"labels": "optimize", "restarts": 2}
+SMOOTH = {"smoothing": iv.Smoothing(), "fading": 0.1, "coordinates": iv.NaturalImages()}
+ONE, SOME = iv.FedSGD(), iv.FedAvg(lr=0.1, local_steps=2)
+
+
+def on_the_way(**settings):
+    return OnTheWay(attack=iv.inverting_gradients(**settings))
+
+
+# attack, its settings, one that differs, network, protocol, what its score measures
+CLOSED = {
+    "fully connected": (
+        iv.fully_connected,
+        {},
+        {"tolerance": 0.1},
+        mlp,
+        ONE,
+        "unexplained share of the first layer's gradient",
+    ),
+    "recursive": (iv.recursive_inversion, {}, {"iterations": 9}, build_tiny, ONE, "cosine"),
+    "best, closed form": (iv.best, {}, {"evaluations": 9}, build_tiny, ONE, "cosine"),
+}
+SEARCHES = {
+    "best": (iv.best, {"evaluations": 200}, {"tv": 0.2}, relu_net, ONE, "cosine"),
+    "best, shifts": (iv.best, {"evaluations": 500}, {"shifts": 3}, relu_net, ONE, "cosine"),
+    "best, noise": (iv.best, {"evaluations": 200, "init": "randn"}, {}, relu_net, ONE, "cosine"),
+    "inverting gradients": (iv.inverting_gradients, {"steps": 4}, {"tv": 1.0}, build_tiny, ONE, "cosine"),
+    "through local steps": (iv.inverting_gradients, {"steps": 4}, {"tv": 1.0}, build_tiny, SOME, "cosine"),
+    "on the way": (on_the_way, {"steps": 4}, {"tv": 1.0}, build_tiny, SOME, "cosine"),
+    "deep leakage": (iv.deep_leakage, {"steps": 4}, {"restarts": 2}, build_tiny, ONE, "l2"),
+    "improved": (iv.improved_deep_leakage, {"steps": 4}, {"restarts": 2}, build_tiny, ONE, "l2"),
+    "matching": (iv.GradientMatching, {"steps": 4}, {"init": "zeros"}, build_tiny, ONE, "cosine"),
+    "soft labels": (iv.GradientMatching, {"steps": 4, **SOFT}, {"keep": "last"}, build_tiny, ONE, "cosine"),
+    "smoothed": (iv.GradientMatching, {"steps": 4, **SMOOTH}, {"fading": 1}, relu_net, ONE, "cosine"),
+    "forward": (iv.ForwardMatching, {"steps": 4}, {"tv": (1.0, 2.0)}, build_tiny, ONE, "cosine by block"),
+}
+ALL = CLOSED | SEARCHES
+
+
+def ready(name):
+    make, settings, _, network, protocol, _ = ALL[name]
+    x, y = random_batch()
+    model = network()
+    return make(**settings), model, iv.observe(model, x, y, protocol, normalization=iv.CIFAR10), y
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_attack_takes_the_same_and_gives_the_same(name, capsys):
+    attack, model, seen, y = ready(name)
+    told = []
+    result = attack(
+        model, seen, generator=torch.Generator().manual_seed(1), callback=told.append, progress=True
+    )
+    assert result.status == ("closed_form" if name in CLOSED else "max_steps")
+    assert result.objective == ALL[name][-1]
+    assert math.isfinite(result.score)
+    assert result.score == result.trial_scores.min()
+    assert torch.equal(result.images, result.trials[int(result.trial_scores.argmin())])
+    assert 0 <= result.images.min() <= result.images.max() <= 1
+    assert result.images.shape == (1, 3, 8, 8)
+    if name != "soft labels":
+        assert torch.equal(result.labels, y)
+    assert bool(told) == (name in SEARCHES)
+    assert ("step" in capsys.readouterr().err) == (name in SEARCHES)
+    if told:
+        assert told[0].step == 0
+        # Comparing shifted copies takes a part of a step, which the rest then lacks.
+        assert told[-1].steps - told[-1].step == (name == "best, shifts")
+        assert result.engine
+    # In another process the same attack gives the same, and neither callback nor bar changes anything.
+    copy = pickle.loads(pickle.dumps(attack))
+    assert copy == attack
+    again = copy(model, seen, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again.images, result.images)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_attack_says_its_settings(name):
+    make, settings, other, *_ = ALL[name]
+    attack, alike, different = make(**settings), make(**settings), make(**{**settings, **other})
+    assert attack == alike
+    assert describe(attack) == describe(alike)
+    assert repr(attack) == repr(alike)
+    assert " at 0x" not in repr(attack)
+    assert repr(attack).startswith(type(attack).__name__)
+    if other:
+        assert attack != different
+        assert describe(attack) != describe(different)
+        assert repr(attack) != repr(different)
+    with pytest.raises(AttributeError):
+        attack.steps = 3
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_ctrl_c_gives_what_a_search_has(name):
+    attack, model, seen, _ = ready(name)
+
+    def interrupt(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    result = attack(model, seen, callback=interrupt)
+    assert result.status == "interrupted"
+    assert math.isfinite(result.score)
+    assert 0 <= result.images.min() <= result.images.max() <= 1
+    stopped = attack(model, seen, callback=lambda progress: progress.step == 2)
+    assert torch.equal(stopped.images, result.images)
+    assert stopped.status == "interrupted"

@@ -1,6 +1,8 @@
 """The record, the floors, the ranks and the table of an experiment: known answers, no network."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,18 @@ from invlib.attacks.published import inverting_gradients
 from invlib.core import files
 from invlib.core.fingerprint import describe
 from invlib.errors import ConfigError, DataError, UnknownNameError
+from invlib.experiments import plan
 from invlib.experiments import record as _record
 from invlib.federated import FedAvg
 from invlib.metrics import identification
 from invlib.optim import objectives
 
+# Whatever else is measured is kept beside them, as growth-cpu.jsonl is.
+RESULTS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "data" / "results").glob("*.jsonl"))
+    if path.stem.partition("-")[0] in experiments.EXPERIMENTS
+]
 PLAIN = {"experiment": "table1", "case": "a", "image": 0, "key": "k"}
 
 
@@ -224,8 +233,30 @@ def test_settings_are_described_by_value_and_not_by_address():
     assert describe(torch.ones(2)) != describe(torch.zeros(2))
     assert describe(best(steps=3)) == describe(best(steps=3)) != describe(best(steps=4))
     assert describe(best(steps=3, tv=0.5))["tv"] == 0.5
+    assert describe(best(steps=3, init="randn")) != describe(best(steps=3))
     with pytest.raises(ConfigError, match="no name"):
         describe(inverting_gradients(loss=lambda a, b: a.sum()))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_shipped_records_that_describe_best_as_before_go_on(path):
+    """They hold the local variables of the function that `best` was."""
+    for row in _record.read(path):
+        old, now = row["settings"]["attack"], plan.current(row)
+        assert row["key"] == plan.key(row["case"], row["image"], row["settings"])
+        if old[""] != "best.<locals>.attack":
+            assert now is row
+            continue
+        asked = {name: row["settings"][name] for name in ("steps", "restarts", "reduced")}
+        cases = experiments.get(row["experiment"]).cases(experiments.Setup(**asked, slug="cifar10"))
+        [attack] = [case.attack for case in cases if case.name == row["case"]]
+        if "shifts" not in old:  # recorded before there were shifted copies
+            attack = replace(attack, shifts=0)
+        settings = {**row["settings"], "attack": describe(attack, added_later=plan.ADDED_LATER)}
+        assert now["key"] == plan.key(row["case"], row["image"], settings)
+        assert now | {"key": "", "settings": ""} == row | {"key": "", "settings": ""}
+        edited = {**row, "settings": {**row["settings"], "seed": 1}}
+        assert plan.current(edited) is edited  # its key is not that of its settings
 
 
 # Table and figure

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from invlib import cli, data, errors, experiments, models
+from invlib.attacks.auto import best
+from invlib.core import files
 from invlib.core.normalization import CIFAR10, UNIT
 from invlib.core.reconstruction import Reconstruction
-from invlib.experiments import Case, Experiment, Size, record
+from invlib.experiments import Case, Experiment, Size, plan, record
 from invlib.experiments.gallery import Gallery
 from invlib.experiments.networks import Networks
 from invlib.models import cards
@@ -103,6 +105,31 @@ def test_a_true_attack_twice_does_nothing_the_second_time(tmp_path, monkeypatch,
     )
     assert cosine["floors"][0]["class"] is None  # a patch's label is no class
     assert [bool(row["truth"]) for row in found] == [True] + [False] * (len(found) - 1)
+
+
+def test_a_row_that_describes_best_as_before_is_not_made_anew(here, monkeypatch):
+    register(monkeypatch, best=best(steps=3, init="randn"))
+    made = plan.plan(plan.Request(name="guess", images=1, reduced=True))
+    [case] = made.cases
+    settings = made.case_settings(case)
+    now = settings["attack"]
+    settings["attack"] = {
+        "": "best.<locals>.attack",
+        "settings": {"init": "randn"},
+        **{name: now[name] for name in ("matching", "natural", "shifts", "tv")},
+        "steps": 3,
+    }
+    row = {
+        **{"experiment": "guess", "case": case.name, "image": made.first, "seconds": 1.0, "psnr": [20.0]},
+        "settings": settings,
+        "key": plan.key(case.name, made.first, settings),
+    }
+    path = here / "r.jsonl"
+    path.write_bytes(files.encode(row))
+    assert experiments.run("guess", path, images=1, reduced=True, progress=False) == 0
+    path.write_bytes(files.encode({**row, "key": "another"}))
+    with pytest.raises(errors.DataError, match="expected the same"):
+        experiments.run("guess", path, images=1, reduced=True, progress=False)
 
 
 def test_the_missing_rows_alone_are_made(here, monkeypatch):
