@@ -1,8 +1,7 @@
-"""Gradient statistics on a CPU: the sums of the reference, with their slope written by hand.
+"""Gradient statistics on a CPU: the sums of the reference, with their gradient written by hand.
 
-Torch would walk back through every product and every sum of the reference by itself, tensor after tensor, and
-that costs more than the sums. By hand it is one line for each tensor. Like the Triton versions it can be
-differentiated once.
+Autograd of the reference goes back through every product and every sum of each tensor, which costs more than
+the sums. By hand it is one line for each tensor. Like the Triton versions it can be differentiated once.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from invlib.kernels.checks import accumulator
 
-PART = 2**15  # numbers of which the slope is made at once
+PART = 2**15  # numbers whose gradient is made at once
 
 
 def gradient_statistics(
@@ -25,11 +24,11 @@ def gradient_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted dot product and both squared norms."""
     theirs = [t.detach() for t in target]
-    # On the way back a part's candidates make room for their slopes: in one piece, both would be there.
-    found = [
+    # In parts, so that backward frees a part's candidates before it makes the next part's gradients.
+    sums = [
         _Statistics.apply(tuple(weights[part]), *candidate[part], *theirs[part]) for part in _parts(candidate)
     ]
-    dot, ours = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0) for sums in zip(*found, strict=True))
+    dot, ours = (each[0] if len(each) == 1 else torch.stack(each).sum(0) for each in zip(*sums, strict=True))
     dtype = accumulator(*candidate, *target)
     parts = [w * (t := tensor.to(dtype)).mul(t).sum() for tensor, w in zip(theirs, weights, strict=True)]
     return dot, ours, torch.stack(parts).sum()
@@ -103,9 +102,9 @@ def _sums(
 
     def total(a: Tensor, b: Tensor, weight: float) -> Tensor:
         product = a.to(dtype) * b.to(dtype)
-        # Of a stack of single numbers nothing is to be summed, and no dimensions would mean all of them.
-        alone = stacked and product.ndim == 1
-        part = product if alone else product.sum(tuple(range(stacked, product.ndim)))
+        # sum(()) would sum over all dimensions, so a stack of single numbers is left as it is.
+        single = stacked and product.ndim == 1
+        part = product if single else product.sum(tuple(range(stacked, product.ndim)))
         return part if weight == 1 else weight * part
 
     dots = [total(c, t, w) for c, t, w in zip(candidate, target, weights, strict=True)]
@@ -115,8 +114,9 @@ def _sums(
 
 def _slopes(ctx: Any, of_dot: Tensor, of_norm: Tensor) -> tuple[Tensor | None, ...]:
     candidate, target = _halves(ctx.saved_tensors)
-    found: list[Tensor] = list(candidate)
-    # The largest first: while it is made there is a second one of its size, and of the others there is none.
+    slopes: list[Tensor] = list(candidate)
+    # The largest first: the candidate and the gradient of one tensor are held at once, so the peak comes
+    # before the others' gradients are there.
     for k in sorted(range(len(candidate)), key=lambda k: -candidate[k].numel()):
         c, t, weight = candidate[k], target[k], ctx.weights[k]
         # One slope for each of a stack, in front of the tensor's own dimensions.
@@ -124,5 +124,5 @@ def _slopes(ctx: Any, of_dot: Tensor, of_norm: Tensor) -> tuple[Tensor | None, .
         slope = torch.addcmul(
             t * (weight * of_dot).view(shape), (2 * weight * of_norm).view(shape), c.to(of_norm.dtype)
         )
-        found[k] = slope.to(c.dtype)
-    return None, *found, *[None] * len(target)
+        slopes[k] = slope.to(c.dtype)
+    return None, *slopes, *[None] * len(target)
