@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_where_it_was(here, monkeypatch):
 
 
 def test_missing_weights_are_said_before_the_first_attack(here, monkeypatch, capsys):
-    monkeypatch.setattr(models, "available", dict)
+    monkeypatch.setattr("invlib.models.weights.available", dict)
     argv = ["experiment", "table1", "--full", "--only", "ResNet20-4, trained", "--device", "cpu"]
     assert cli.main(argv) == 2
     err = capsys.readouterr().err
