@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from invlib import metrics
 from invlib.core import files
 from invlib.core.files import Row
+from invlib.core.fingerprint import differences
 from invlib.core.reconstruction import Reconstruction
 from invlib.core.version import __version__
 from invlib.errors import DataError, WorkerError
@@ -237,12 +238,7 @@ def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> se
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
     was, now = json.loads(files.encode(was)), json.loads(files.encode(now))
-    parts = [
-        f"{name}={was.get(name)!r}, now {now.get(name)!r}"
-        for name in {**was, **now}
-        if was.get(name) != now.get(name)
-    ]
-    return "; ".join(parts) or "settings that do not give its key"
+    return "; ".join(differences(was, now)) or "settings that do not give its key"
 
 
 def _same(truth: str, images: Tensor) -> bool:

@@ -213,7 +213,7 @@ def test_another_attack_or_case_or_experiment_in_the_record_is_named(here, monke
     assert cli.main(["experiment", "guess", "--images", "1"]) == 0
     register(monkeypatch, dark=Guess(level=0.3))
     assert cli.main(["experiment", "guess", "--images", "1"]) == 2
-    assert "'level': 0.2" in capsys.readouterr().err
+    assert "attack.level=0.2, now 0.3" in capsys.readouterr().err
     register(monkeypatch, light=Guess(level=0.2))
     assert cli.main(["experiment", "guess", "--images", "1"]) == 2
     assert "holds 'dark', which this form of guess does not have" in capsys.readouterr().err
