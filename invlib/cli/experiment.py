@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
 
 
-def cli(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run an experiment as the command line says, print its table and return the exit status.
 
     Raises:
