@@ -78,14 +78,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     row = facts(session, subject, result)
     if request.files.save_image:
-        network = f"{'trained' if row['trained'] else ''}{row['model']}_{row['cost_fn']}"
-        pictures = _save_pictures(Path(request.files.image_path), network, subject, result)
-        for path in (*pictures[0], *pictures[1]):
-            print(path)
-        row |= {
-            name: " ".join(path.name for path in paths)
-            for name, paths in zip(("rec_img", "gt_img"), pictures, strict=True)
-        }
+        row |= _save_pictures(Path(request.files.image_path), row, subject, result)
     append_row(table, {name: row[name] for name in COLUMNS})
     print(table)
     return INTERRUPTED if reconstruction.status == "interrupted" else 0
@@ -144,14 +137,18 @@ COLUMNS = (
 )
 
 
-def _save_pictures(
-    folder: Path, network: str, subject: Subject, result: Result
-) -> tuple[list[Path], list[Path]]:
-    found, true = [], []
-    for j, (kind, number) in enumerate(zip(subject.classes, subject.ids, strict=True)):
-        kind = re.sub(r"[^\w.-]+", "-", kind)
-        found.append(folder / f"{kind}_{network}-{number}.png")
-        true.append(folder / f"{kind}_ground_truth-{number}.png")
-        save_image(found[-1], result.images[j])
-        save_image(true[-1], subject.images[j])
-    return found, true
+def _save_pictures(folder: Path, row: dict[str, Any], subject: Subject, result: Result) -> dict[str, str]:
+    """Save reconstructions and originals, and return the columns that name them."""
+    network = f"{'trained' if row['trained'] else ''}{row['model']}_{row['cost_fn']}"
+    kinds = [re.sub(r"[^\w.-]+", "-", kind) for kind in subject.classes]
+    columns = {}
+    for column, infix, images in (
+        ("rec_img", network, result.images),
+        ("gt_img", "ground_truth", subject.images),
+    ):
+        names = [f"{kind}_{infix}-{number}.png" for kind, number in zip(kinds, subject.ids, strict=True)]
+        for name, image in zip(names, images, strict=True):
+            save_image(folder / name, image)
+            print(folder / name)
+        columns[column] = " ".join(names)
+    return columns

@@ -72,7 +72,7 @@ def figure(record: str | os.PathLike[str], *, columns: int = 4, curve: bool = Tr
     )
     _label(axes[0, 0], "original")
     for column, number in enumerate(numbers, 1):
-        show(axes[0, column], _array(truths[number]))
+        show(axes[0, column], as_images(truths[number])[0])
     for line, (case, images) in enumerate(found.items(), 1):
         _label(axes[line, 0], names[case])
         for column, number in enumerate(numbers, 1):
@@ -80,7 +80,7 @@ def figure(record: str | os.PathLike[str], *, columns: int = 4, curve: bool = Tr
                 axes[line, column].axis("off")
                 continue
             picture, psnr = images[number]
-            show(axes[line, column], _array(picture))
+            show(axes[line, column], as_images(picture)[0])
             axes[line, column].set_xlabel("exact" if psnr == float("inf") else f"{psnr:.1f} dB", fontsize=7)
     return result
 
@@ -184,7 +184,3 @@ def _curve(axes: Any, rows: Sequence[Row], experiment: Experiment) -> None:
 def _label(axes: Any, text: str) -> None:
     axes.axis("off")
     axes.text(1, 0.5, text, ha="right", va="center", fontsize=7, transform=axes.transAxes)
-
-
-def _array(image: Tensor) -> Any:
-    return as_images(image)[0]
