@@ -11,12 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from invlib import data, models
-from invlib.cli import evaluate as evaluate_command
-from invlib.cli import experiment as experiments_cli
-from invlib.cli import reconstruct
-from invlib.cli import series as rec_mult
-from invlib.cli import train as train_command
-from invlib.cli.options import add_arguments
+from invlib.cli import evaluate, experiment, reconstruct, series, train
 from invlib.cli.status import exit_status
 from invlib.core.version import __version__
 from invlib.errors import DeviceError
@@ -35,52 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"invlib {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a network of the zoo and keep it with its model card")
-    train_command.add_arguments(train)
-    train.set_defaults(run=train_command.cli)
-
-    zoo = commands.add_parser("models", help="list the networks, their sizes and shipped weights")
-    zoo.set_defaults(run=_models)
-
-    images = commands.add_parser("data", help="list the embedded images and the data sets")
-    images.set_defaults(run=_data)
-
-    single = commands.add_parser(
-        "reconstruct-image",
-        help="the command of 2020, also python -m invlib.reconstruct_image",
-        description=reconstruct.DESCRIPTION,
-        epilog=reconstruct.EPILOG,
-    )
-    add_arguments(single)
-    single.set_defaults(run=reconstruct.run)
-
-    series = commands.add_parser(
-        "rec-mult",
-        help="the same for a series of clients, also python -m invlib.rec_mult",
-        description=rec_mult.DESCRIPTION,
-        epilog=rec_mult.EPILOG,
-    )
-    add_arguments(series)
-    rec_mult.add_own_arguments(series)
-    series.set_defaults(run=rec_mult.run)
-
-    experiment = commands.add_parser(
-        "experiment",
-        help="run one of the paper's experiments and print its table",
-        description=experiments_cli.DESCRIPTION,
-        epilog=experiments_cli.EPILOG,
-    )
-    experiments_cli.add_arguments(experiment)
-    experiment.set_defaults(run=experiments_cli.cli)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure the accuracy of trained weights and compare it with their card",
-        description=evaluate_command.DESCRIPTION,
-        epilog=evaluate_command.EPILOG,
-    )
-    evaluate_command.add_arguments(evaluate)
-    evaluate.set_defaults(run=evaluate_command.cli)
+    for name, module, what in (
+        ("train", train, "train a network of the zoo and keep it with its model card"),
+        ("models", None, "list the networks, their sizes and shipped weights"),
+        ("data", None, "list the embedded images and the data sets"),
+        ("reconstruct-image", reconstruct, "the command of 2020, also python -m invlib.reconstruct_image"),
+        ("rec-mult", series, "the same for a series of clients, also python -m invlib.rec_mult"),
+        ("experiment", experiment, "run one of the paper's experiments and print its table"),
+        ("evaluate", evaluate, "measure the accuracy of trained weights and compare it with their card"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.set_defaults(run=_models if name == "models" else _data)
+        if module is not None:
+            command.description, command.epilog = module.DESCRIPTION, module.EPILOG
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
 
     args = parser.parse_args(argv)
     return exit_status(lambda: int(args.run(args)))

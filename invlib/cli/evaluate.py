@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
 
 
-def cli(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Measure, print both numbers and return the exit status.
 
     Raises:

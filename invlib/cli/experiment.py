@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
 
 
-def cli(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run an experiment as the command line says, print its table and return the exit status.
 
     Raises:
@@ -112,17 +112,10 @@ def _executor(args: argparse.Namespace, request: _plan.Request) -> AbstractConte
 
 
 def _request(args: argparse.Namespace) -> _plan.Request:
+    same = ("name", "images", "steps", "restarts", "dataset", "split", "first", "seed", "weights")
     return _plan.Request(
-        name=args.name,
-        images=args.images,
-        steps=args.steps,
-        restarts=args.restarts,
+        **{name: getattr(args, name) for name in same},
         reduced=True if args.reduced else False if args.full else None,
-        dataset=args.dataset,
-        split=args.split,
-        first=args.first,
         only=tuple(args.only),
-        seed=args.seed,
-        weights=args.weights,
         device=device_of(args.device),
     )

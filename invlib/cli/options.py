@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -135,62 +134,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Which private images a client has.
-
-    Args:
-        dataset: ``--dataset``, one of `NORMALIZATIONS`.
-        count: ``--num_images`` of one client, each of another class.
-        first: ``--target_id``; negative takes an embedded image, None a random one.
-        flip: ``--label_flip``.
-        root: ``--data_path``, where data sets are looked for.
-    """
+    """Which private images a client has; fields are called as their flags, here and below."""
 
     dataset: str
-    count: int
-    first: int | None
-    flip: bool
-    root: str | None
+    num_images: int
+    target_id: int | None
+    label_flip: bool
+    data_path: str | None
 
     @property
     def embedded(self) -> bool:
         """Whether an image is taken that comes with invlib."""
-        return self.first is not None and self.first < 0
+        return self.target_id is not None and self.target_id < 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """Which network is attacked: ``--model``, ``--trained_model``, ``--epochs`` and ``--model_path``."""
+    """Which network is attacked."""
 
-    name: str
-    trained: bool
+    model: str
+    trained_model: bool
     epochs: int | None
-    folder: Path
+    model_path: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
-    """How the client trains: ``--accumulation`` (0 sends a gradient), ``--local_lr`` and ``--batch_size``."""
+    """How the client trains: ``accumulation`` local steps, where 0 sends a gradient."""
 
-    local_steps: int
-    lr: float
+    accumulation: int
+    local_lr: float
     batch_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions:
-    """What the server does with the update.
+    """What the server does: the preset that ``--optim`` stands for, why, and the 2020 config, checked."""
 
-    Args:
-        name: of the preset that ``--optim`` stands for.
-        reason: why it is that one, as a phrase.
-        config: the 2020 config that the options describe, checked.
-        soft_labels: whether the labels are optimised too.
-        dtype: ``--dtype`` as it was given.
-        chunk: restarts that run together; None leaves it to the device.
-        deterministic: whether cuDNN may take deterministic algorithms only.
-    """
-
-    name: str
+    optim: str
     reason: str
     config: Mapping[str, Any]
     soft_labels: bool
@@ -206,27 +187,17 @@ class AttackOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What is written: ``--image_path`` (None without ``--save_image``), ``--table_path`` and ``--name``."""
+    """What is written."""
 
-    images: Path | None
-    tables: Path
+    save_image: bool
+    image_path: str
+    table_path: str
     name: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The options of a 2020 command, checked.
-
-    Args:
-        images: which private images.
-        network: which network.
-        client: how the client trains.
-        attack: what the server does.
-        files: what is written.
-        device: where all of it runs.
-        seed: of the untrained network and the starting points.
-        dryrun: take one step and write nothing.
-    """
+    """The options of a 2020 command, checked; the seed is drawn where none is given."""
 
     images: ImageOptions
     network: NetworkOptions
@@ -245,7 +216,7 @@ class Request:
             ConfigError: an option is out of range, or does not go with another.
             DeviceError: there is no such GPU.
         """
-        name, reason, config = _attack(args)
+        optim, reason, config = _attack(args)
         for flag, choices in (("dataset", NORMALIZATIONS), ("dtype", _DTYPES)):
             if getattr(args, flag) not in choices:
                 raise ConfigError(
@@ -255,35 +226,17 @@ class Request:
             value = getattr(args, flag)
             if value is not None and value < least:
                 raise ConfigError(f"--{flag} is {value}; expected at least {least}")
+        given = vars(args) | {"optim": optim, "reason": reason, "config": checked(config)}
+
+        def part(kind: type[Any]) -> Any:
+            return kind(**{field.name: given[field.name] for field in fields(kind)})
+
         return cls(
-            images=ImageOptions(
-                dataset=args.dataset,
-                count=args.num_images,
-                first=args.target_id,
-                flip=args.label_flip,
-                root=args.data_path,
-            ),
-            network=NetworkOptions(
-                name=args.model,
-                trained=args.trained_model,
-                epochs=args.epochs,
-                folder=Path(args.model_path),
-            ),
-            client=ClientOptions(local_steps=args.accumulation, lr=args.local_lr, batch_size=args.batch_size),
-            attack=AttackOptions(
-                name=name,
-                reason=reason,
-                config=checked(config),
-                soft_labels=args.soft_labels,
-                dtype=args.dtype,
-                chunk=args.chunk,
-                deterministic=args.deterministic,
-            ),
-            files=FileOptions(
-                images=Path(args.image_path) if args.save_image else None,
-                tables=Path(args.table_path),
-                name=args.name,
-            ),
+            images=part(ImageOptions),
+            network=part(NetworkOptions),
+            client=part(ClientOptions),
+            attack=part(AttackOptions),
+            files=part(FileOptions),
             device=device_of(args.device),
             seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
             dryrun=args.dryrun,

@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         InvlibError: an option does not fit, or data or weights are missing.
     """
     request = Request.parse(args)
-    session = Session(request, many=request.images.count > 1)
+    session = Session(request, many=request.images.num_images > 1)
     subject = session.images.subject(session.images.first)
-    table = request.files.tables / f"table_exp_{request.files.name}.csv"
+    table = Path(request.files.table_path) / f"table_exp_{request.files.name}.csv"
     check_table(table, COLUMNS)
     announce(session, subject)
     result = session.attack(subject)
@@ -77,15 +77,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"dry run: nothing written to {table}")
         return 0
     row = facts(session, subject, result)
-    if request.files.images is not None:
-        network = f"{'trained' if request.network.trained else ''}{request.network.name}_{row['cost_fn']}"
-        pictures = _save_pictures(request.files.images, network, subject, result)
-        for path in (*pictures[0], *pictures[1]):
-            print(path)
-        row |= {
-            name: " ".join(path.name for path in paths)
-            for name, paths in zip(("rec_img", "gt_img"), pictures, strict=True)
-        }
+    if request.files.save_image:
+        row |= _save_pictures(Path(request.files.image_path), row, subject, result)
     append_row(table, {name: row[name] for name in COLUMNS})
     print(table)
     return INTERRUPTED if reconstruction.status == "interrupted" else 0
@@ -96,12 +89,12 @@ def announce(session: Session, subject: Subject) -> None:
     request, attack = session.request, session.request.attack
     if request.images.embedded:
         print(
-            f"--target_id {request.images.first}: an image that comes with invlib, "
+            f"--target_id {request.images.target_id}: an image that comes with invlib, "
             f"not one of {request.images.dataset}"
         )
     print(f"{subject.about}; labels {subject.labels.tolist()} ({', '.join(subject.classes)})")
     print(f"{session.network.about}; seed {request.seed}, on {request.device}")
-    print(f"attack {attack.name}: {attack.reason}")
+    print(f"attack {attack.optim}: {attack.reason}")
     # At once: the progress bar that follows is written to another stream.
     print(f"{attack.config['restarts']} restarts of {attack.config['max_iterations']} iterations", flush=True)
 
@@ -110,12 +103,12 @@ def facts(session: Session, subject: Subject, result: Result) -> dict[str, Any]:
     """Return the columns of a table: what was asked for, and how good a reconstruction is."""
     request, config, card = session.request, session.request.attack.config, session.network.card
     return {
-        "model": request.network.name,
+        "model": request.network.model,
         "dataset": request.images.dataset,
-        "trained": request.network.trained,
-        "accumulation": request.client.local_steps,
+        "trained": request.network.trained_model,
+        "accumulation": request.client.accumulation,
         "restarts": config["restarts"],
-        "OPTIM": request.attack.name,
+        "OPTIM": request.attack.optim,
         "cost_fn": config["cost_fn"],
         "indices": config["indices"],
         "weights": config["weights"],
@@ -144,14 +137,18 @@ COLUMNS = (
 )
 
 
-def _save_pictures(
-    folder: Path, network: str, subject: Subject, result: Result
-) -> tuple[list[Path], list[Path]]:
-    found, true = [], []
-    for j, (kind, number) in enumerate(zip(subject.classes, subject.ids, strict=True)):
-        kind = re.sub(r"[^\w.-]+", "-", kind)
-        found.append(folder / f"{kind}_{network}-{number}.png")
-        true.append(folder / f"{kind}_ground_truth-{number}.png")
-        save_image(found[-1], result.images[j])
-        save_image(true[-1], subject.images[j])
-    return found, true
+def _save_pictures(folder: Path, row: dict[str, Any], subject: Subject, result: Result) -> dict[str, str]:
+    """Save reconstructions and originals, and return the columns that name them."""
+    network = f"{'trained' if row['trained'] else ''}{row['model']}_{row['cost_fn']}"
+    kinds = [re.sub(r"[^\w.-]+", "-", kind) for kind in subject.classes]
+    columns = {}
+    for column, infix, images in (
+        ("rec_img", network, result.images),
+        ("gt_img", "ground_truth", subject.images),
+    ):
+        names = [f"{kind}_{infix}-{number}.png" for kind, number in zip(kinds, subject.ids, strict=True)]
+        for name, image in zip(names, images, strict=True):
+            save_image(folder / name, image)
+            print(folder / name)
+        columns[column] = " ".join(names)
+    return columns

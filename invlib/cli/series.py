@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from invlib.cli import reconstruct
-from invlib.cli.options import Request, add_arguments
+from invlib.cli import options, reconstruct
+from invlib.cli.options import Request
 from invlib.cli.session import Session
 from invlib.cli.status import INTERRUPTED, exit_status
 from invlib.cli.tables import append_row, check_table, column, save_image
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m invlib.rec_mult", description=DESCRIPTION, epilog=EPILOG)
     add_arguments(parser)
-    add_own_arguments(parser)
     args = parser.parse_args(argv)
     return exit_status(lambda: run(args))
 
 
-def add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that only this command has."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the shared options, and those that only this command has."""
+    options.add_arguments(parser)
     group = parser.add_argument_group("the series")
     group.add_argument("--num_exp", type=int, default=10, help="clients in a row (%(default)s)")
     group.add_argument("--unsigned", dest="signed", action="store_false", help="the same as --no-signed")
@@ -76,17 +76,17 @@ def run(args: argparse.Namespace) -> int:
 def series(request: Request, *, clients: int, results: Path) -> int:
     """Attack so many clients one after another, and return the exit status."""
     began = time.perf_counter()
-    session = Session(request, many=request.images.count * clients > 1)
+    session = Session(request, many=request.images.num_images * clients > 1)
     settings = {
         **request.attack.config,
         "dataset": request.images.dataset,
-        "model": request.network.name,
+        "model": request.network.model,
         "num_exp": clients,
-        "num_images": request.images.count,
-        "accumulation": request.client.local_steps,
+        "num_images": request.images.num_images,
+        "accumulation": request.client.accumulation,
         "batch_size": request.client.batch_size,
-        "local_lr": request.client.lr,
-        "trained": request.network.trained,
+        "local_lr": request.client.local_lr,
+        "trained": request.network.trained_model,
         "soft_labels": request.attack.soft_labels,
     }
     tag = hashlib.md5(json.dumps(settings, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
@@ -96,7 +96,7 @@ def series(request: Request, *, clients: int, results: Path) -> int:
     psnrs: list[float] = []
     status = 0
     for index in range(clients):
-        subject = session.images.subject(session.images.first + index * request.images.count)
+        subject = session.images.subject(session.images.first + index * request.images.num_images)
         reconstruct.announce(session, subject)
         result = session.attack(subject)
         print(result.report)
@@ -104,7 +104,7 @@ def series(request: Request, *, clients: int, results: Path) -> int:
         psnrs.append(row["psnr"])
         if not request.dryrun:
             for j, image in enumerate(result.images):
-                save_image(folder / f"{index * request.images.count + j}.png", image)
+                save_image(folder / f"{index * request.images.num_images + j}.png", image)
             append_row(table, {name: row[name] for name in COLUMNS})
             append_row(folder / "table_psnrs.csv", {name: row[name] for name in ("target_id", "psnr")})
         if result.reconstruction.status == "interrupted":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,19 +80,19 @@ class PrivateImages:
         self.options = options
         self.source = _embedded(options.dataset, many) if options.embedded else options.dataset
         # ImageNet's validation set is too large to load whole: its images are read one by one.
-        self.all = None if self.source == "ImageNet" else _load(self.source, options.root)
+        self.all = None if self.source == "ImageNet" else _load(self.source, options.data_path)
         if options.embedded:
             self.first = _PHOTOGRAPH if self.source.startswith("photos") and not many else 0
-        elif options.first is None:
+        elif options.target_id is None:
             count = len(self.all[0]) if self.all else _IMAGENET_IMAGES
             self.first = int(torch.randint(count, (), generator=generator))
         else:
-            self.first = options.first
+            self.first = options.target_id
 
     def one(self, row: int) -> tuple[Tensor, int]:
         """Return one image ``(1, C, H, W)`` and its label."""
         if self.all is None:
-            image, label = data.load("ImageNet", root=self.options.root, indices=[row])
+            image, label = data.load("ImageNet", root=self.options.data_path, indices=[row])
         else:
             check_indices([row], len(self.all[0]), self.source)
             image, label = (part[row : row + 1] for part in self.all)
@@ -102,23 +103,24 @@ class PrivateImages:
     def subject(self, first: int) -> Subject:
         """Return the images of one client from a number on, each of another class."""
         options, classes = self.options, data.class_names(self.options.dataset)
-        if options.count > len(classes):
+        if options.num_images > len(classes):
             raise ConfigError(
-                f"--num_images is {options.count}; expected at most {len(classes)}, an image of each class"
+                f"--num_images is {options.num_images}; expected at most {len(classes)}, "
+                "an image of each class"
             )
         picked: dict[int, tuple[int, Tensor]] = {}
         row = first
-        while len(picked) < options.count:
+        while len(picked) < options.num_images:
             image, label = self.one(row)
             picked.setdefault(label, (row, image))
             row += 1
-        labels = [(label + options.flip) % len(classes) for label in picked]
+        labels = [(label + options.label_flip) % len(classes) for label in picked]
         rows = [row for row, _ in picked.values()]
         return Subject(
             images=torch.cat([image for _, image in picked.values()]),
             labels=torch.tensor(labels),
-            ids=[options.first]
-            if options.first is not None and options.embedded and len(rows) == 1
+            ids=[options.target_id]
+            if options.target_id is not None and options.embedded and len(rows) == 1
             else rows,
             classes=[classes[label] for label in labels],
             about="; ".join(data.describe(self.source, row) for row in rows),
@@ -161,16 +163,19 @@ class Session:
 
     def attack(self, subject: Subject) -> Result:
         """Let the client take its step, attack what the server sees, and only then compare."""
-        options, net, device = self.request.attack, self.network, self.request.device
+        options, client = self.request.attack, self.request.client
+        net, device = self.network, self.request.device
         began = time.perf_counter()
         truth, labels = subject.images.to(device), subject.labels.to(device)
-        client = client_step(self.request.client)
+        step: ClientStep = FedSGD()
+        if client.accumulation:
+            step = local_training(client.accumulation, client.local_lr, client.batch_size)
         # --dtype is the attack's; the client computes in single precision.
-        seen = observe(net.model.float(), truth, labels, client, normalization=net.normalization)
+        seen = observe(net.model.float(), truth, labels, step, normalization=net.normalization)
         model = net.model.to(options.torch_dtype)
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
         with flags if options.deterministic else nullcontext():
-            if options.name == "best":
+            if options.optim == "best":
                 reconstruction = self._best(model, seen)
             else:
                 reconstruction = self._as_in_2020(model, seen)
@@ -225,13 +230,6 @@ class Session:
         )
 
 
-def client_step(options: ClientOptions) -> ClientStep:
-    """Return how the client trains."""
-    if options.local_steps:
-        return local_training(options.local_steps, options.lr, options.batch_size)
-    return FedSGD()
-
-
 def reconstructor(
     model: nn.Module,
     normalization: Normalization,
@@ -243,14 +241,14 @@ def reconstructor(
     mean_std = (list(normalization.mean), list(normalization.std))
     config = dict(attack.config)
     machine: GradientReconstructor
-    if not client.local_steps:
+    if not client.accumulation:
         machine = GradientReconstructor(model, mean_std, config, num_images=num_images)
     else:
         machine = FedAvgReconstructor(
             model,
             mean_std,
-            client.local_steps,
-            client.lr,
+            client.accumulation,
+            client.local_lr,
             config,
             num_images=num_images,
             batch_size=client.batch_size,
@@ -266,10 +264,10 @@ def network(options: NetworkOptions, dataset: str, sample: Tensor, seed: int) ->
         InvlibError: there is no such network, or no trained weights of it; an untrained one never takes the
             place of a trained one.
     """
-    name = "ConvNet64" if options.name == "ConvNet" else options.name
+    name = "ConvNet64" if options.model == "ConvNet" else options.model
     if dataset == "ImageNet" and name.lower() in models.names():
         name = name.lower()  # torchvision's, as in the 2020 code
-    if not options.trained:
+    if not options.trained_model:
         model = models.build(
             name,
             num_classes=len(data.class_names(dataset)),
@@ -293,10 +291,11 @@ def _trained(options: NetworkOptions, name: str, dataset: str) -> tuple[nn.Modul
     if dataset == "ImageNet":
         return models.build(name, weights="IMAGENET1K_V1"), {}
     slug = data.slug(dataset)
-    path = cards.find(name, slug, options.folder)
+    folder = Path(options.model_path)
+    path = cards.find(name, slug, folder)
     if path is None:
         models.build(name)  # first of all, is there such a network?
-        own = cards.own_file(name, slug, options.folder)
+        own = cards.own_file(name, slug, folder)
         shipped = "; ".join(f"{model} ({', '.join(sets)})" for model, sets in models.available().items())
         raise UnknownNameError(
             f"no trained weights of {name} for {dataset}: {own} is not there, and invlib comes with "

@@ -13,6 +13,8 @@ from invlib.errors import ConfigError
 from invlib.models.cards import Trained, save
 from invlib.models.training import train
 
+DESCRIPTION = EPILOG = None
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``python -m invlib train`` understands to a parser."""
@@ -37,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def cli(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Train as the command line says, write weights and card, and return the exit status.
 
     Raises:
         InvlibError: as `train`, `save` and `invlib.data.load` do.
     """
-    if args.out.suffix != ".safetensors":  # said now, not after hours
+    if args.out.suffix != ".safetensors":  # before training, which may take hours
         raise ConfigError(f"--out is {str(args.out)!r}; expected a name that ends in '.safetensors'")
     images, labels = data.load(args.dataset, split="train")
     val_images, val_labels = data.load(args.dataset, split="test")

@@ -85,7 +85,7 @@ EXPERIMENT = Experiment(
         "As published: cosine objective, Adam on the gradient's sign, total variation 1e-2, box, a step that "
         "falls tenfold at 3/8, 5/8 and 7/8. This project's best is the closed form where the network is a "
         "chain of layers that can be undone, as LeNetZhu is, and its parts do not matter there. Elsewhere it "
-        "is L-BFGS in the coordinates of natural images, on rounded kinks, with priors that fade; each line "
-        "below it leaves one part out.",
+        "is L-BFGS in the coordinates of natural images, on smoothed ReLUs (rounded kinks), with priors "
+        "whose weights decay (fade); each line below it leaves one part out.",
     ),
 )

@@ -18,7 +18,7 @@ _FULL = (
 
 def cases(setup: Setup) -> list[Case]:
     """Return each first-order attack on each network; L-BFGS on the squared distance is in table1."""
-    found = []
+    made = []
     for network in _REDUCED if setup.reduced else _FULL:
         with torch.device("meta"):
             size = models.parameter_count(models.build(network))
@@ -28,7 +28,7 @@ def cases(setup: Setup) -> list[Case]:
         for attack, make in ATTACKS.items():
             if attack.startswith("l2"):
                 continue
-            found.append(
+            made.append(
                 Case(
                     columns={"network": network, "parameters": f"{size:,}", "attack": attack},
                     network=network,
@@ -37,7 +37,7 @@ def cases(setup: Setup) -> list[Case]:
                     series=f"{family}; {attack}",
                 )
             )
-    return found
+    return made
 
 
 EXPERIMENT = Experiment(

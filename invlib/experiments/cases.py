@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from invlib.attacks.base import Attack
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep
@@ -60,7 +58,6 @@ class Case:
         num_classes: outputs of an untrained network; the data set's where None.
         labels: what labels of the data set are called by this network, where it has other classes.
         normalization: how the client encodes images, where neither model card nor data set says it right.
-        build: makes the network from a seed where it is not of the zoo; `network` is then only its name.
         paper: what the paper has in this place, to be printed beside it.
         sweep: where the experiment sweeps a setting, the number on the horizontal axis.
         series: which line of the figure the number belongs to.
@@ -76,7 +73,6 @@ class Case:
     num_classes: int | None = None
     labels: Mapping[int, int] = field(default_factory=dict)
     normalization: Normalization | None = None
-    build: Callable[[int], nn.Module] | None = None
     paper: str | None = None
     sweep: float | None = None
     series: str = ""

@@ -26,7 +26,7 @@ def cases(setup: Setup) -> list[Case]:
     """Return a case for each kind of client, attacked through its local steps, or as one gradient too."""
     network = "LeNetZhu" if setup.reduced else "ConvNet64"
     attack = cosine_adam(steps=setup.steps, restarts=setup.restarts)
-    found = []
+    made = []
     for steps, lr, batch, images in _REDUCED if setup.reduced else _FULL:
         series = f"{images} image{'s' if images > 1 else ''}, {batch} in a step, rate {lr:g}"
         case = Case(
@@ -44,7 +44,7 @@ def cases(setup: Setup) -> list[Case]:
             sweep=steps,
             series=series,
         )
-        found.append(case)
+        made.append(case)
         if steps > 1 and images == 1:
             cheap = replace(
                 case,
@@ -52,8 +52,8 @@ def cases(setup: Setup) -> list[Case]:
                 attack=OnTheWay(attack=attack),
                 series=f"{series}, as one gradient",
             )
-            found.append(cheap)
-    return found
+            made.append(cheap)
+    return made
 
 
 EXPERIMENT = Experiment(

@@ -49,7 +49,7 @@ def figure(record: str | os.PathLike[str], *, columns: int = 4, curve: bool = Tr
     if columns < 1:
         raise ConfigError(f"columns is {columns}; expected at least 1")
     rows = read(record)
-    truths, found = _pictures(rows)
+    truths, pictures = _pictures(rows)
     if not truths:
         raise DataError(
             f"record {record} has no pictures; expected at least one attack made without --no-pictures"
@@ -59,28 +59,28 @@ def figure(record: str | os.PathLike[str], *, columns: int = 4, curve: bool = Tr
     most = _MAX_SIDE_OF_PHOTOGRAPHS if large else _MAX_SIDE
     experiment = _swept(rows) if curve else None
     swept = experiment is not None
-    row = (_TALLEST - (_CURVE_HEIGHT if swept else 0)) / (len(found) + 1)
+    row = (_TALLEST - (_CURVE_HEIGHT if swept else 0)) / (len(pictures) + 1)
     side = min(most, (WIDTH - _NAME_WIDTH) / len(numbers), max(_SMALLEST, row - _CAPTION))
-    picture_height = (len(found) + 1) * (side + _CAPTION)
+    picture_height = (len(pictures) + 1) * (side + _CAPTION)
     width = WIDTH if swept else _NAME_WIDTH + len(numbers) * side
     result = plt.figure(figsize=(width, picture_height + (_CURVE_HEIGHT if swept else 0)))
     if experiment is not None:
         parts: Any = result.subfigures(2, 1, height_ratios=[picture_height, _CURVE_HEIGHT])
         _curve(parts[1].subplots(), rows, experiment)
     axes = (parts[0] if swept else result).subplots(
-        len(found) + 1, len(numbers) + 1, squeeze=False, width_ratios=[_NAME_WIDTH, *[side] * len(numbers)]
+        len(pictures) + 1, len(numbers) + 1, squeeze=False, width_ratios=[_NAME_WIDTH, *[side] * len(numbers)]
     )
     _label(axes[0, 0], "original")
     for column, number in enumerate(numbers, 1):
-        show(axes[0, column], _array(truths[number]))
-    for line, (case, images) in enumerate(found.items(), 1):
+        show(axes[0, column], as_images(truths[number])[0])
+    for line, (case, images) in enumerate(pictures.items(), 1):
         _label(axes[line, 0], names[case])
         for column, number in enumerate(numbers, 1):
             if number not in images:
                 axes[line, column].axis("off")
                 continue
             picture, psnr = images[number]
-            show(axes[line, column], _array(picture))
+            show(axes[line, column], as_images(picture)[0])
             axes[line, column].set_xlabel("exact" if psnr == float("inf") else f"{psnr:.1f} dB", fontsize=7)
     return result
 
@@ -118,7 +118,7 @@ def _swept(rows: Sequence[Row]) -> Experiment | None:
 def _pictures(rows: Sequence[Row]) -> tuple[dict[int, Tensor], dict[str, dict[int, tuple[Tensor, float]]]]:
     """Return the originals by their numbers, and for each case the reconstructions with their PSNR."""
     truths: dict[int, Tensor] = {}
-    found: dict[str, dict[int, tuple[Tensor, float]]] = {}
+    pictures: dict[str, dict[int, tuple[Tensor, float]]] = {}
     for row in rows:
         count = len(row["psnr"])
         if row.get("truth"):
@@ -127,10 +127,10 @@ def _pictures(rows: Sequence[Row]) -> tuple[dict[int, Tensor], dict[str, dict[in
         if not row["reconstruction"]:
             continue
         images = unpng(row["reconstruction"], count)
-        here = found.setdefault(row["case"], {})
+        here = pictures.setdefault(row["case"], {})
         for k in range(count):
             here[row["image"] + k] = (images[k], float(row["psnr"][k]))
-    return truths, found
+    return truths, pictures
 
 
 def _names(rows: Sequence[Row]) -> dict[str, str]:
@@ -184,7 +184,3 @@ def _curve(axes: Any, rows: Sequence[Row], experiment: Experiment) -> None:
 def _label(axes: Any, text: str) -> None:
     axes.axis("off")
     axes.text(1, 0.5, text, ha="right", va="center", fontsize=7, transform=axes.transAxes)
-
-
-def _array(image: Tensor) -> Any:
-    return as_images(image)[0]

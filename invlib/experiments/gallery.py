@@ -9,7 +9,7 @@ from torch import Tensor
 
 from invlib import data
 from invlib.core.normalization import CIFAR10, IMAGENET, NORMALIZATIONS, Normalization
-from invlib.errors import ConfigError, UnknownNameError
+from invlib.errors import ConfigError
 
 CANDIDATES = 100
 # Networks are tuned on the first hundred training images; reports are made elsewhere.
@@ -70,18 +70,18 @@ class Gallery:
         return self.images[inside], self.labels[inside]
 
     def candidates(self, row: int) -> tuple[Tensor, int]:
-        """Return the images of the same hundred as an image, itself among them, and where it is."""
+        """Return the images of the same hundred as an image, itself among them, and its index."""
         start = row // CANDIDATES * CANDIDATES - self.start
         return self.images[start : start + CANDIDATES], row - self.start - start
 
     def others(self, row: int) -> tuple[Tensor, Tensor]:
         """Return the other images of the same hundred, and those of them that are of its class."""
-        start = row // CANDIDATES * CANDIDATES - self.start
-        images = self.images[start : start + CANDIDATES]
-        labels = self.labels[start : start + CANDIDATES]
-        other = torch.arange(len(images), device=images.device) != row - self.start - start
-        same = other & (labels == self.labels[row - self.start])
-        return images[other], images[same & (self.name not in _NO_CLASSES)]
+        images, own = self.candidates(row)
+        begin = row - self.start - own
+        labels = self.labels[begin : begin + CANDIDATES]
+        other = torch.arange(len(images), device=images.device) != own
+        same = other & (labels == labels[own]) & (self.name not in _NO_CLASSES)
+        return images[other], images[same]
 
 
 def load(name: str, split: str, first: int | None, count: int, device: torch.device) -> tuple[Gallery, int]:
@@ -119,7 +119,4 @@ def load(name: str, split: str, first: int | None, count: int, device: torch.dev
 
 def classes(name: str) -> int:
     """Return how many classes a network for a data set has; 10 for images whose labels are mere numbers."""
-    try:
-        return 10 if name in _NO_CLASSES else len(data.class_names(name))
-    except UnknownNameError:
-        return 10
+    return 10 if name in _NO_CLASSES else len(data.class_names(name))

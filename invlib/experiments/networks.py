@@ -47,7 +47,7 @@ def check(cases: Iterable[Case], folder: Path, where: str) -> None:
         (case.network, case.weights)
         for case in cases
         if case.weights is not None
-        and not _from_elsewhere(case)
+        and not _of_a_package(case.network)
         and cards.find(case.network, case.weights, folder) is None
     }
     if missing:
@@ -59,9 +59,9 @@ def check(cases: Iterable[Case], folder: Path, where: str) -> None:
         )
 
 
-def _from_elsewhere(case: Case) -> bool:
-    """Say whether a case's weights come with a package, as do all of the networks with lower-case names."""
-    return case.build is not None or case.network[0].islower()
+def _of_a_package(network: str) -> bool:
+    """Say whether the weights of a network come with a package: all with lower-case names do."""
+    return network[0].islower()
 
 
 def _training(network: str, slug: str, folder: Path) -> str:
@@ -95,23 +95,20 @@ class Networks:
         Raises:
             InvlibError: weights or settings do not fit.
         """
-        if case.weights is not None and case.build is None:
+        if case.weights is not None:
             key = (case.network, case.weights)
             if key not in self._trained:
                 self._trained[key] = self._load(case)
             return self._trained[key]
-        if case.build is not None:
-            model = case.build(seed)
-        else:
-            model = models.build(
-                case.network,
-                num_classes=case.num_classes or self.num_classes,
-                in_channels=shape[0],
-                image_size=shape[1],
-                seed=seed,
-            )
+        model = models.build(
+            case.network,
+            num_classes=case.num_classes or self.num_classes,
+            in_channels=shape[0],
+            image_size=shape[1],
+            seed=seed,
+        )
         return Network(
-            model=model.to(self.device).eval(),
+            model=model.to(self.device),
             normalization=case.normalization or self.normalization,
             weights_sha256=None,
             accuracy=None,
@@ -119,14 +116,14 @@ class Networks:
 
     def sha256(self, case: Case) -> str | None:
         """Return the hash of a case's weights file, None where it has none; the start of it is enough."""
-        if case.weights is None or _from_elsewhere(case):
+        if case.weights is None or _of_a_package(case.network):
             return None
         path = cards.find(case.network, case.weights, self.folder)
         return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def _load(self, case: Case) -> Network:
         assert case.weights is not None
-        if _from_elsewhere(case):
+        if _of_a_package(case.network):
             model, card = models.build(case.network, weights=case.weights), {}
             with suppress(UnknownNameError, DataError):  # torchvision's have no card
                 card = models.model_card(case.network, case.weights)

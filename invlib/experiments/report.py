@@ -42,11 +42,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         # A column that says the same in every row is said once below, which keeps the table in the page.
-        same = [
-            k
-            for k in range(len(self.columns))
-            if len(self.rows) > 1 and len({row[k] for row in self.rows}) == 1
-        ]
+        several = len(self.rows) > 1
+        same = [k for k, words in enumerate(zip(*self.rows, strict=True)) if several and len({*words}) == 1]
         kept = [k for k in range(len(self.columns)) if k not in same]
         head = "".join(f"<th>{html.escape(self.columns[k])}</th>" for k in kept)
         body = "".join(
@@ -113,7 +110,7 @@ def table(record: str | os.PathLike[str]) -> Table:
         if with_paper:
             line.append(group[0].get("paper") or "")
         line.append(_mean(_flat(group, "ssim"), "{:.3f}"))
-        line += [_found(group, "rank_ssim"), _found(group, "rank_features")]
+        line += [_identified(group, "rank_ssim"), _identified(group, "rank_features")]
         line += [
             _mean([f[kind] for row in group for f in row["floors"]], "{:.2f}")
             for kind in ("grey", "mean", "class")
@@ -130,13 +127,12 @@ def table(record: str | os.PathLike[str]) -> Table:
 def _caption(rows: Sequence[Row], cases: dict[str, list[Row]]) -> str:
     name, settings = rows[0]["experiment"], rows[0]["settings"]
     experiment = EXPERIMENTS.get(name)
-    clients = sorted({len(group) for group in cases.values()})
-    count = str(clients[0]) if len(clients) == 1 else f"{clients[0]} to {clients[-1]}"
+    clients = _range(len(group) for group in cases.values())
     reduced = any(row["settings"]["reduced"] for row in rows)
     title = experiment.title if experiment else name
     parts = [
         f"{'REDUCED FORM of ' if reduced else ''}{name}: {title}.",
-        f"{count} {'client' if clients == [1] else 'clients'} a case, from {settings['dataset']} "
+        f"{clients} {'client' if clients == '1' else 'clients'} a case, from {settings['dataset']} "
         f"({settings['split']}), {settings['steps']} network evaluations a restart, "
         f"{settings['restarts']} restart{'s' if settings['restarts'] != 1 else ''}, "
         f"seed {settings['seed']}, on {', '.join(sorted({row['device'] for row in rows}))}.",
@@ -150,8 +146,8 @@ def _caption(rows: Sequence[Row], cases: dict[str, list[Row]]) -> str:
 
 
 def _range(values: Iterable[int]) -> str:
-    found = sorted(set(values))
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    ordered = sorted(set(values))
+    return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
 def _flat(group: Sequence[Row], key: str) -> list[float]:
@@ -172,6 +168,6 @@ def _mean(values: Sequence[float | None], form: str) -> str:
     return form.format(statistics.fmean(known)) if known else "–"
 
 
-def _found(group: Sequence[Row], key: str) -> str:
+def _identified(group: Sequence[Row], key: str) -> str:
     ranks = [rank for row in group for rank in row[key] if rank is not None]
     return f"{sum(rank == 1 for rank in ranks) / len(ranks):.0%}" if ranks else "–"

@@ -25,21 +25,19 @@ from invlib import metrics
 from invlib.core import files
 from invlib.core.files import Row
 from invlib.core.fingerprint import differences
-from invlib.core.reconstruction import Reconstruction
 from invlib.core.version import __version__
 from invlib.errors import DataError, WorkerError
 from invlib.experiments import plan as _plan
 from invlib.experiments import record as _record
 from invlib.experiments.cases import Case
-from invlib.experiments.networks import Network
 from invlib.experiments.plan import Plan, Request, key
 from invlib.experiments.record import Record
 from invlib.federated import observe
 from invlib.metrics import identification
 from invlib.models import cards
 
-_ALONE = threading.Lock()
-_AT_WORK = list[Request]()
+_ONE_ATTACK = threading.Lock()  # in each process
+_RUNNING = list[Request]()  # that of the attack which holds the lock
 
 
 def run(
@@ -179,7 +177,7 @@ def work(request: Request, case: str, first: int, expected: tuple[dict[str, Any]
     Raises:
         DataError: this process finds other images, weights or settings.
     """
-    with _ALONE:  # a worker may have threads, but networks and torch's generator are the process's
+    with _ONE_ATTACK:  # a worker may have threads, but networks and torch's generator are the process's
         plan, settings, images = _planned(request, version)
         here = settings.get(case, {})
         if files.encode(here) != files.encode(expected[0]):
@@ -192,16 +190,16 @@ def work(request: Request, case: str, first: int, expected: tuple[dict[str, Any]
                 f"worker {platform.node()} has other images of {plan.settings['dataset']}; expected those of "
                 "the process that began the run"
             )
-        _AT_WORK.append(request)
+        _RUNNING.append(request)
         try:
             return _attack(plan, plan.known[case], first, expected[0])
         finally:
-            _AT_WORK.clear()
+            _RUNNING.clear()
 
 
 def stop(request: Request, dask_worker: Any) -> None:
     """End this worker if it is at an attack for a request; its nanny, where it has one, starts it again."""
-    if request in _AT_WORK and dask_worker.nanny:
+    if request in _RUNNING and dask_worker.nanny:
         os._exit(1)
 
 
@@ -257,12 +255,9 @@ def _without_original(record: Record, tasks: list[tuple[Case, int]]) -> set[tupl
     return {task for place, task in first_on.items() if place not in held}
 
 
-def _found(plan: Plan, case: Case, first: int) -> tuple[Network, Tensor, Tensor, Reconstruction]:
-    """Let the client take its step, and attack what the server sees.
-
-    Returns:
-        The network, the truth with its labels, and what was found.
-    """
+def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row:
+    """Let a client take its step, attack what the server sees, and only then look at the truth."""
+    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     truth, labels = _truth(plan, case, first)
     labels = torch.tensor([case.labels.get(label, label) for label in labels.tolist()], device=labels.device)
     seed = plan.request.seed + first
@@ -276,21 +271,15 @@ def _found(plan: Plan, case: Case, first: int) -> tuple[Network, Tensor, Tensor,
         normalization=net.normalization,
         reveal_labels=case.reveal_labels,
     )
-    found = case.attack(net.model, seen, generator=torch.Generator().manual_seed(seed))
-    if found.status == "interrupted":
+    reconstruction = case.attack(net.model, seen, generator=torch.Generator().manual_seed(seed))
+    if reconstruction.status == "interrupted":
         raise KeyboardInterrupt
-    return net, truth, labels, found
-
-
-def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row:
-    """Attack one client, and only then look at the truth."""
-    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
-    net, truth, labels, found = _found(plan, case, first)
     seconds = time.perf_counter() - began
-    images = torch.nan_to_num(found.images.to(truth), nan=0.5).clamp(0, 1)
-    report = metrics.evaluate(replace(found, images=images), truth, labels)
+    images = torch.nan_to_num(reconstruction.images.to(truth), nan=0.5).clamp(0, 1)
+    report = metrics.evaluate(replace(reconstruction, images=images), truth, labels)
     images = images[list(report.order)]
     about = [_about(plan, case, images[k], first + k) for k in range(case.images)]
+    device = plan.request.device
     return {
         "experiment": plan.request.name,
         "case": case.name,
@@ -302,13 +291,13 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
         "sweep": case.sweep,
         "series": case.series,
         "settings": settings,
-        "seed": plan.request.seed + first,
+        "seed": seed,
         "psnr": list(report.psnr),
         "ssim": list(report.ssim),
-        "score": found.score,
-        "trial_scores": found.trial_scores.tolist(),
-        "status": found.status,
-        "evaluations": found.evaluations,
+        "score": reconstruction.score,
+        "trial_scores": reconstruction.trial_scores.tolist(),
+        "status": reconstruction.status,
+        "evaluations": reconstruction.evaluations,
         "seconds": round(seconds, 3),
         "labels_right": report.labels_right,
         "accuracy": net.accuracy,
@@ -317,7 +306,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
         "reconstruction": files.png(images),
         "started": started.isoformat(timespec="seconds"),
         "commit": cards.commit(),
-        "device": _device_name(plan.request.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "invlib": __version__,
@@ -338,7 +327,3 @@ def _about(plan: Plan, case: Case, image: Tensor, row: int) -> dict[str, Any]:
         else identification.rank(judge.similarity(image, candidates), own),
         "judge": None if judge is None else judge.name,
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

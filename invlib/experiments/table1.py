@@ -20,7 +20,7 @@ _PAPER = {
 
 def cases(setup: Setup) -> list[Case]:
     """Return the cases; the reduced form has ResNet20 in the place of ResNet20-4."""
-    found = []
+    made = []
     for published in ("LeNetZhu", "ResNet20-4"):
         network = "ResNet20" if setup.reduced and published == "ResNet20-4" else published
         for trained in (False, True):
@@ -28,7 +28,7 @@ def cases(setup: Setup) -> list[Case]:
                 paper = _PAPER[published][attack][trained] if attack in _PAPER[published] else None
                 if paper is not None and network != published:
                     paper = f"{paper} ({published})"
-                found.append(
+                made.append(
                     Case(
                         columns={
                             "network": network,
@@ -41,7 +41,7 @@ def cases(setup: Setup) -> list[Case]:
                         paper=paper,
                     )
                 )
-    return found
+    return made
 
 
 EXPERIMENT = Experiment(

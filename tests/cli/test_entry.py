@@ -58,7 +58,7 @@ def test_embedded_images_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(train, "cli", lambda args: asked.append(args) or 0)
+    monkeypatch.setattr(train, "run", lambda args: asked.append(args) or 0)
     argv = ["train", "--model", "LeNetZhu", "--dataset", "FashionMNIST", "--out", "x.safetensors"]
     assert cli.main(argv) == 0
     assert (asked[0].model, asked[0].dataset) == ("LeNetZhu", "FashionMNIST")
@@ -76,7 +76,7 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     def interrupted(args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "cli", interrupted)
+    monkeypatch.setattr(train, "run", interrupted)
     argv = ["train", "--model", "LeNetZhu", "--dataset", "CIFAR10", "--out", "x.safetensors"]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == "interrupted\n"

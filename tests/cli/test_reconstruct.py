@@ -246,7 +246,7 @@ def test_trained_weights_are_attacked_by_the_strongest(capsys: pytest.CaptureFix
 )
 def test_which_attack_is_taken(argv: list[str], name: str) -> None:
     attack = parsed(argv).attack
-    assert attack.name == name
+    assert attack.optim == name
     given = ("--iterations" in argv and 9) or PRESETS[name]["max_iterations"]
     assert attack.config["max_iterations"] == given
 
@@ -355,11 +355,11 @@ def test_unsigned_is_a_flag_of_rec_mult() -> None:
 
 
 def test_a_request_keeps_what_it_was_parsed_to() -> None:
-    request = parsed(["--image_path", "elsewhere"])
-    assert request.files.images is None
-    assert parsed(["--image_path", "elsewhere", "--save_image"]).files.images == Path("elsewhere")
-    assert parsed([], series).images.first == 0
-    assert request.images.first is None
+    request = parsed(["--num_images", "2", "--model", "MLP", "--local_lr", "0.5", "--name", "own"])
+    kept = (request.images.num_images, request.network.model, request.client.local_lr, request.files.name)
+    assert kept == (2, "MLP", 0.5, "own")
+    assert parsed([], series).images.target_id == 0
+    assert request.images.target_id is None
     for part in (request, request.images, request.network, request.client, request.attack, request.files):
         with pytest.raises(FrozenInstanceError):
             part.name = "other"

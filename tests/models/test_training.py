@@ -315,7 +315,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(*words: str) -> int:
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    return train.cli(parser.parse_args(words))
+    return train.run(parser.parse_args(words))
 
 
 def test_command_line_trains_and_writes_weights_with_card(
