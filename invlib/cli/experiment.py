@@ -83,7 +83,7 @@ def cli(args: argparse.Namespace) -> int:
     path = args.out or Path("results") / f"{args.name}.jsonl"
     form = "reduced" if plan.request.reduced else "full"
     print(f"{args.name}, {form} form: {len(plan.cases)} cases, {plan.images} clients")
-    device = f"device {plan.device}"
+    device = f"device {plan.request.device}"
     if args.workers is not None:
         device += f", {args.workers} workers"
     if args.dask is not None:

@@ -1,1 +1,1 @@
-"""What flows from client to attack to measurement, and how a network is asked."""
+"""What flows from client to attack to measurement, and functions that run a network without changing it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -126,6 +125,5 @@ def _differences(was: Any, now: Any, path: str) -> Iterator[str]:
         for key in {**was, **now}:
             yield from _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)
     else:
-        words = [json.dumps(part, ensure_ascii=False) for part in (was, now)]
-        short = all(len(part) <= 60 for part in words)
-        yield f"{path}={words[0]}, now {words[1]}" if short else path
+        short = max(len(repr(was)), len(repr(now))) <= 60
+        yield f"{path}={was!r}, now {now!r}" if short else path

@@ -160,7 +160,7 @@ def in_mode(model: nn.Module, *, training: bool, track_statistics: bool = False)
                 m.track_running_stats = bool(tracking)
 
 
-def _tracks_statistics(model: nn.Module) -> bool:
-    return any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in model.modules()
-    )
+def tracks_statistics(model: nn.Module) -> bool:
+    """Return whether the model has a batch-norm layer with running statistics."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(m.running_mean is not None for m in norms)

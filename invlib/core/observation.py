@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from invlib.core.network import _tracks_statistics, num_classes, trainable_parameters
+from invlib.core.network import num_classes, tracks_statistics, trainable_parameters
 from invlib.core.normalization import Normalization
 from invlib.errors import ObservationError
 
@@ -114,9 +114,8 @@ class Observation:
             ObservationError: with *all* faults at once: missing or extra names, wrong shapes,
                 non-finite numbers, labels out of range, training-mode batch norm with no statistics.
         """
-        found = self.faults(model)
-        if found:
-            raise ObservationError("the observation does not fit the model:\n  - " + "\n  - ".join(found))
+        if faults := self.faults(model):
+            raise ObservationError("the observation does not fit the model:\n  - " + "\n  - ".join(faults))
 
     def _label_faults(self, model: nn.Module) -> list[str]:
         if self.num_images < 1:
@@ -132,7 +131,7 @@ class Observation:
         return []
 
     def _mode_faults(self, model: nn.Module) -> list[str]:
-        if not self.training_mode or self.buffers or not _tracks_statistics(model):
+        if not self.training_mode or self.buffers or not tracks_statistics(model):
             return []
         return [
             "training_mode is True and the model has batch norm, but buffers holds no batch-norm "

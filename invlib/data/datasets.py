@@ -113,7 +113,7 @@ def load(
     indices: Sequence[int] | None = None,
     download: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return a data set that is asked for by name.
+    """Return a data set by its name.
 
     An embedded sample of that name comes first. Else the folder that you give is looked at, which is
     `root` or the environment variable ``INVLIB_DATA``, for ``<slug>_<split>.npz`` (``x`` uint8 (N, H, W, C)
@@ -139,9 +139,9 @@ def load(
     if name in _SAMPLES:
         return samples(name, indices)
     file = f"{slug(name)}_{split}.npz"
-    found = _on_disk(name, split, root, indices)
-    if found is not None:
-        return found
+    kept = _on_disk(name, split, root, indices)
+    if kept is not None:
+        return kept
     place = _root(root)
     help_ = f"Set INVLIB_DATA to a folder that holds {file} ({_NPZ}), or a copy that torchvision made."
     if name == "ImageNet" or not download:
@@ -152,10 +152,10 @@ def load(
     except (OSError, RuntimeError, DeviceError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(f"{name} ({split}) could not be downloaded to {place} ({reason}). {help_}") from error
-    found = _on_disk(name, split, place, indices)
-    if found is None:
+    kept = _on_disk(name, split, place, indices)
+    if kept is None:
         raise DataError(f"{name} ({split}) was downloaded to {place}, but torchvision cannot read it there")
-    return found
+    return kept
 
 
 def default(
@@ -173,9 +173,9 @@ def default(
         ConfigError: where `split` is unknown or an index out of range.
         DataError: where a file is there but corrupt.
     """
-    found = _on_disk("CIFAR10", split, root, indices)
-    if found is not None:
-        return *found, "CIFAR10"
+    kept = _on_disk("CIFAR10", split, root, indices)
+    if kept is not None:
+        return *kept, "CIFAR10"
     _LOG.warning("CIFAR-10 is not on this disk; shown instead: %s.", describe("patches32"))
     return *samples("patches32", indices), "patches32"
 
@@ -246,9 +246,8 @@ def describe(name: str, index: int | None = None) -> str:
     if name == "fashion":
         label = int(samples(name, [index])[1])
         return f"Fashion-MNIST test image {names.CLASSES['fashion'][label]!r} (Zalando, MIT), padded to 32×32"
-    which, _, _, side = _files.read_array(resource("samples.npz"), "patches32_boxes", "integers (60, 4)")[
-        index
-    ]
+    boxes = _files.read_array(resource("samples.npz"), "patches32_boxes", "integers (60, 4)")
+    which, _, _, side = boxes[index]
     return f"patch {index}, a {side}-pixel square of {names.PHOTOGRAPHS[which]}, 32×32"
 
 

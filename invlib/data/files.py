@@ -19,6 +19,8 @@ from torch import Tensor
 from invlib.core.optional import torchvision
 from invlib.errors import ConfigError, DataError
 
+# what numpy raises for a file that is no .npz, or a damaged one
+_BROKEN = (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
@@ -29,15 +31,7 @@ def read_array(path: Path, key: str, expected: str) -> np.ndarray:
             array: np.ndarray = file[key]
     except KeyError as error:
         raise DataError(f"{path}: has no array {key!r}; expected {expected}") from error
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _BROKEN as error:
         raise DataError(f"{path}: corrupt ({error}); expected an .npz with {key}, {expected}") from error
     return array
 
@@ -47,8 +41,8 @@ def check_indices(indices: Sequence[int] | None, count: int, name: str) -> np.nd
     rows = np.array(range(count) if indices is None else [int(i) for i in indices], dtype=np.int64)
     wrong = rows[(rows < 0) | (rows >= count)]
     if wrong.size or not rows.size:
-        found = f"index {wrong[0]} of {name} is out of range" if wrong.size else f"no index of {name} given"
-        raise ConfigError(f"{found}; expected 0 to {count - 1}")
+        fault = f"index {wrong[0]} of {name} is out of range" if wrong.size else f"no index of {name} given"
+        raise ConfigError(f"{fault}; expected 0 to {count - 1}")
     return rows
 
 

@@ -20,18 +20,7 @@ TITLES = {
     "ImageNet": "ImageNet (ILSVRC 2012)",
 }
 _PHOTOGRAPH_NAMES = ("astronaut", "chelsea", "coffee", "rocket")
-_FASHION = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+_FASHION = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
@@ -46,8 +35,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "photos224": _PHOTOGRAPH_NAMES,
     "photos64": _PHOTOGRAPH_NAMES,
     "photos32": _PHOTOGRAPH_NAMES,
-    "fashion": _FASHION,
-    "FashionMNIST": _FASHION,
+    "fashion": tuple(_FASHION.split(", ")),
+    "FashionMNIST": tuple(_FASHION.split(", ")),
     "MNIST": tuple("0123456789"),
     "CIFAR10": tuple(_CIFAR10.split()),
     "CIFAR100": tuple(_CIFAR100.split()),

@@ -8,8 +8,8 @@ made from the record, without data set or network.
 from invlib.attacks.base import Attack
 from invlib.experiments.cases import Case, Experiment, Setup, Size
 from invlib.experiments.catalog import EXPERIMENTS, get
-from invlib.experiments.report import Table
-from invlib.experiments.results import curve, figure, table
+from invlib.experiments.figures import curve, figure
+from invlib.experiments.report import Table, table
 from invlib.experiments.runner import run
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from invlib.core.files import Row, unpng
-from invlib.errors import DataError
+from invlib.errors import ConfigError, DataError
 from invlib.experiments.cases import Experiment
-from invlib.viz.figure import COLOURS, MARKERS, WIDTH, as_images, figure, show
+from invlib.experiments.catalog import EXPERIMENTS
+from invlib.experiments.report import read
+from invlib.viz.figure import COLOURS, MARKERS, WIDTH, as_images, show
+from invlib.viz.figure import figure as styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,30 +29,35 @@ _TALLEST = 6.8  # inches: a sheet of paper has to hold the figure and its captio
 _SMALLEST = 0.3
 
 
-@figure
-def build(
-    rows: Sequence[Row], experiments: dict[str, Experiment], columns: int, source: str, curve: bool = True
-) -> Figure:
-    """Draw the originals, what each case made of them, and where a setting is swept what became of the PSNR.
+@styled
+def figure(record: str | os.PathLike[str], *, columns: int = 4, curve: bool = True) -> Figure:
+    """Draw the originals and what each case made of them, and the PSNR over a setting that is swept.
 
     Args:
-        rows: of one record.
-        experiments: for the name of the swept setting.
+        record: as for `invlib.experiments.table`.
         columns: how many images.
-        source: the record, for messages.
-        curve: whether the PSNR is wanted.
+        curve: whether the PSNR is drawn below the pictures where a setting is swept.
+
+    Raises:
+        DataError: the record is missing, broken or empty, or has no pictures.
+        ConfigError: columns is not positive.
+
+    Taught in: chapter 3
     """
     import matplotlib.pyplot as plt
 
+    if columns < 1:
+        raise ConfigError(f"columns is {columns}; expected at least 1")
+    rows = read(record)
     truths, found = _pictures(rows)
     if not truths:
         raise DataError(
-            f"record {source} has no pictures; expected at least one attack made without --no-pictures"
+            f"record {record} has no pictures; expected at least one attack made without --no-pictures"
         )
     numbers, names = sorted(truths)[:columns], _names(rows)
     large = min(truths[numbers[0]].shape[-2:]) >= _PHOTOGRAPH
     most = _MAX_SIDE_OF_PHOTOGRAPHS if large else _MAX_SIDE
-    experiment = _swept(rows, experiments) if curve else None
+    experiment = _swept(rows) if curve else None
     swept = experiment is not None
     row = (_TALLEST - (_CURVE_HEIGHT if swept else 0)) / (len(found) + 1)
     side = min(most, (WIDTH - _NAME_WIDTH) / len(numbers), max(_SMALLEST, row - _CAPTION))
@@ -76,23 +85,31 @@ def build(
     return result
 
 
-@figure
-def build_curve(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) -> Figure:
-    """Draw what became of the PSNR over the swept setting, which needs no pictures."""
+@styled
+def curve(record: str | os.PathLike[str]) -> Figure:
+    """Draw the PSNR over the setting that an experiment sweeps.
+
+    Args:
+        record: as for `invlib.experiments.table`; it needs no pictures.
+
+    Raises:
+        DataError: the record is missing, broken or empty, or sweeps no setting.
+    """
     import matplotlib.pyplot as plt
 
-    experiment = _swept(rows, experiments)
+    rows = read(record)
+    experiment = _swept(rows)
     if experiment is None:
         raise DataError(
-            f"record {source} sweeps 0 settings; expected one, as fedavg, multi or architecture do"
+            f"record {record} sweeps 0 settings; expected one, as fedavg, multi or architecture do"
         )
     result, axes = plt.subplots(figsize=(WIDTH, _CURVE_HEIGHT))
     _curve(axes, rows, experiment)
     return result
 
 
-def _swept(rows: Sequence[Row], experiments: dict[str, Experiment]) -> Experiment | None:
-    experiment = experiments.get(rows[0]["experiment"])
+def _swept(rows: Sequence[Row]) -> Experiment | None:
+    experiment = EXPERIMENTS.get(rows[0]["experiment"]) if rows else None
     if experiment is None or not experiment.axis or all(row["sweep"] is None for row in rows):
         return None
     return experiment

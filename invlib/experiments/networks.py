@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from invlib.core.normalization import Normalization
 from invlib.errors import DataError, DeviceError, UnknownNameError
 from invlib.experiments.cases import Case
 from invlib.metrics.identification import Features
+from invlib.models import cards
 from invlib.models.weights import locate
 
 _BY_SLUG = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST", "mnist": "MNIST"}
@@ -37,14 +37,6 @@ class Network:
     accuracy: float | None
 
 
-def find(network: str, slug: str, folder: Path) -> Path | None:
-    """Return the file of trained weights: the folder's own before the shipped one; None where neither is."""
-    own = folder / f"{network}-{slug}.safetensors"
-    if own.is_file():
-        return own
-    return locate(network, slug) if slug in models.available().get(network, ()) else None
-
-
 def check(cases: Iterable[Case], folder: Path, where: str) -> None:
     """See that all trained weights are at hand before the first attack.
 
@@ -56,10 +48,10 @@ def check(cases: Iterable[Case], folder: Path, where: str) -> None:
         for case in cases
         if case.weights is not None
         and not _from_elsewhere(case)
-        and find(case.network, case.weights, folder) is None
+        and cards.find(case.network, case.weights, folder) is None
     }
     if missing:
-        files = [folder / f"{network}-{slug}.safetensors" for network, slug in sorted(missing)]
+        files = [cards.own_file(*pair, folder) for pair in sorted(missing)]
         commands = [_training(*pair, folder) for pair in sorted(missing)]
         raise DataError(
             f"{where} needs trained weights that are not here: {', '.join(map(str, files))}. "
@@ -74,11 +66,9 @@ def _from_elsewhere(case: Case) -> bool:
 
 def _training(network: str, slug: str, folder: Path) -> str:
     base = next((known for known in _BY_SLUG if slug == known or slug.startswith(f"{known}-")), slug)
-    words = ["--model", network, "--dataset", _BY_SLUG.get(base, base)]
-    if slug.endswith("-no-batch-norm"):
-        words.append("--no-batch-norm")
-    words += ["--out", f"{folder}/{network}-{slug}.safetensors"]
-    return "python -m invlib train " + shlex.join(words)
+    flags = ["--no-batch-norm"] if slug.endswith("-no-batch-norm") else []
+    out = cards.own_file(network, slug, folder)
+    return cards.training_command(network, _BY_SLUG.get(base, base), out, *flags)
 
 
 class Networks:
@@ -131,27 +121,25 @@ class Networks:
         """Return the hash of a case's weights file, None where it has none; the start of it is enough."""
         if case.weights is None or _from_elsewhere(case):
             return None
-        path = find(case.network, case.weights, self.folder)
+        path = cards.find(case.network, case.weights, self.folder)
         return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def _load(self, case: Case) -> Network:
         assert case.weights is not None
         if _from_elsewhere(case):
-            model, sha = models.build(case.network, weights=case.weights), None
-            try:
+            model, card = models.build(case.network, weights=case.weights), {}
+            with suppress(UnknownNameError, DataError):  # torchvision's have no card
                 card = models.model_card(case.network, case.weights)
-            except (UnknownNameError, DataError):  # torchvision's have none
-                card = {}
         else:
-            path = find(case.network, case.weights, self.folder)
+            path = cards.find(case.network, case.weights, self.folder)
             if path is None:
                 raise DataError(f"trained weights {case.weights!r} of {case.network} are no longer there")
-            model, sha = models.build(case.network, weights=path), self.sha256(case)
-            card = models.model_card(case.network, path)
+            trained = cards.load(path, case.network)
+            model, card = trained.model, trained.card
         return Network(
             model=model.to(self.device),
-            normalization=case.normalization or card_normalization(card) or self.normalization,
-            weights_sha256=sha,
+            normalization=case.normalization or Normalization.from_card(card, self.normalization),
+            weights_sha256=self.sha256(case),
             accuracy=card.get("accuracy"),
         )
 
@@ -164,22 +152,14 @@ class Networks:
                 if (name, slug) == (case.network, case.weights):
                     continue
                 try:
-                    model, card = models.build(name, weights=slug), models.model_card(name, slug)
+                    trained = cards.load(locate(name, slug))
                 except (UnknownNameError, DataError, DeviceError):
                     continue
-                found = Features(
-                    model.to(self.device),
-                    card_normalization(card) or self.normalization,
-                    card.get("image_size", 32),
+                self._judges[key] = Features(
+                    trained.model.to(self.device),
+                    Normalization.from_card(trained.card, self.normalization),
+                    trained.card.get("image_size", 32),
                     f"{name}-{slug}",
                 )
-                self._judges[key] = found
                 break
         return self._judges[key]
-
-
-def card_normalization(card: dict[str, Any]) -> Normalization | None:
-    """Return how the images of a model card's network are encoded, None where the card does not say."""
-    if "normalization" not in card:
-        return None
-    return Normalization(**{key: tuple(values) for key, values in card["normalization"].items()})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from invlib.core.fingerprint import describe
+from invlib.core.optional import device_of
 from invlib.errors import ConfigError
 from invlib.experiments import gallery as _gallery
 from invlib.experiments.cases import Case, Setup
@@ -25,10 +26,6 @@ ADDED_LATER = {
 }
 # How records described `best` before it was a dataclass: by the variables of a function inside it.
 _FORMER_BEST = "best.<locals>.attack"
-
-
-def _some_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class Request:
     only: tuple[str, ...] = ()
     seed: int = 0
     weights: Path = Path("models")
-    device: torch.device = field(default_factory=_some_device)
+    device: torch.device = field(default_factory=device_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,30 +66,25 @@ class Plan:
     """All that a run of an experiment is about, fixed before it begins.
 
     Args:
-        name: of the experiment.
-        request: what makes the same plan in another process on this machine, or one with the same files.
+        request: what is asked for, with what it left open filled in (but sizes, which the form has); makes
+            the same plan in another process on this machine, or one with the same files.
         cases: those that are wanted.
         known: all that this form has, by name, wanted or not.
         images: clients in each case.
         first: number of the first private image.
-        seed: what the seeds of the attacks are counted from.
         settings: what all cases share, as the record holds it.
         gallery: the images.
         networks: the networks.
-        device: where the attacks run.
     """
 
-    name: str
     request: Request
     cases: Sequence[Case]
     known: dict[str, Case]
     images: int
     first: int
-    seed: int
     settings: dict[str, Any]
     gallery: Gallery
     networks: Networks
-    device: torch.device
 
     def tasks(self) -> list[tuple[Case, int]]:
         """Return each attack: its case and the number of its first private image, client after client."""
@@ -142,7 +134,6 @@ def plan(request: Request) -> Plan:
     gallery, begin = _gallery.load(source, split, request.first, count, device)
     full = experiment.full
     return Plan(
-        name=request.name,
         request=replace(
             request, reduced=reduced, dataset=source, first=begin, weights=request.weights.absolute()
         ),
@@ -150,7 +141,6 @@ def plan(request: Request) -> Plan:
         known={case.name: case for case in cases},
         images=size.images,
         first=begin,
-        seed=request.seed,
         settings={
             "dataset": source,
             "split": split,
@@ -162,7 +152,6 @@ def plan(request: Request) -> Plan:
         },
         gallery=gallery,
         networks=Networks(request.weights, device, _gallery.normalization(source), _gallery.classes(source)),
-        device=device,
     )
 
 

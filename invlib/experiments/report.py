@@ -14,7 +14,7 @@ from invlib import data
 from invlib.core.files import Row
 from invlib.errors import DataError
 from invlib.experiments import record as _record
-from invlib.experiments.cases import Experiment
+from invlib.experiments.catalog import EXPERIMENTS
 
 _WIDTH = 110
 
@@ -77,10 +77,26 @@ def locate(record: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def build(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) -> Table:
-    """Return the table of some rows: a line for each case, in the order of the rows."""
+def read(record: str | os.PathLike[str]) -> list[Row]:
+    """Return the rows of a record by name or path, the cases in the order of the experiment.
+
+    Several processes write rows as they come; older records have no places.
+    """
+    return sorted(_record.read(locate(record)), key=lambda row: int(row.get("place", 0)))
+
+
+def table(record: str | os.PathLike[str]) -> Table:
+    """Return the table of a record: a line for each case, beside the floors and the paper's numbers.
+
+    Args:
+        record: the path of a ``.jsonl`` file, or the name of an experiment whose record comes with invlib.
+
+    Raises:
+        DataError: the record is missing, broken or empty.
+    """
+    rows = read(record)
     if not rows:
-        raise DataError(f"record {source} has no rows; expected at least one attack")
+        raise DataError(f"record {record} has no rows; expected at least one attack")
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(row["case"], []).append(row)
@@ -108,12 +124,12 @@ def build(rows: Sequence[Row], experiments: dict[str, Experiment], source: str) 
             line.append(f"{sum(right) / total:.0%}" if total else "")
         line += [_mean([row["evaluations"] for row in group], "{:.0f}"), str(len(group))]
         lines.append(tuple(line))
-    return Table(columns=tuple(headings), rows=tuple(lines), caption=_caption(rows, cases, experiments))
+    return Table(columns=tuple(headings), rows=tuple(lines), caption=_caption(rows, cases))
 
 
-def _caption(rows: Sequence[Row], cases: dict[str, list[Row]], experiments: dict[str, Experiment]) -> str:
+def _caption(rows: Sequence[Row], cases: dict[str, list[Row]]) -> str:
     name, settings = rows[0]["experiment"], rows[0]["settings"]
-    experiment = experiments.get(name)
+    experiment = EXPERIMENTS.get(name)
     clients = sorted({len(group) for group in cases.values()})
     count = str(clients[0]) if len(clients) == 1 else f"{clients[0]} to {clients[-1]}"
     reduced = any(row["settings"]["reduced"] for row in rows)
@@ -159,11 +175,3 @@ def _mean(values: Sequence[float | None], form: str) -> str:
 def _found(group: Sequence[Row], key: str) -> str:
     ranks = [rank for row in group for rank in row[key] if rank is not None]
     return f"{sum(rank == 1 for rank in ranks) / len(ranks):.0%}" if ranks else "–"
-
-
-def read(record: str | os.PathLike[str]) -> list[Row]:
-    """Return the rows of a record by name or path, the cases in the order of the experiment.
-
-    Several processes write rows as they come; older records have no places.
-    """
-    return sorted(_record.read(locate(record)), key=lambda row: int(row.get("place", 0)))

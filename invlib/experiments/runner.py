@@ -6,7 +6,6 @@ import datetime
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import threading
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from invlib import metrics
 from invlib.core import files
 from invlib.core.files import Row
+from invlib.core.fingerprint import differences
 from invlib.core.reconstruction import Reconstruction
 from invlib.core.version import __version__
 from invlib.errors import DataError, WorkerError
@@ -113,12 +113,11 @@ def carry_out(
                 total=len(done) + len(tasks),
                 initial=len(done),
                 disable=not progress or not tasks,
-                desc=plan.name,
-                unit="attack",
-                bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
+                desc=plan.request.name,
+                smoothing=0,  # cases differ: what is left takes as long as the mean of all so far
+                bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
             )
         )
-        clock = _Clock(list(record.rows), [case.name for case, _ in tasks])
 
         def keep(row: Row) -> None:
             case, first = plan.known[row["case"]], row["image"]
@@ -126,15 +125,14 @@ def carry_out(
             row["truth"] = files.png(_truth(plan, case, first)[0]) if new else None
             row["reconstruction"] = row["reconstruction"] if pictures else None
             record.append(row)
-            clock.ended(case.name, row["seconds"])
-            bar.set_postfix_str(f"{clock.left()}after {case.name}", refresh=False)
+            bar.set_postfix_str(f"after {case.name}", refresh=False)
             bar.update()
 
         if executor is not None:
             _collect(executor, plan, tasks, settings, keep)
             return len(tasks)
         for case, first in tasks:
-            bar.set_postfix_str(f"{clock.left()}now {case.name}")
+            bar.set_postfix_str(f"now {case.name}")
             keep(_attack(plan, case, first, settings[case.name]))
     return len(tasks)
 
@@ -217,13 +215,13 @@ def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> se
     """Return which attacks the record holds; a record of other settings is an error, not a start."""
     advice = "; expected the same (give another --out, or --fresh to begin anew)"
     wanted = {(case.name, first) for case, first in plan.tasks()}
-    done = set()
+    done, name = set(), plan.request.name
     for row in map(_plan.current, record.rows):
         where = f"record {record.path} holds {row['case']!r}"
-        if row["experiment"] != plan.name:
-            raise DataError(f"{where} of experiment {row['experiment']!r}, not of {plan.name!r}{advice}")
+        if row["experiment"] != name:
+            raise DataError(f"{where} of experiment {row['experiment']!r}, not of {name!r}{advice}")
         if row["case"] not in plan.known:
-            raise DataError(f"{where}, which this form of {plan.name} does not have{advice}")
+            raise DataError(f"{where}, which this form of {name} does not have{advice}")
         now = settings[row["case"]]
         if row["key"] != key(row["case"], row["image"], now):
             raise DataError(f"{where} with {_difference(row['settings'], now)}{advice}")
@@ -240,12 +238,7 @@ def _done(record: Record, plan: Plan, settings: dict[str, dict[str, Any]]) -> se
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
     was, now = json.loads(files.encode(was)), json.loads(files.encode(now))
-    parts = [
-        f"{name}={was.get(name)!r}, now {now.get(name)!r}"
-        for name in {**was, **now}
-        if was.get(name) != now.get(name)
-    ]
-    return "; ".join(parts) or "settings that do not give its key"
+    return "; ".join(differences(was, now)) or "settings that do not give its key"
 
 
 def _same(truth: str, images: Tensor) -> bool:
@@ -272,7 +265,7 @@ def _found(plan: Plan, case: Case, first: int) -> tuple[Network, Tensor, Tensor,
     """
     truth, labels = _truth(plan, case, first)
     labels = torch.tensor([case.labels.get(label, label) for label in labels.tolist()], device=labels.device)
-    seed = plan.seed + first
+    seed = plan.request.seed + first
     shape = (int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
     net = plan.networks.get(case, seed, shape)
     seen = observe(
@@ -299,7 +292,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
     images = images[list(report.order)]
     about = [_about(plan, case, images[k], first + k) for k in range(case.images)]
     return {
-        "experiment": plan.name,
+        "experiment": plan.request.name,
         "case": case.name,
         "image": first,
         "place": list(plan.known).index(case.name),
@@ -309,7 +302,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
         "sweep": case.sweep,
         "series": case.series,
         "settings": settings,
-        "seed": plan.seed + first,
+        "seed": plan.request.seed + first,
         "psnr": list(report.psnr),
         "ssim": list(report.ssim),
         "score": found.score,
@@ -324,7 +317,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
         "reconstruction": files.png(images),
         "started": started.isoformat(timespec="seconds"),
         "commit": cards.commit(),
-        "device": _device_name(plan.device),
+        "device": _device_name(plan.request.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "invlib": __version__,
@@ -349,28 +342,3 @@ def _about(plan: Plan, case: Case, image: Tensor, row: int) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-class _Clock:
-    """How long the attacks that are left will take, judged by those of the same case that have ended."""
-
-    def __init__(self, rows: list[Row], waiting: list[str]) -> None:
-        self.times: dict[str, list[float]] = {}
-        self.waiting = list(waiting)
-        self.began, self.worked = time.perf_counter(), 0.0
-        for row in rows:
-            self.times.setdefault(row["case"], []).append(float(row["seconds"]))
-
-    def ended(self, case: str, seconds: float) -> None:
-        self.waiting.remove(case)
-        self.worked += seconds
-        self.times.setdefault(case, []).append(seconds)
-
-    def left(self) -> str:
-        known = [t for times in self.times.values() for t in times]
-        if not known:
-            return ""
-        usual = sum(known) / len(known)
-        expected = [self.times.get(case, [usual]) for case in self.waiting]
-        at_once = max(1.0, self.worked / (time.perf_counter() - self.began))
-        return f"about {math.ceil(sum(sum(t) / len(t) for t in expected) / at_once)} s left, "

@@ -150,7 +150,7 @@ class FedAvg:
         return {name: now[name] - start[name] for name in start}
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
-        """Return ``-update / (lr * steps)``: the gradient averaged over the local steps, sign mended."""
+        """Return ``-update / (lr * steps)``: the mean gradient of the local steps, with its own sign."""
         return update / (-self.lr * len(self.batches(num_images)))
 
 

@@ -20,7 +20,7 @@ def as_one_gradient(
     r"""Return a model and an observation of a single gradient that stand for a client's local steps.
 
     A client of :math:`K` local steps sends the sum of gradients at the weights that it passed,
-    :math:`\Delta = -\eta \sum_{k=0}^{K-1} \nabla L(\theta_k)`. If it walked in a straight line, it was at
+    :math:`\Delta = -\eta \sum_{k=0}^{K-1} \nabla L(\theta_k)`. If it moved in a straight line, it was at
     :math:`\theta_k = \theta_0 + \tfrac{k}{K} \Delta`, and the mean of those gradients is, up to the square of
     the learning rate, the gradient at the mean of those weights:
 

@@ -4,7 +4,7 @@ Each is a quartet: a reference in plain torch (`invlib.kernels.reference`), a Tr
 (`invlib.kernels.triton`), a test that holds the second to the first, and a benchmark. Which one runs is
 decided in each call, by :func:`choose`: ``impl=None`` takes Triton for CUDA tensors of a supported dtype and
 the reference for everything else, for lists that mix dtypes, and while a step is being compiled or captured
-as a CUDA graph; ``impl="reference"`` and ``impl="triton"`` insist, and raise where that cannot be. Triton is
+as a CUDA graph; ``impl="reference"`` and ``impl="triton"`` raise where that cannot run. Triton is
 imported only when it is about to run. With ``TRITON_INTERPRET=1`` in the environment ``impl="triton"`` also
 runs on a CPU, slowly, which is how its tests run without a GPU; an automatic choice on a CPU is the reference
 all the same.

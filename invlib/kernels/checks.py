@@ -1,6 +1,7 @@
 """What the kernels ask of their arguments, checked before any implementation runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,38 +71,44 @@ def check_images(images: Tensor, reduction: str) -> None:
         raise ConfigError(f"reduction={reduction!r} is unknown; choose 'mean' or 'sum'")
 
 
-def check_adam(
-    x: Tensor,
-    state: dict[str, Tensor],
-    bounds: dict[str, Tensor | None],
-    step: int,
-    betas: tuple[float, float],
-) -> None:
-    """Check the arguments of an Adam step.
+@dataclass(frozen=True, kw_only=True)
+class AdamStep:
+    """The settings of one Adam step, as `invlib.kernels.adam_step_` explains them."""
 
-    Raises:
-        ConfigError: if a tensor does not fit x in shape, device or kind, a bound does not broadcast against
-            x, the step is below 1 or a beta is outside [0, 1).
-    """
-    if not x.is_floating_point():
-        raise ConfigError(f"x is {x.dtype}; expected a floating-point dtype")
-    for name, tensor in state.items():
-        if tensor.shape != x.shape or tensor.device != x.device or not tensor.is_floating_point():
-            raise ConfigError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; "
-                f"expected {tuple(x.shape)}, floating-point, on {x.device} like x"
-            )
-    for name, bound in bounds.items():
-        if bound is None:
-            continue
-        padded = (1,) * (x.ndim - bound.ndim) + tuple(bound.shape)
-        fits = len(padded) == x.ndim and all(b in (1, n) for b, n in zip(padded, x.shape, strict=True))
-        if not fits or bound.device != x.device:
-            raise ConfigError(
-                f"{name} is {tuple(bound.shape)} on {bound.device}; "
-                f"expected a shape that broadcasts against {tuple(x.shape)}, on {x.device} like x"
-            )
-    if step < 1:
-        raise ConfigError(f"step={step}; expected 1 for the first step")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"betas={betas}; expected two numbers in [0, 1)")
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    signed: bool
+    low: Tensor | None
+    high: Tensor | None
+
+    def check(self, x: Tensor, **state: Tensor) -> None:
+        """Check the settings and the tensors of the step.
+
+        Raises:
+            ConfigError: if a tensor does not fit x in shape, device or kind, a bound does not broadcast
+                against x, the step is below 1 or a beta is outside [0, 1).
+        """
+        if not x.is_floating_point():
+            raise ConfigError(f"x is {x.dtype}; expected a floating-point dtype")
+        for name, tensor in state.items():
+            if tensor.shape != x.shape or tensor.device != x.device or not tensor.is_floating_point():
+                raise ConfigError(
+                    f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; "
+                    f"expected {tuple(x.shape)}, floating-point, on {x.device} like x"
+                )
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is None:
+                continue
+            padded = (1,) * (x.ndim - bound.ndim) + tuple(bound.shape)
+            fits = len(padded) == x.ndim and all(b in (1, n) for b, n in zip(padded, x.shape, strict=True))
+            if not fits or bound.device != x.device:
+                raise ConfigError(
+                    f"{name} is {tuple(bound.shape)} on {bound.device}; "
+                    f"expected a shape that broadcasts against {tuple(x.shape)}, on {x.device} like x"
+                )
+        if self.step < 1:
+            raise ConfigError(f"step={self.step}; expected 1 for the first step")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas}; expected two numbers in [0, 1)")

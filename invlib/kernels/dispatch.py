@@ -11,7 +11,7 @@ from torch import Tensor
 
 from invlib.errors import ConfigError, DeviceError
 from invlib.kernels import reference
-from invlib.kernels.checks import check_adam, check_images, check_lists
+from invlib.kernels.checks import AdamStep, check_images, check_lists
 
 Impl = Literal["reference", "triton"]
 
@@ -98,21 +98,8 @@ def squared_difference(
 
     The differences are taken before they are squared, so that nothing cancels when the two are close:
     expanding the square would lose all digits of a distance much smaller than the norms. This is the
-    objective of Zhu et al., *Deep Leakage from Gradients* (2019, arXiv 1906.08935).
-
-    Args:
-        candidate: the gradients that a guess gives, one tensor of any shape per parameter; differentiable.
-        target: the observed gradients, of the same shapes; a constant, no gradient flows to it.
-        weights: one number per tensor; None weighs all alike.
-        impl: see :func:`choose`.
-
-    Returns:
-        The sum, of shape ``()``, in float32, or in float64 where a tensor is float64.
-
-    Raises:
-        ConfigError: if the lists do not fit each other (the message names the tensor and both shapes), are
-            empty or hold a tensor of zero size, or the weights do not fit them.
-        DeviceError: if ``impl="triton"`` cannot run.
+    objective of Zhu et al., *Deep Leakage from Gradients* (2019, arXiv 1906.08935). Arguments, dtype of the
+    sum, of shape ``()``, and errors as for `gradient_statistics`.
     """
     checked = check_lists(candidate, target, weights)
     if _choose_for_lists(impl, candidate, target) == "reference":
@@ -202,11 +189,10 @@ def adam_step_(
         ConfigError: if a tensor does not fit x, the step is below 1 or a beta is out of range.
         DeviceError: if ``impl="triton"`` cannot run.
     """
-    check_adam(x, {"grad": grad, "m": m, "v": v}, {"low": low, "high": high}, step, betas)
+    how = AdamStep(step=step, lr=lr, betas=betas, eps=eps, signed=signed, low=low, high=high)
+    how.check(x, grad=grad, m=m, v=v)
     module = reference if choose(impl, x) == "reference" else _triton()
-    module.adam_step_(
-        x, grad, m, v, step=step, lr=lr, betas=betas, eps=eps, signed=signed, low=low, high=high
-    )
+    module.adam_step_(x, grad, m, v, how)
 
 
 def _choose_for_lists(impl: Impl | None, candidate: Sequence[Tensor], target: Sequence[Tensor]) -> Impl:
@@ -241,8 +227,7 @@ def _obstacle(tensor: Tensor) -> str | None:
 
 @functools.cache
 def _load() -> ModuleType | ImportError:
-    # The import takes most of a second and Triton is not made for every platform, so it waits for its first
-    # use.
+    # Imported at its first use: it takes most of a second, and Triton is not made for every platform.
     try:
         return importlib.import_module("invlib.kernels.triton")
     except ImportError as error:

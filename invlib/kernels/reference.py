@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from invlib.kernels.checks import accumulator
+from invlib.kernels.checks import AdamStep, accumulator
 
 
 def gradient_statistics(
@@ -54,32 +54,19 @@ def total_variation(images: Tensor, reduction: str) -> Tensor:
     return across.sum() / max(across.numel(), 1) + down.sum() / max(down.numel(), 1)
 
 
-def adam_step_(
-    x: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    signed: bool,
-    low: Tensor | None,
-    high: Tensor | None,
-) -> None:
+def adam_step_(x: Tensor, grad: Tensor, m: Tensor, v: Tensor, how: AdamStep) -> None:
     """One step of Adam and the projection, in the order in which torch.optim.Adam computes it."""
-    dtype = accumulator(x)
-    g = (grad.sign() if signed else grad).to(dtype)
-    mean = m.to(dtype).lerp(g, 1 - betas[0])
-    square = (v.to(dtype) * betas[1]).addcmul(g, g, value=1 - betas[1])
-    rate = lr / (1 - betas[0] ** step)
-    denominator = square.sqrt() / (1 - betas[1] ** step) ** 0.5 + eps
+    dtype, (beta1, beta2) = accumulator(x), how.betas
+    g = (grad.sign() if how.signed else grad).to(dtype)
+    mean = m.to(dtype).lerp(g, 1 - beta1)
+    square = (v.to(dtype) * beta2).addcmul(g, g, value=1 - beta2)
+    rate = how.lr / (1 - beta1**how.step)
+    denominator = square.sqrt() / (1 - beta2**how.step) ** 0.5 + how.eps
     moved = x.to(dtype).addcdiv(mean, denominator, value=-rate)
     m.copy_(mean)
     v.copy_(square)
-    if low is not None:
-        moved = moved.maximum(low.to(dtype))
-    if high is not None:
-        moved = moved.minimum(high.to(dtype))
+    if how.low is not None:
+        moved = moved.maximum(how.low.to(dtype))
+    if how.high is not None:
+        moved = moved.minimum(how.high.to(dtype))
     x.copy_(moved)

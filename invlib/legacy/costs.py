@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +14,14 @@ from invlib.optim import objectives
 from invlib.optim.objectives import Layers, Objective, Tensors
 
 # Which and how many tensors each name of `indices` stands for.
-SUBSETS = {
+SUBSETS: dict[str, dict[str, Any]] = {
     "def": {},
     "batch": {},
     "topk-1": {"which": "largest", "count": 4},
-    "top10": {"which": "largest", "count": 10},
-    "top50": {"which": "largest", "count": 50},
+    **{f"top{n}": {"which": "largest", "count": n} for n in (10, 50)},
     "first": {"which": "first", "count": 4},
-    "first4": {"which": "first", "count": 4},
-    "first5": {"which": "first", "count": 5},
-    "first10": {"which": "first", "count": 10},
-    "first50": {"which": "first", "count": 50},
-    "last5": {"which": "last", "count": 5},
-    "last10": {"which": "last", "count": 10},
-    "last50": {"which": "last", "count": 50},
+    **{f"first{n}": {"which": "first", "count": n} for n in (4, 5, 10, 50)},
+    **{f"last{n}": {"which": "last", "count": n} for n in (5, 10, 50)},
 }
 WEIGHTS = {"equal": "equal", "linear": "linear", "exp": "exponential"}
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from invlib.core.files import atomic_write
+from invlib.core.fingerprint import differences
 from invlib.errors import ConfigError, DataError
 from invlib.models import weights, zoo
 
@@ -133,9 +134,7 @@ def read_checkpoint(
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         was = state["settings"]
-        differ = [
-            f"{key}={was.get(key)!r}, now {value!r}" for key, value in card.items() if was.get(key) != value
-        ]
+        differ = differences({key: was.get(key) for key in card}, card)
         if not differ:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])

@@ -25,13 +25,13 @@ def available() -> dict[str, tuple[str, ...]]:
         folder = data.resource("weights")
     except DataError:
         return {}
-    found: dict[str, tuple[str, ...]] = {}
+    shipped: dict[str, tuple[str, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         card = _read_card(file.with_suffix(".json"))
         model = str(card.get("model"))
         # The file's name is model-slug; both may have a dash in them, so the card tells where to cut.
-        found[model] = (*found.get(model, ()), file.stem.removeprefix(f"{model}-"))
-    return found
+        shipped[model] = (*shipped.get(model, ()), file.stem.removeprefix(f"{model}-"))
+    return shipped
 
 
 def model_card(name: str, dataset: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def card_settings(name: str, path: Path, asked: dict[str, Any], own_activation: 
 
     Args:
         name: Name of the model.
-        path: The weights file. Without a card beside it, what was asked for is all there is.
-        asked: Settings that were asked for by name.
+        path: The weights file. Without a card beside it, the given settings are all there are.
+        asked: Settings that the caller gave.
         own_activation: The activation that the family uses where none is named.
 
     Raises:
@@ -124,7 +124,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Put tensors into a network, once their names, shapes and numbers have been found to fit.
+    """Put tensors into a network, once their names, shapes and numbers were checked to fit.
 
     Args:
         model: The network that is changed.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from invlib import kernels
 from invlib.errors import ConfigError
+from invlib.optim.schedules import StepDecay as StepDecay  # iv.optimizers.StepDecay
 
 Values = list[Tensor]
 State = dict[str, Any]

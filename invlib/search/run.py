@@ -198,7 +198,7 @@ def _result(
             value[rows] = kept[places]
         if state.costs:
             for part, columns in zip(table, (state.costs, state.objectives), strict=True):
-                part[: len(columns), rows] = torch.stack(columns).cpu()[:, places]
+                part[: len(columns), rows] = torch.stack(columns).to(part)[:, places]
         ran[rows] = state.step > 0
         evaluations += state.evaluations * len(rows)
     steps = [k * settings.record_every for k in range(recorded)]

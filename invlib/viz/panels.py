@@ -30,7 +30,6 @@ def panel(
     send: Callable[[nn.Module, int], Observation],
     attack: Callable[..., Callable[..., Reconstruction]],
     steps: int | None,
-    restarts: int = 1,
     names: Sequence[str] | None = None,
     label: str = "step",
     alt: str = "reconstruction",
@@ -48,14 +47,13 @@ def panel(
         attack: makes the attack from a number of steps and of restarts; from nothing where steps is None.
         steps: the number of steps that is filled in; None for a closed form, which has neither steps nor
             restarts.
-        restarts: the number of restarts that is filled in.
         names: what each of the N images is called; numbers where not given.
         label: what the attack's steps are called.
         alt: what the pictures show, for readers who do not see them.
 
     Raises:
         ConfigError: there is no network, the images' shape or range or the number of names does not fit, or
-            steps or restarts is under 1.
+            steps is under 1.
 
     Example:
         >>> import invlib as iv
@@ -82,9 +80,8 @@ def panel(
         same_length("names", names, len(images), "images")
     if not networks:
         raise ConfigError("networks is empty; expected at least one network by name")
-    for name, number in (("steps", steps), ("restarts", restarts)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} must be at least 1, got {number}")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
 
     style = {"description_width": "initial"}
     image = widgets.Dropdown(
@@ -98,7 +95,7 @@ def panel(
         steps or 1, min=1, max=100_000, description=f"{label}s", style=style, layout=narrow
     )
     restart_count = widgets.BoundedIntText(
-        restarts, min=1, max=64, description="restarts", style=style, layout=narrow
+        1, min=1, max=64, description="restarts", style=style, layout=narrow
     )
     counts = [] if steps is None else [step_count, restart_count]
     run = widgets.Button(description="Run", button_style="primary")

@@ -213,7 +213,7 @@ def test_another_attack_or_case_or_experiment_in_the_record_is_named(here, monke
     assert cli.main(["experiment", "guess", "--images", "1"]) == 0
     register(monkeypatch, dark=Guess(level=0.3))
     assert cli.main(["experiment", "guess", "--images", "1"]) == 2
-    assert "'level': 0.2" in capsys.readouterr().err
+    assert "attack.level=0.2, now 0.3" in capsys.readouterr().err
     register(monkeypatch, light=Guess(level=0.2))
     assert cli.main(["experiment", "guess", "--images", "1"]) == 2
     assert "holds 'dark', which this form of guess does not have" in capsys.readouterr().err
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_where_it_was(here, monkeypatch):
 
 
 def test_missing_weights_are_said_before_the_first_attack(here, monkeypatch, capsys):
-    monkeypatch.setattr(models, "available", dict)
+    monkeypatch.setattr("invlib.models.weights.available", dict)
     argv = ["experiment", "table1", "--full", "--only", "ResNet20-4, trained", "--device", "cpu"]
     assert cli.main(argv) == 2
     err = capsys.readouterr().err

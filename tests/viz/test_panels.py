@@ -163,7 +163,6 @@ def test_an_error_is_shown_and_the_panel_can_run_again(photos, networks, sent):
     [
         ({"names": ["one"]}, "names must have one entry for each of the 4 images, got 1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"restarts": 0}, "restarts must be at least 1, got 0"),
     ],
 )
 def test_faults(settings, message, photos, networks, sent):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from invlib.kernels.checks import accumulator
+from invlib.kernels.checks import AdamStep, accumulator
 from invlib.kernels.triton.common import BLOCK_SIZE, TYPES, launch, sign
 
 
@@ -74,27 +74,15 @@ def _box(bound: Tensor | None, x: Tensor) -> tuple[Tensor, int, int]:
     return bound.contiguous(), repeat, bound.numel()
 
 
-def adam_step_(
-    x: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    signed: bool,
-    low: Tensor | None,
-    high: Tensor | None,
-) -> None:
+def adam_step_(x: Tensor, grad: Tensor, m: Tensor, v: Tensor, how: AdamStep) -> None:
     """One step of Adam and the projection, in one launch."""
     if x.numel() == 0:
         return
     targets = (x, m, v)
     dense = [tensor.contiguous() for tensor in targets]
-    low_values, *low_pattern = _box(low, x)
-    high_values, *high_pattern = _box(high, x)
+    low_values, *low_pattern = _box(how.low, x)
+    high_values, *high_pattern = _box(how.high, x)
+    beta1, beta2 = how.betas
     launch(
         _adam_kernel,
         triton.cdiv(x.numel(), BLOCK_SIZE),
@@ -108,15 +96,15 @@ def adam_step_(
         x.numel(),
         *low_pattern,
         *high_pattern,
-        lr / (1 - betas[0] ** step),
-        1 - betas[0],
-        betas[1],
-        1 - betas[1],
-        math.sqrt(1 - betas[1] ** step),
-        eps,
-        SIGNED=signed,
-        LOW=low is not None,
-        HIGH=high is not None,
+        how.lr / (1 - beta1**how.step),
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        math.sqrt(1 - beta2**how.step),
+        how.eps,
+        SIGNED=how.signed,
+        LOW=how.low is not None,
+        HIGH=how.high is not None,
         SUM=TYPES[accumulator(x)],
         OFFSET=tl.int64 if x.numel() >= 2**31 - BLOCK_SIZE else tl.int32,
         BLOCK=BLOCK_SIZE,

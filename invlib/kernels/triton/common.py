@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import Function
 
 from invlib.errors import DeviceError
 
@@ -42,11 +43,19 @@ def unfold(tensor: Tensor, batch: int, rows: int) -> Tensor:
     return tensor.unflatten(0, (batch, rows)) if rows else tensor
 
 
-def refuse_second_derivative() -> None:
-    """Raise `DeviceError`: no kernel has a second derivative."""
-    raise DeviceError(
-        "the Triton kernels are differentiable once; use impl='reference' for a second derivative"
-    )
+class LastDerivative(Function):
+    """A gradient that has no derivative of its own: asking for one raises `DeviceError`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        """Raise `DeviceError`."""
+        raise DeviceError(
+            "the Triton kernels are differentiable once; use impl='reference' for a second derivative"
+        )
 
 
 # Triton decides at each definition whether to compile or to interpret: for its own functions when it is

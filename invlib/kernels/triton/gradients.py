@@ -16,8 +16,8 @@ from invlib.kernels.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
     TYPES,
+    LastDerivative,
     launch,
-    refuse_second_derivative,
     to_front,
     unfold,
 )
@@ -225,7 +225,7 @@ class _ListSums(Function):
         return unfold(sums, info.batch_size, lists.rows), 0
 
 
-class _ListGradients(Function):
+class _ListGradients(LastDerivative):
     """The gradient of those sums with respect to the candidate, a tuple of tensors."""
 
     @staticmethod
@@ -236,14 +236,6 @@ class _ListGradients(Function):
         )
         lists.launch(_gradients_kernel, tensors, upstream.contiguous(), out)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        refuse_second_derivative()
 
     @staticmethod
     def vmap(

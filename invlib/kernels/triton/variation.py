@@ -14,8 +14,8 @@ from invlib.kernels.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
     TYPES,
+    LastDerivative,
     launch,
-    refuse_second_derivative,
     sign,
     to_front,
     unfold,
@@ -162,7 +162,7 @@ class _TotalVariation(Function):
         return unfold(values, info.batch_size, variation.rows), 0
 
 
-class _TotalVariationGradient(Function):
+class _TotalVariationGradient(LastDerivative):
     """Its gradient with respect to the images."""
 
     @staticmethod
@@ -170,14 +170,6 @@ class _TotalVariationGradient(Function):
         out = torch.empty(images.shape, dtype=images.dtype, device=images.device)
         variation.launch(_variation_gradient_kernel, images, upstream.contiguous(), out)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        refuse_second_derivative()
 
     @staticmethod
     def vmap(
