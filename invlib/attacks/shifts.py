@@ -15,6 +15,7 @@ from invlib.autodiff.smoothing import Smoothing
 from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, History, Progress, Reconstruction
+from invlib.optim.schedules import geometric
 
 Move = tuple[int, int]
 
@@ -123,19 +124,15 @@ class Shifting:
 
 def _part(search: GradientMatching, first: float, last: float) -> GradientMatching:
     """Return the part of a search between two places from 0, the initial sharpness, to 1, the last."""
-
-    def between(start: float, end: float, place: float) -> float:
-        return float(start * (end / start) ** place)
-
     whole = search.smoothing
     return replace(
         search,
         smoothing=whole
         and Smoothing(
-            start=between(whole.start, whole.end, first), end=between(whole.start, whole.end, last)
+            start=geometric(whole.start, whole.end, first), end=geometric(whole.start, whole.end, last)
         ),
-        priors=tuple((between(1, search.fading, first) * weight, prior) for weight, prior in search.priors),
-        fading=between(1, search.fading, last - first),
+        priors=tuple((geometric(1, search.fading, first) * weight, prior) for weight, prior in search.priors),
+        fading=geometric(1, search.fading, last - first),
     )
 
 

@@ -139,9 +139,9 @@ def test_steps_are_another_name_of_evaluations():
     assert iv.best(evaluations=300) == iv.best(steps=300) != iv.best(steps=400)
     assert iv.best().evaluations == 1200
     # A setting that is given counts even at its default, where the attack would choose another one.
-    given = {"init": "randn", "smoothing": iv.Smoothing()}
-    assert iv.best(**given) != iv.best()
-    assert iv.best(**given).matching == iv.best().matching
+    for given in ({"init": "randn"}, {"smoothing": iv.Smoothing()}):
+        assert iv.best(**given) != iv.best()
+        assert iv.best(**given).matching == iv.best().matching
 
 
 def test_restarts_and_smoothing_go_together():

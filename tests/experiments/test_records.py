@@ -1,5 +1,6 @@
 """The record, the floors, the ranks and the table of an experiment: known answers, no network."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,12 @@ def test_settings_are_described_by_value_and_not_by_address():
         describe(inverting_gradients(loss=lambda a, b: a.sum()))
 
 
+@functools.cache
+def attacks_of(experiment, **asked):
+    setup = experiments.Setup(**asked, slug="cifar10")
+    return {case.name: case.attack for case in experiments.get(experiment).cases(setup)}
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_shipped_records_that_describe_best_as_before_go_on(path):
     """They hold the local variables of the function that `best` was."""
@@ -248,8 +255,7 @@ def test_shipped_records_that_describe_best_as_before_go_on(path):
             assert now is row
             continue
         asked = {name: row["settings"][name] for name in ("steps", "restarts", "reduced")}
-        cases = experiments.get(row["experiment"]).cases(experiments.Setup(**asked, slug="cifar10"))
-        [attack] = [case.attack for case in cases if case.name == row["case"]]
+        attack = attacks_of(row["experiment"], **asked)[row["case"]]
         if "shifts" not in old:  # recorded before there were shifted copies
             attack = replace(attack, shifts=0)
         settings = {**row["settings"], "attack": describe(attack, added_later=plan.ADDED_LATER)}
