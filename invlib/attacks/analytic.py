@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from invlib.attacks.labels import infer
-from invlib.core.network import in_mode
+from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import RecoveryError
@@ -169,25 +169,12 @@ class _Stage:
 
 def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
     """Return the fully connected layers from the image on, in the order in which they run."""
-    ran: list[tuple[str, nn.Module, tuple[int, ...]]] = []
-    handles = []
-    for name, module in model.named_modules():
-        if not list(module.children()):
-
-            def hook(m: nn.Module, arguments: Any, _: Any, name: str = name) -> None:
-                ran.append((name, m, tuple(arguments[0].shape)))
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            model(next(model.parameters()).new_zeros(1, *observation.image_shape))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _, ran = record_layers(model, next(model.parameters()).new_zeros(1, *observation.image_shape))
     stages: list[_Stage] = []
-    for name, module, _ in ran:
+    for call in ran:
+        module = call.layer
         if isinstance(module, nn.Linear):
-            stages.append(_Stage(name=name, layer=module, activation=nn.Identity()))
+            stages.append(_Stage(name=call.name, layer=module, activation=nn.Identity()))
         elif stages and type(module) in SLOPES:
             if not isinstance(module, nn.Identity):
                 stages[-1] = _Stage(name=stages[-1].name, layer=stages[-1].layer, activation=module)
@@ -195,7 +182,7 @@ def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
             break
     pixels = math.prod(observation.image_shape)
     if not stages or stages[0].layer.in_features != pixels:
-        first = f"{ran[0][0]!r} ({type(ran[0][1]).__name__})" if ran else "nothing"
+        first = f"{ran[0].name!r} ({type(ran[0].layer).__name__})" if ran else "nothing"
         raise RecoveryError(
             f"{type(model).__name__} begins with {first}; expected a fully connected layer on all "
             f"{pixels} numbers of the image (use layer_input_of for the input of a later layer, or gradient "

@@ -21,6 +21,7 @@ from invlib.errors import ConfigError
 from invlib.federated import FedSGD
 from invlib.optim import objectives, priors
 from invlib.optim.optimizers import Adam, Variable
+from invlib.optim.schedules import geometric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class ForwardMatching:
         trace: dict[int, float] = {}
         for step in range(self.steps):
             part = step / self.steps
-            weight = self.tv[0] * (self.tv[1] / self.tv[0]) ** part
+            weight = geometric(*self.tv, part)
 
             def evaluate(
                 values: list[Tensor], step: int = step, weight: float = weight

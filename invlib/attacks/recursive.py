@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from invlib.attacks.analytic import SLOPES, layer_input
 from invlib.attacks.labels import infer
 from invlib.attacks.matching import GradientMatching
-from invlib.core.network import in_mode
+from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import RecoveryError
@@ -136,33 +136,19 @@ def is_chain(model: nn.Module, observation: Observation) -> bool:
 
 def _chain(model: nn.Module, observation: Observation) -> list[_Stage]:
     """Return the layers in the order in which they run, checked to feed one another and nothing else."""
-    ran: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, arguments, output: ran.append((name, module, arguments[0], output))
-
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
     some = next(model.parameters())
     probe = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0)).to(some)
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            logits = model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    logits, ran = record_layers(model, probe)
     stages: list[_Stage] = []
     flowing = probe
-    for name, module, given, output in ran:
-        if not torch.equal(given.flatten(), flowing.flatten()):
+    for call in ran:
+        name, module = call.name, call.layer
+        if not torch.equal(call.given.flatten(), flowing.flatten()):
             raise _no_chain(model, f"{name!r} does not take what the layer before it gives")
         if isinstance(module, nn.Linear) or (
             isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         ):
-            shape = tuple(given.shape[1:])
+            shape = tuple(call.given.shape[1:])
             stages.append(_Stage(name=name, layer=module, activation=nn.Identity(), shape=shape))
         elif type(module) in _INVERSES and not isinstance(module, nn.Identity):
             if not stages or not isinstance(stages[-1].activation, nn.Identity):
@@ -171,7 +157,7 @@ def _chain(model: nn.Module, observation: Observation) -> list[_Stage]:
             stages[-1] = _Stage(name=last.name, layer=last.layer, activation=module, shape=last.shape)
         elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
             raise _no_chain(model, f"{name!r} is {type(module).__name__}")
-        flowing = output
+        flowing = call.output
     if not stages or not torch.equal(flowing, logits):
         raise _no_chain(model, "it has steps that are no layers")
     head = stages[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from invlib.attacks.matching import GradientMatching
 from invlib.autodiff.smoothing import Smoothing
-from invlib.core.network import in_mode
+from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, History, Progress, Reconstruction
+from invlib.optim.schedules import geometric
 
 Move = tuple[int, int]
 
@@ -33,22 +34,12 @@ def moves(model: nn.Module, observation: Observation) -> list[Move]:
     The product is measured: the side of the image over that of the smallest output of a convolution. None for
     a batch, in which each image would have to be shifted by itself, or where nothing is strided.
     """
-    sides: list[Sequence[int]] = []
-
-    def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        sides.append(output.shape[-2:])
-
     if observation.num_images > 1:
         return []
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            model(torch.zeros(1, *observation.image_shape).to(next(model.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    zeros = torch.zeros(1, *observation.image_shape).to(next(model.parameters()))
+    sides = [call.output.shape[-2:] for call in record_layers(model, zeros, nn.Conv2d)[1]]
     image = observation.image_shape[-2:]
-    strides = [side // min(found) for side, found in zip(image, zip(*sides, strict=True), strict=False)]
+    strides = [side // min(outputs) for side, outputs in zip(image, zip(*sides, strict=True), strict=False)]
     if not sides or strides == [1, 1]:
         return []
     down, across = (
@@ -131,19 +122,15 @@ def settled(
 
 def _part(search: GradientMatching, first: float, last: float) -> GradientMatching:
     """Return the part of a search from one place on the way from round kinks to sharp ones to another."""
-
-    def between(start: float, end: float, place: float) -> float:
-        return float(start * (end / start) ** place)
-
     kinks = search.smoothing
     return replace(
         search,
         smoothing=kinks
         and Smoothing(
-            start=between(kinks.start, kinks.end, first), end=between(kinks.start, kinks.end, last)
+            start=geometric(kinks.start, kinks.end, first), end=geometric(kinks.start, kinks.end, last)
         ),
-        priors=tuple((between(1, search.fading, first) * weight, prior) for weight, prior in search.priors),
-        fading=between(1, search.fading, last - first),
+        priors=tuple((geometric(1, search.fading, first) * weight, prior) for weight, prior in search.priors),
+        fading=geometric(1, search.fading, last - first),
     )
 
 

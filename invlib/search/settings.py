@@ -7,7 +7,7 @@ from typing import Literal
 
 from invlib.autodiff.smoothing import Smoothing
 from invlib.optim.optimizers import Optimizer
-from invlib.optim.schedules import StepDecay
+from invlib.optim.schedules import StepDecay, geometric
 
 EngineName = Literal["auto", "eager", "batched", "graphed"]
 
@@ -47,7 +47,7 @@ class SearchSettings:
 
     def prior_factor(self, step: int) -> float:
         """Return the factor of the priors' weights at a step."""
-        return float(self.fading ** min(step / max(self.steps - 1, 1), 1.0))
+        return geometric(1.0, self.fading, min(step / max(self.steps - 1, 1), 1.0))
 
     def step_factor(self, step: int) -> float:
         """Return the factor of the step size at a step."""
