@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.core.network import classifier
+from invlib.core.network import classifier, record_layers
 from invlib.core.normalization import Normalization
 from invlib.metrics import quality
 
@@ -75,14 +75,10 @@ class Features:
             images = F.interpolate(
                 images, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False
             )
-        layer = self.model.get_submodule(classifier(self.model)[0].removesuffix("weight").removesuffix("."))
-        kept: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
-        try:
-            self.model(self.normalization.encode(images))
-        finally:
-            handle.remove()
-        return kept[0].flatten(1)
+        name = classifier(self.model)[0].removesuffix("weight").removesuffix(".")
+        _, calls = record_layers(self.model, self.normalization.encode(images), nn.Linear)
+        features: Tensor = next(call.given for call in calls if call.name == name)
+        return features.flatten(1)
 
     def similarity(self, image: Tensor, candidates: Tensor) -> Tensor:
         """Return the cosine of the angle between the features of an image and of each candidate."""

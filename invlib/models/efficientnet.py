@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from invlib.core.optional import package
-from invlib.errors import ConfigError, DataError, UnknownNameError
-from invlib.models.layers import at_least
+from invlib.errors import DataError, UnknownNameError
+from invlib.models.layers import check_colour
 
 WEIGHTS = "imagenet"
 
@@ -30,22 +30,14 @@ def efficientnet_lite0(*, num_classes: int = 1000, in_channels: int = 3, image_s
 
     Source: Tan and Le 2019, arXiv 1905.11946; Lite: ReLU6 for swish, and no squeeze-and-excitation.
     """
-    at_least("image_size", image_size, 32, "efficientnet_lite0 halves it five times")
-    if in_channels != 3:
-        raise ConfigError(
-            f"in_channels is {in_channels}; expected 3, for efficientnet_lite0 takes colour images"
-        )
+    check_colour("efficientnet_lite0", in_channels, image_size)
     make = package("efficientnet_lite_pytorch", "imagenet").EfficientNet.from_name
     model: nn.Module = make("efficientnet-lite0", num_classes=num_classes, image_size=image_size)
     return model
 
 
 def pretrained(name: str, weights: str) -> dict[str, Tensor]:
-    """Return the weights of a network of this family from the package that has them.
-
-    Args:
-        name: A key of ``MODELS``.
-        weights: ``"imagenet"``.
+    """Return the weights ``"imagenet"`` of a network of this family from the package that has them.
 
     Raises:
         UnknownNameError: There are no such weights.

@@ -5,8 +5,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from invlib.core.optional import torchvision
-from invlib.errors import ConfigError, DataError, UnknownNameError
-from invlib.models.layers import at_least
+from invlib.errors import DataError, UnknownNameError
+from invlib.models.layers import check_colour
 
 
 def torchvision_model(
@@ -17,16 +17,14 @@ def torchvision_model(
     Args:
         name: Function of ``torchvision.models``, for example ``"resnet18"``.
         num_classes: Length of the output.
-        in_channels: Channels of the images; these networks take 3 only.
+        in_channels: 3; these networks take colour images only.
         image_size: Height and width of the images; at least 32.
 
     Raises:
         ConfigError: The images do not fit.
         DependencyError: torchvision is not installed.
     """
-    at_least("image_size", image_size, 32, f"{name} halves it five times")
-    if in_channels != 3:
-        raise ConfigError(f"in_channels is {in_channels}; expected 3, for {name} takes colour images")
+    check_colour(name, in_channels, image_size)
     model: nn.Module = torchvision().models.get_model(name, weights=None, num_classes=num_classes)
     for module in model.modules():
         if getattr(module, "inplace", False):

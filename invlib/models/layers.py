@@ -33,6 +33,13 @@ def norm_layer(channels: int, batch_norm: bool) -> nn.Module:
     return nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
 
 
+def check_colour(name: str, in_channels: int, image_size: int) -> None:
+    """Raise ``ConfigError`` unless the images suit a network of ImageNet: colours, and 32 pixels or more."""
+    at_least("image_size", image_size, 32, f"{name} halves it five times")
+    if in_channels != 3:
+        raise ConfigError(f"in_channels is {in_channels}; expected 3, for {name} takes colour images")
+
+
 def at_least(setting: str, value: int, least: int, why: str) -> int:
     """Return the value, or raise ``ConfigError`` unless it is a whole number that is large enough."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -68,8 +68,8 @@ def train(
         lr: another initial learning rate than the strategy's.
         seed: for the initial weights, the order of the images and the augmentation.
         num_classes: outputs of the network; the largest label and one where None.
-        activation: as for `invlib.models.build`; the model's own where None.
-        batch_norm: False leaves batch normalisation out.
+        activation: as for `invlib.models.build`.
+        batch_norm: likewise.
         augment: shift each image by up to 4 pixels (black comes in) and mirror half of them.
         precision: ``"float32"``, or ``"bfloat16"`` for convolutions and products in half as many bits, which
             takes half the time on processors that have them; the weights stay in float32.

@@ -112,10 +112,9 @@ def build(
 
     tensors = None
     if weights is not None:
-        if name in imagenet.MODELS and not str(weights).endswith(".safetensors"):
-            tensors = imagenet.pretrained(name, str(weights))
-        elif name in efficientnet.MODELS and not str(weights).endswith(".safetensors"):
-            tensors = efficientnet.pretrained(name, str(weights))
+        packaged = [family for family in (imagenet, efficientnet) if name in family.MODELS]
+        if packaged and not str(weights).endswith(".safetensors"):
+            tensors = packaged[0].pretrained(name, str(weights))
         else:
             path = locate(name, weights)
             own_activation = accepted["activation"].default if "activation" in accepted else None

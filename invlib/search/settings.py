@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from invlib.autodiff.smoothing import Smoothing
 from invlib.optim.optimizers import Optimizer
+from invlib.optim.schedules import geometric
 
 EngineName = Literal["auto", "eager", "batched", "graphed"]
 
@@ -54,7 +55,7 @@ class SearchSettings:
 
     def prior_factor(self, step: int) -> float:
         """Return the factor of the priors' weights at a step."""
-        return float(self.fading ** min(step / max(self.steps - 1, 1), 1.0))
+        return geometric(1.0, self.fading, min(step / max(self.steps - 1, 1), 1.0))
 
     def step_factor(self, step: int) -> float:
         """Return the factor of the step size at a step."""
