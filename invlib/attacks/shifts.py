@@ -60,7 +60,7 @@ def shifted(images: Tensor, move: Move) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Shifting:
-    """A search that goes on from shifted copies of what it found, as long as that lowers the score.
+    """A search that goes on from shifted copies of its result, as long as that lowers the score.
 
     Args:
         search: the whole search, as it would be without shifting.

@@ -70,8 +70,9 @@ class Reconstruction:
 
     def __repr__(self) -> str:
         shape = "×".join(str(n) for n in self.images.shape)
+        measured = f" ({self.objective})" if self.objective else ""
         return (
-            f"Reconstruction(images {shape}, score {self.score:.4g}, status {self.status!r}, "
+            f"Reconstruction(images {shape}, score {self.score:.4g}{measured}, status {self.status!r}, "
             f"{len(self.trial_scores)} restart(s), {self.evaluations} evaluations, {self.seconds:.1f} s)"
         )
 

@@ -431,6 +431,7 @@ def test_a_reconstruction_says_what_it_is(tiny, seen):
     text = repr(iv.GradientMatching(steps=1, restarts=2)(tiny, seen))
     assert "images 1×3×8×8" in text
     assert "2 restart(s)" in text
+    assert " (cosine), status 'max_steps'" in text
 
 
 def constant(inputs):
