@@ -255,12 +255,12 @@ def _attack(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
             "and --tv of the attack's options (it chooses the others by itself)"
         )
     if name == _AUTO and not args.trained_model:
-        name = "ours"
-        reason = "the published attack, because the weights are untrained; --optim best is this project's"
+        name, reason = "ours", "the published attack, because the weights are untrained"
+        reason += "; --optim best takes this project's strongest"
     elif name == _AUTO and ignored:
         name = "ours"
         reason = f"the published attack, because this project's strongest takes no {', '.join(ignored)}"
     elif name == _AUTO:
-        name = "best"
-        reason = "this project's strongest, because the weights are trained; --optim ours is published"
+        name, reason = "best", "this project's strongest, because the weights are trained"
+        reason += "; --optim ours takes the published one"
     return name, reason, PRESETS[name] | {key: value for key, value in given.items() if value is not None}
