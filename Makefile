@@ -23,7 +23,7 @@ help:
 	@echo "make lab         open the chapters in JupyterLab"
 	@echo "make check-site  open every built page in Chromium and look for faults"
 	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
-	@echo "make bench       race every engine against the loop of 2020 on this machine's CPU (20 minutes)"
+	@echo "make bench       time every engine against the loop of 2020 on this machine's CPU (20 minutes)"
 	@echo "make gpu         the same on a GPU, with the tests that need one"
 	@echo "make clean       remove what was built (not .venv)"
 
