@@ -21,8 +21,9 @@ class ClientStep(Protocol):
     """What a federated client computes: a differentiable function from images to an update.
 
     A client whose attribute ``stackable`` is True promises that it can be called with a leading dimension of
-    restarts on every parameter, with inputs ``(N, restarts, C, H, W)`` and labels ``(N, restarts)``, and
-    treats every restart by itself. Where it is missing or False each restart is computed by itself.
+    restarts on every parameter, with inputs ``(N, restarts, C, H, W)`` and labels ``(N, restarts)``, that it
+    treats every restart by itself, and that it computes gradients as the argument ``mode`` says. Where one of
+    the two is missing each restart is computed by itself.
     """
 
     def __call__(
@@ -50,7 +51,7 @@ class ClientStep(Protocol):
 
 def stackable(protocol: ClientStep) -> bool:
     """Say whether a client promises that it treats every restart of a stack by itself."""
-    return bool(getattr(protocol, "stackable", False))
+    return bool(getattr(protocol, "stackable", False)) and takes_mode(protocol)
 
 
 def takes_mode(protocol: ClientStep) -> bool:

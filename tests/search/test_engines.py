@@ -461,10 +461,17 @@ class Stranger:
         return update
 
 
+class Boastful(Stranger):
+    """It says that it can be stacked, but cannot be told how to compute the gradient of a stack."""
+
+    stackable = True
+
+
+@pytest.mark.parametrize("client", [Stranger(), Boastful()], ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("engine", ["eager", "batched"])
-def test_a_client_of_ones_own_runs_too(engine):
+def test_a_client_of_ones_own_runs_too(engine, client):
     net = build_tiny(torch.float64)
-    compare(net, replace(see(net), protocol=Stranger()), engine)
+    compare(net, replace(see(net), protocol=client), engine)
 
 
 @pytest.mark.parametrize(
