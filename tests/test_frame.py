@@ -1,4 +1,4 @@
-"""The frame: what README, contents and commands promise is there, and rooms of the library keep their floors."""
+"""The frame: what README, contents and commands promise is there, and rooms keep their floors."""
 
 import ast
 import hashlib
