@@ -88,7 +88,7 @@ class ForwardMatching(Settings):
         """
         began = time.perf_counter()
         observation.validate(model)
-        if not isinstance(observation.protocol, FedSGD) or observation.training_mode:
+        if type(observation.protocol) is not FedSGD or observation.training_mode:
             mode = "training" if observation.training_mode else "evaluation"
             kind = type(observation.protocol).__name__
             raise ConfigError(f"the client ran {kind} in {mode} mode; expected FedSGD in evaluation mode")

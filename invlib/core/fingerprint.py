@@ -30,7 +30,8 @@ def describe(value: Any, *, added_later: AddedLater | None = None, code: bool = 
         value: a setting, or anything made of settings.
         added_later: class name → field → default: such a field is left out where it has this value, so that
             descriptions from before it was added stay the same.
-        code: tell functions of one name apart by their bytecode too, which other versions of Python change.
+        code: tell functions, and what a class computes when it is called, by their bytecode too, which other
+            versions of Python change.
 
     Raises:
         ConfigError: a value could not be told from another one, such as a lambda or an object that prints
@@ -47,16 +48,16 @@ def describe(value: Any, *, added_later: AddedLater | None = None, code: bool = 
     if isinstance(value, (Tensor, np.ndarray)):
         return f"tensor {tuple(value.shape)} {digest(value)}"
     if isinstance(value, nn.Module):
-        return {"": type(value).__qualname__, "layers": repr(value), "numbers": again(value.state_dict())}
+        numbers = again(dict(value.named_parameters()) | dict(value.named_buffers()))
+        forward = {"code": _methods({type(m) for m in value.modules()}, "forward")} if code else {}
+        return {"": type(value).__qualname__, "layers": repr(value), "numbers": numbers, **forward}
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value).__name__
         defaults = (added_later or {}).get(kind, {})
         named = {f.name: getattr(value, f.name) for f in fields(value)}
-        return {"": kind} | {
-            name: again(entry)
-            for name, entry in named.items()
-            if not (name in defaults and entry == defaults[name])
-        }
+        called = {"code": _methods({type(value)}, "__call__")} if code else {}
+        kept = {k: again(v) for k, v in named.items() if not (k in defaults and v == defaults[k])}
+        return {"": kind, **kept, **called}
     if isinstance(value, Mapping):
         return {str(key): again(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -95,8 +96,17 @@ def _function(value: Any, again: Any, code: bool) -> Any:
     return {"": name, **told} if told else name
 
 
+def _methods(types: set[type], name: str) -> list[str]:
+    """Return the bytecode of a method of some classes, those written in Python, in an order of its own."""
+    methods = [getattr(cls, name, None) for cls in types]
+    return sorted({_bytecode(method.__code__) for method in methods if inspect.isfunction(method)})
+
+
 def _bytecode(code: Any) -> str:
-    inner = [_bytecode(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    inner = [
+        _bytecode(c) if inspect.iscode(c) else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
+        for c in code.co_consts
+    ]
     return hashlib.sha256(repr((code.co_code, inner, code.co_names)).encode()).hexdigest()[:16]
 
 

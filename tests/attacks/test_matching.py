@@ -247,6 +247,45 @@ def test_a_checkpoint_of_another_model_client_or_start_is_refused_by_name(tiny, 
         attack(tiny, seen, checkpoint=path)
 
 
+def test_a_checkpoint_of_a_network_or_client_that_computes_something_else_is_refused(tiny, tmp_path):
+    path = tmp_path / "run.pt"
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = build_tiny()
+
+        def forward(self, x):
+            return self.body(x)
+
+    class Other(Net):
+        def forward(self, x):
+            return self.body(x) * 2
+
+    Other.__qualname__ = Net.__qualname__
+    Other.__name__ = Net.__name__
+    net, other = Net(), Other()
+    attack = iv.GradientMatching(steps=12)
+    attack(net, see(net), checkpoint=path, callback=lambda p: p.step == 5)
+    with pytest.raises(ConfigError, match=r"is of another run, with model.code"):
+        attack(other, see(net), checkpoint=path)
+    path.unlink()
+
+    class Client(iv.FedSGD):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    class Doubling(iv.FedSGD):
+        def __call__(self, *args, **kwargs):
+            return {name: 2 * g for name, g in super().__call__(*args, **kwargs).items()}
+
+    Doubling.__name__ = Client.__name__
+    attack(net, see(net, 1, Client()), checkpoint=path, callback=lambda p: p.step == 5)
+    seen = replace(see(net, 1, Client()), protocol=Doubling())
+    with pytest.raises(ConfigError, match=r"is of another run, with observation.protocol.code"):
+        attack(net, seen, checkpoint=path)
+
+
 def test_a_checkpoint_takes_partial_functions_and_refuses_what_it_cannot_tell_apart(tiny, seen, tmp_path):
     path = tmp_path / "run.pt"
     smooth = partial(nn.functional.cross_entropy, label_smoothing=0.1)

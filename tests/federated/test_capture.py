@@ -102,7 +102,14 @@ def test_a_protocol_of_ones_own_cannot_be_saved(seen, tmp_path):
     class Mine(iv.FedSGD):
         pass
 
+    class Doubling(iv.FedSGD):
+        def __call__(self, *args, **kwargs):
+            return {name: 2 * g for name, g in super().__call__(*args, **kwargs).items()}
+
     iv.save_observation(replace(seen, protocol=Mine()), tmp_path / "fine")
+    assert iv.load_observation(tmp_path / "fine").protocol == iv.FedSGD()
+    with pytest.raises(ObservationError, match="protocol is Doubling; expected FedSGD or FedAvg"):
+        iv.save_observation(replace(seen, protocol=Doubling()), tmp_path / "bad")
     with pytest.raises(ObservationError, match="protocol is function; expected FedSGD or FedAvg"):
         iv.save_observation(replace(seen, protocol=lambda: None), tmp_path / "bad")
 
