@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.sparse.linalg import lsmr
+from scipy.linalg import cholesky, solve_triangular
+from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import SLOPES, layer_input
@@ -27,9 +29,10 @@ from invlib.federated import FedAvg, FedSGD
 
 _Array = NDArray[np.float64]
 
-
 # Rounding may leave an output at an end of the activation's range, where the inverse is infinite.
 _EDGE = 1e-7
+_DENSE = 4096  # unknowns: up to here normal equations are factored, beyond they take too much memory and time
+_SHIFT = 1e-12  # of their diagonal, which is all ones
 # What went into an activation, from what came out.
 _INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Identity: lambda _, a: a,
@@ -223,37 +226,46 @@ def _undo(
     meets = (_unfold(layer, numbers).long() - 1).numpy()  # (C kh kw, places), -1 in the padding
     out, places = len(weight), meets.shape[1]
     taps = weight.reshape(out, -1).numpy()
+    trust = (slope / slope.max() / np.abs(taps).max()).reshape(out, places).numpy()
+    signal = (delta / delta.abs().max()).reshape(out, places).numpy()
+    known = np.concatenate([z.numpy() * trust.ravel(), (gradient / delta.abs().max()).flatten().numpy()])
     tap, place = np.nonzero(meets >= 0)
-    pixel = meets[tap, place]
-    channel = np.repeat(np.arange(out), len(pixel))
-    tap, place, pixel = (np.tile(index, out) for index in (tap, place, pixel))
+    channel = np.repeat(np.arange(out), len(tap))
+    tap, place = (np.tile(index, out) for index in (tap, place))
+    values = np.concatenate([taps[channel, tap] * trust[channel, place], signal[channel, place]])
+    rows = np.concatenate([channel * places + place, out * places + channel * len(meets) + tap])
+    pixel = np.tile(meets[tap, place], 2)
+    matrix = sparse.csr_matrix((values, (rows, pixel)), shape=(len(known), pixels))
+    return torch.from_numpy(_least_squares(matrix, known, iterations))
 
-    def equations(row: Any, value: Any, rows: int, known: Tensor, trust: Tensor) -> tuple[Any, _Array]:
-        scale = (trust / np.abs(value).max()).numpy()
-        matrix = sparse.csr_matrix((value, (row, pixel)), shape=(rows, pixels))
-        return sparse.diags(scale) @ matrix, known.numpy() * scale
 
-    forward = equations(channel * places + place, taps[channel, tap], out * places, z, slope / slope.max())
-    backward = equations(
-        channel * len(meets) + tap,
-        delta.reshape(out, places).numpy()[channel, place],
-        out * len(meets),
-        gradient.flatten(),
-        torch.ones(out * len(meets), dtype=torch.float64),
-    )
-    matrix = sparse.vstack([forward[0], backward[0]]).tocsr()
-    # Columns of equal length: the solver then needs half as many iterations.
+def _least_squares(matrix: Any, known: _Array, iterations: int) -> _Array:
+    """Return the solution of least norm, in units of the columns' lengths, among those of least squares.
+
+    The iteration runs in the coordinates of the Cholesky factor of the normal equations, where two steps do
+    for thousands. A shift in the size of their rounding makes the factor exist where equations are missing,
+    and the solution of least norm stays the shortest.
+    """
     length = np.sqrt(np.asarray(matrix.multiply(matrix).sum(0)).ravel())
     length[length == 0] = 1.0
-    solution = lsmr(
-        matrix @ sparse.diags(1 / length),
-        np.concatenate([forward[1], backward[1]]),
-        atol=1e-11,
-        btol=1e-11,
-        conlim=0,
-        maxiter=iterations,
-    )[0]
-    return torch.from_numpy(solution / length)
+    matrix = (matrix @ sparse.diags(1 / length)).tocsr()
+
+    def solve(values: _Array, trans: int = 0) -> Any:
+        return values
+
+    if matrix.shape[1] <= _DENSE:
+        normal = (matrix.T @ matrix).toarray()
+        normal[np.diag_indices_from(normal)] += _SHIFT
+        factor = cholesky(normal.T, overwrite_a=True, check_finite=False)  # transposed: as LAPACK stores it
+        solve = functools.partial(solve_triangular, factor, check_finite=False)
+    operator = LinearOperator(
+        matrix.shape,
+        matvec=lambda values: matrix @ solve(values),
+        rmatvec=lambda values: solve(matrix.T @ values, trans=1),
+        dtype=np.float64,
+    )
+    solution = lsmr(operator, known, atol=1e-11, btol=1e-11, conlim=0, maxiter=iterations)[0]
+    return np.asarray(solve(solution) / length)
 
 
 def _unfold(layer: nn.Conv2d, images: Tensor) -> Tensor:
