@@ -148,10 +148,15 @@ def forward_step(model: nn.Module, problem: Problem) -> Measure:
         return objective + prior_factor * value, objective, slope + prior_factor * penalty_slope
 
     def measure(
-        values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+        values: list[Tensor],
+        rows: list[int],
+        sharpness: float | None,
+        prior_factor: Factor,
+        *,
+        slopes: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        costs, distances, slopes = zip(*[one(inputs, prior_factor) for inputs in values[0]], strict=True)
-        return torch.stack(costs), torch.stack(distances), [torch.stack(slopes)]
+        costs, distances, parts = zip(*[one(inputs, prior_factor) for inputs in values[0]], strict=True)
+        return torch.stack(costs), torch.stack(distances), [torch.stack(parts)] if slopes else []
 
     return measure
 

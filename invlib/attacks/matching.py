@@ -16,11 +16,11 @@ from invlib.attacks.base import Settings, index_of_best, known_labels, words
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.fingerprint import describe
-from invlib.core.network import in_mode, num_classes, trainable_parameters
+from invlib.core.network import in_mode, num_classes, probe, trainable_parameters
 from invlib.core.observation import Loss, Observation, stackable, takes_mode
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError
-from invlib.federated import FedAvg
+from invlib.federated import FedAvg, FedSGD
 from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
@@ -254,6 +254,7 @@ class GradientMatching(Settings):
             stackable=stackable(protocol),
             recompute=_recomputes(self.recompute, observation),
             compute_dtype=torch.bfloat16 if self.precision == "bfloat16" else None,
+            activations=_activations(model, observation),
         )
 
     def starts(self, problem: Problem, observation: Observation, generator: torch.Generator) -> list[Tensor]:
@@ -311,7 +312,7 @@ class GradientMatching(Settings):
 
         def score(images: Tensor) -> float:
             with in_mode(model, training=observation.training_mode):
-                return float(problem.score(problem.encode(images)))
+                return float(selection.scores(problem, problem.encode(images)[None]))
 
         return score
 
@@ -331,6 +332,17 @@ def _recomputes(asked: bool | None, observation: Observation) -> bool:
     if asked is not None or not isinstance(observation.protocol, FedAvg):
         return bool(asked)
     return len(observation.protocol.batches(observation.num_images)) >= MANY_LOCAL_STEPS
+
+
+def _activations(model: nn.Module, observation: Observation) -> int | None:
+    """Return the bytes that layers put out for all images of all local steps, and of those steps' weights."""
+    protocol, count = observation.protocol, observation.num_images
+    if not stackable(protocol) or not isinstance(protocol, (FedSGD, FedAvg)):
+        return None
+    steps = protocol.batches(count) if isinstance(protocol, FedAvg) else [slice(None)]
+    images = sum(len(range(count)[rows]) for rows in steps)
+    weights = sum(p.nbytes for p in trainable_parameters(model).values())
+    return images * probe(model, observation.image_shape)[1] + len(steps) * weights
 
 
 def _weighted(
@@ -356,22 +368,18 @@ def reconstruction(
     """
     images = problem.decode(problem.inputs(result.values[0])).clamp(0, 1)
     logits = result.values[1] if len(result.values) > 1 else None
-    scores = torch.stack(
-        [
-            problem.score(problem.encode(images[r]), None if logits is None else logits[r])
-            for r in range(images.shape[0])
-        ]
-    )
-    scores = torch.where(result.ran.to(scores.device), scores, torch.nan)
-    best = index_of_best(scores)
-    failed = result.status != "interrupted" and not torch.isfinite(scores).any()
+    together = 1 if result.engine in ("eager", "forward") else max(result.chunks)
+    measured = selection.scores(problem, problem.encode(images), logits, together=together)
+    measured = torch.where(result.ran.to(measured.device), measured, torch.nan)
+    best = index_of_best(measured)
+    failed = result.status != "interrupted" and not torch.isfinite(measured).any()
     labels = problem.labels if logits is None else logits[best].argmax(-1).expand(observation.num_images)
     return Reconstruction(
         images=images[best],
         labels=None if labels is None else labels.clone(),
-        score=float(scores[best]),
+        score=float(measured[best]),
         objective=objective,
-        trial_scores=scores,
+        trial_scores=measured,
         trials=images,
         status="non_finite" if failed else result.status,
         seconds=time.perf_counter() - began,

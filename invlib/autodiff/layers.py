@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+_FEW = 2**16  # numbers in the columns of one image; more of them take more memory than they save time
 _backward = torch.ops.aten.convolution_backward
 
 
@@ -103,7 +104,35 @@ class Multiply:
         return output
 
 
-Kind = Convolve | Multiply
+@dataclass(frozen=True, kw_only=True)
+class Combine:
+    """A convolution of the columns of `_Columns`: a weight, or a stack of them, times ``(N, K, P)``."""
+
+    dims = 2
+
+    def out(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the outputs."""
+        return self._by(weight, x)
+
+    def to_x(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to ``x``, given that of the outputs."""
+        return self._by(weight.mT, slope)
+
+    def to_weight(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to ``weight``, given that of the outputs."""
+        each = torch.bmm(slope, x.mT)
+        if weight.ndim == self.dims:
+            return each.sum(0)
+        return each if len(each) == len(weight) else each.unflatten(0, (len(weight), -1)).sum(1)
+
+    def _by(self, matrix: Tensor, x: Tensor) -> Tensor:
+        if matrix.ndim == self.dims:
+            return torch.bmm(matrix.expand(len(x), -1, -1), x)
+        count = len(x) // len(matrix)
+        return torch.bmm(matrix if count == 1 else matrix.repeat_interleave(count, 0), x)
+
+
+Kind = Convolve | Multiply | Combine
 
 
 def _aside(x: Tensor, stack: int) -> Tensor:
@@ -236,8 +265,63 @@ def convolution(
     if isinstance(padding, str) or input.ndim != 4:
         return torch.conv2d(input, weight, None, stride, padding, dilation, groups)
     kind = Convolve(stride=_pair(stride), padding=_pair(padding), dilation=_pair(dilation), groups=groups)
-    output: Tensor = (_Mapped if mapped else _Layer).apply(input, weight, kind, fixed, first)
+    if _as_columns(input, weight, kind, first):
+        columns = _Columns.apply(input, list(weight.shape[-2:]), kind.stride, kind.padding)
+        output: Tensor = _Layer.apply(columns, weight.flatten(-3), Combine(), fixed, first)
+        return output.unflatten(2, _places(input, kind.padding, list(weight.shape[-2:]), kind.stride))
+    output = (_Mapped if mapped else _Layer).apply(input, weight, kind, fixed, first)
     return output
+
+
+def _as_columns(x: Tensor, weight: Tensor, kind: Convolve, first: bool) -> bool:
+    """Say whether matrices do for less than the library's convolutions, of which a stack has one group each.
+
+    Measured on a CPU: they do, nearly twice as fast, for the first layer, whose columns are few and whose
+    images need no gradient from the client, and for kernels of one pixel.
+    """
+    stacked = weight.ndim > kind.dims and x.device.type == "cpu"
+    plain = kind.groups == 1 and kind.dilation == [1, 1] and (first or tuple(weight.shape[-2:]) == (1, 1))
+    if not (stacked and plain):
+        return False
+    height, width = _places(x, kind.padding, list(weight.shape[-2:]), kind.stride)
+    return weight[0, 0].numel() * height * width <= _FEW
+
+
+def _places(x: Tensor, padding: list[int], kernel: list[int], stride: list[int]) -> list[int]:
+    sides = zip(x.shape[2:], padding, kernel, stride, strict=True)
+    return [(side + 2 * pad - k) // step + 1 for side, pad, k, step in sides]
+
+
+class _Columns(torch.autograd.Function):
+    """What the weights of a convolution multiply, ``(N, C, H, W)`` to ``(N, C kh kw, places)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+        ctx.sides, ctx.settings = list(x.shape[2:]), (kernel, stride, padding)
+        # A copy of windows; torch's own takes twice as long.
+        x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]]) if any(padding) else x
+        windows = x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+        return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        return _Images.apply(slope, ctx.sides, *ctx.settings), None, None, None
+
+
+class _Images(torch.autograd.Function):
+    """The transpose of `_Columns`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, slope: Tensor, sides: list[int], kernel: list[int], stride: list[int], padding: list[int]
+    ) -> Tensor:
+        ctx.settings = (kernel, stride, padding)
+        output: Tensor = torch.ops.aten.col2im(slope, sides, kernel, [1, 1], padding, stride)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        return _Columns.apply(x, *ctx.settings), None, None, None, None
 
 
 def product(input: Tensor, weight: Tensor, *, fixed: bool, first: bool) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +55,39 @@ def num_classes(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     Raises:
         ObservationError: the model cannot run on such an image, or gives no ``(N, classes)`` logits.
     """
-    some = next(model.parameters(), None)
-    zeros = torch.zeros(1, *image_shape) if some is None else some.new_zeros(1, *image_shape)
+    return probe(model, image_shape)[0]
+
+
+# What each model that is still in use gave, by image and by the shapes of its parameters.
+_PROBED: WeakKeyDictionary[nn.Module, dict[object, tuple[int, int]]] = WeakKeyDictionary()
+
+
+def probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return how many logits the model gives for one image, and how many bytes its layers put out.
+
+    The model runs once for each shape of image and of parameters; then the answer is remembered.
+
+    Raises:
+        ObservationError: the model cannot run on such an image, or gives no ``(N, classes)`` logits.
+    """
+    known = _PROBED.setdefault(model, {}) if isinstance(model, Hashable) else {}
+    key = (tuple(image_shape), tuple((p.shape, p.dtype) for p in model.parameters()))
+    if key not in known:
+        known[key] = _probe(model, image_shape)
+    return known[key]
+
+
+def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     try:
-        with torch.no_grad(), in_mode(model, training=False):
-            logits = model(zeros)
+        logits, calls = record_layers(model, torch.zeros(1, *image_shape))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ObservationError(
             f"the model does not run on an image of shape {tuple(image_shape)} (C, H, W): {error}"
         ) from error
     if logits.ndim != 2:
         raise ObservationError(f"the model gives shape {tuple(logits.shape)}; expected logits (N, classes)")
-    return int(logits.shape[1])
+    outputs = [call.output for call in calls if isinstance(call.output, Tensor)]
+    return int(logits.shape[1]), sum(output.nbytes for output in outputs)
 
 
 def forward(

@@ -23,6 +23,7 @@ from invlib.legacy.config import DEFAULT_CONFIG, attack, checked
 from invlib.legacy.models import local_training
 from invlib.models.imagenet import pretrained
 from invlib.optim.priors import total_variation
+from invlib.search.engines.selection import scores
 from invlib.search.hooks import Bar, Told
 from invlib.search.problem import Problem
 from invlib.search.run import SearchResult, run
@@ -141,7 +142,7 @@ class GradientReconstructor:
             return float(total_variation(inputs))
         if self._inception is not None:
             return self._inception(inputs)
-        return float(problem.score(inputs, logits))
+        return float(scores(problem, inputs[None], None if logits is None else logits[None]))
 
     def _choose(self, problem: Problem, runs: _Runs) -> tuple[Tensor, dict[str, Any]]:
         scores = torch.where(runs.ran, torch.tensor(runs.scores), torch.nan)

@@ -35,7 +35,13 @@ class Measure(Protocol):
     """Gives the cost of a stack of guesses, the objective beside it, and the cost's gradients."""
 
     def __call__(
-        self, values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+        self,
+        values: list[Tensor],
+        rows: list[int],
+        sharpness: float | None,
+        prior_factor: Factor,
+        *,
+        slopes: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Evaluate guesses.
 
@@ -44,9 +50,10 @@ class Measure(Protocol):
             rows: the number of each guess among all.
             sharpness: of the softplus in the place of ReLU; None keeps ReLU.
             prior_factor: a factor of the priors' weights.
+            slopes: whether the gradients are wanted, which are most of the work.
 
         Returns:
-            Cost ``(R,)``, objective ``(R,)``, and a gradient for each entry of ``values``.
+            Cost ``(R,)``, objective ``(R,)``, and a gradient for each entry of ``values``, where wanted.
         """
         ...
 
@@ -72,6 +79,7 @@ class Problem:
         stackable: the client treats every restart of a stack by itself.
         recompute: compute local steps anew in the backward pass.
         compute_dtype: the type in which layers multiply; None keeps the parameters' own.
+        activations: bytes that the client's passes through the network make; None where that is unknown.
     """
 
     update: Update
@@ -90,6 +98,7 @@ class Problem:
     stackable: bool
     recompute: bool
     compute_dtype: torch.dtype | None
+    activations: int | None
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
         """Return the labels of a guess: those that are known, or the softmax of logits."""
@@ -168,10 +177,6 @@ class Problem:
     def of(self, row: int) -> Problem:
         """Return the problem that a guess is for."""
         return self
-
-    def score(self, inputs: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Return the objective of normalised images, without priors, on the network as it is."""
-        return self.objective(self.update(inputs, self.targets(inputs, logits)), self.target).detach()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ def step(problem: Problem, settings: SearchSettings, measure: Measure, state: Re
 
     def evaluate(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         nonlocal recorded
-        cost, gradients = _evaluate(settings, measure, state, values, record=not recorded)
+        cost, gradients = _evaluate(settings, measure, state, values, record=not recorded, slopes=True)
         recorded = True
         return cost, gradients
 
@@ -119,15 +119,21 @@ def step(problem: Problem, settings: SearchSettings, measure: Measure, state: Re
         images = state.values[0]
         images.copy_(median_filter(images.flatten(0, 1)).unflatten(0, images.shape[:2]))
     if state.step == settings.steps:
-        _evaluate(settings, measure, state, state.values, record=True)
+        _evaluate(settings, measure, state, state.values, record=True, slopes=False)
 
 
 def _evaluate(
-    settings: SearchSettings, measure: Measure, state: RestartState, values: list[Tensor], *, record: bool
+    settings: SearchSettings,
+    measure: Measure,
+    state: RestartState,
+    values: list[Tensor],
+    *,
+    record: bool,
+    slopes: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return cost and gradient of every restart, and keep the best values that were measured."""
     sharpness, factor = settings.sharpness(state.step), settings.prior_factor(state.step)
-    cost, objective, gradients = measure(values, state.rows, sharpness, factor)
+    cost, objective, gradients = measure(values, state.rows, sharpness, factor, slopes=slopes)
     better = cost < state.best_cost if settings.comparable else torch.isfinite(cost)
     state.best_cost = torch.where(better, cost, state.best_cost)
     state.best_objective = torch.where(better, objective, state.best_objective)

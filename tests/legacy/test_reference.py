@@ -96,8 +96,8 @@ def test_trajectories(
     def recording(name: Any, problem: Any) -> Measure:
         measure = build(name, problem)
 
-        def evaluate(values: list[Tensor], rows: list[int], *how: Any) -> Any:
-            result = measure(values, rows, *how)
+        def evaluate(values: list[Tensor], rows: list[int], *how: Any, **more: Any) -> Any:
+            result = measure(values, rows, *how, **more)
             for restart, cost in zip(rows, result[0], strict=True):
                 costs.setdefault(restart, []).append(cost)
             return result

@@ -1,5 +1,6 @@
 """How many restarts run together: the memory of one, measured, against what is free."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -109,8 +110,11 @@ def test_one_restart_needs_its_share_of_what_many_need(client, net):
     starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
     step = selection.build("batched", problem)
     everyone = memory.peak(lambda: step(starts, list(range(8)), None, 1.0), CPU)
-    _, need = memory.largest(problem, starts, part_of_many(problem), None)
+    measured = replace(problem, activations=None)
+    _, need = memory.largest(measured, starts, part_of_many(problem), None)
     assert need == pytest.approx(everyone / 8, rel=0.1)
+    _, estimate = memory.largest(problem, starts, part_of_many(problem), None)
+    assert need < estimate
 
 
 @pytest.mark.parametrize(
@@ -138,9 +142,9 @@ def sized(monkeypatch):
     def measure(engine, problem):
         step = make(engine, problem)
 
-        def evaluate(values, rows, sharpness, fade):
+        def evaluate(values, rows, *how, **more):
             sizes.append(len(rows))
-            return step(values, rows, sharpness, fade)
+            return step(values, rows, *how, **more)
 
         return evaluate
 
@@ -153,7 +157,7 @@ def room_for(monkeypatch, restarts, run):
     found, largest = [], memory.largest
 
     def watched(problem, starts, step, sharpness):
-        most, need = largest(problem, starts, step, sharpness)
+        most, need = largest(replace(problem, activations=None), starts, step, sharpness)
         found.extend((need, 4 * sum(s.nbytes for s in starts)))
         return most, need
 
@@ -200,7 +204,7 @@ def test_chunks_of_many_observations_end_where_an_observation_does(monkeypatch):
 
 def test_some_of_what_is_free_is_left_to_others(monkeypatch, tiny, seen):
     attack = iv.GradientMatching(restarts=100)
-    problem = attack.problem(tiny, seen)
+    problem = replace(attack.problem(tiny, seen), activations=None)
     starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
     _, need = memory.largest(problem, starts, part_of_many(problem), None)
     free = 60 * need
@@ -268,6 +272,7 @@ def test_a_restart_that_does_not_fit_alone_runs_alone(monkeypatch, tiny, seen):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(memory, "peak", peak)
+    monkeypatch.setattr(memory, "available", lambda device: 0)
     ran = sized(monkeypatch)
     iv.GradientMatching(steps=1, restarts=2)(tiny, seen)
     assert ran == [1] * 4

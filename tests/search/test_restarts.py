@@ -163,11 +163,11 @@ class Small:
         def measure(engine, problem):
             step = make(engine, problem)
 
-            def evaluate(values, rows, sharpness, fade):
+            def evaluate(values, *how, **more):
                 self.sizes.append(len(values[0]))
                 if len(values[0]) > room:
                     raise torch.OutOfMemoryError("out of memory")
-                return step(values, rows, sharpness, fade)
+                return step(values, *how, **more)
 
             return evaluate
 
@@ -197,12 +197,12 @@ def test_what_a_step_held_is_gone_before_its_restarts_are_halved(monkeypatch, ti
     def measure(engine, problem):
         step = make(engine, problem)
 
-        def evaluate(values, rows, sharpness, fade):
+        def evaluate(values, *how, **more):
             mine = values[0].clone()
             if len(mine) > 2:
                 held.append(weakref.ref(mine))
                 raise torch.OutOfMemoryError("out of memory")
-            return step(values, rows, sharpness, fade)
+            return step(values, *how, **more)
 
         return evaluate
 

@@ -25,12 +25,17 @@ def batched_step(problem: Problem) -> Measure:
     step, alone = _stacked_step(problem), eager_step(problem)
 
     def measure(
-        values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+        values: list[Tensor],
+        rows: list[int],
+        sharpness: float | None,
+        prior_factor: Factor,
+        *,
+        slopes: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         if len(rows) == 1:
             # One restart needs no stack, which would turn its convolutions into grouped ones for nothing.
-            return alone(values, rows, sharpness, prior_factor)
-        return step(stacks(len(rows)), values, rows, sharpness, prior_factor)
+            return alone(values, rows, sharpness, prior_factor, slopes=slopes)
+        return step(stacks(len(rows)), values, rows, sharpness, prior_factor, slopes=slopes)
 
     return measure
 
@@ -61,6 +66,8 @@ def _stacked_step(problem: Problem) -> StackedStep:
         rows: list[int],
         sharpness: float | None,
         prior_factor: Factor,
+        *,
+        slopes: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         def run(kind: Literal["stacked", "mapped"]) -> tuple[Tensor, Tensor, list[Tensor]]:
             mode = GradientMode(
@@ -74,6 +81,7 @@ def _stacked_step(problem: Problem) -> StackedStep:
                     now, rows=rows, prior_factor=prior_factor, params=params, mode=mode
                 ),
                 values,
+                slopes=slopes,
             )
 
         nonlocal fits
@@ -93,12 +101,18 @@ def _stacked_step(problem: Problem) -> StackedStep:
 
 
 def _mapped_step(
-    problem: Problem, values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+    problem: Problem,
+    values: list[Tensor],
+    rows: list[int],
+    sharpness: float | None,
+    prior_factor: Factor,
+    *,
+    slopes: bool = True,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Map the whole step over restarts, for a client of which nothing is known but that it can be called."""
     argnums = tuple(range(len(values)))
     mode = GradientMode(sharpness=sharpness)
     cost = functools.partial(problem.cost, prior_factor=prior_factor, mode=mode)
     step = torch.func.grad_and_value(cost, argnums=argnums, has_aux=True)
-    slopes, (costs, objectives) = torch.func.vmap(step, randomness="different")(*values)
-    return costs.detach(), objectives.detach(), [s.detach() for s in slopes]
+    parts, (costs, objectives) = torch.func.vmap(step, randomness="different")(*values)
+    return costs.detach(), objectives.detach(), [part.detach() for part in parts] if slopes else []

@@ -16,7 +16,12 @@ def eager_step(problem: Problem) -> Measure:
     params = _leaves(problem)
 
     def measure(
-        values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+        values: list[Tensor],
+        rows: list[int],
+        sharpness: float | None,
+        prior_factor: Factor,
+        *,
+        slopes: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         mode = GradientMode(
             kind="tape",
@@ -31,24 +36,24 @@ def eager_step(problem: Problem) -> Measure:
             def cost(now: list[Tensor], one: Problem = one) -> tuple[Tensor, Tensor]:
                 return one.cost(*now, prior_factor=prior_factor, params=params, mode=mode)
 
-            parts.append(on_tape(cost, [v[place] for v in values]))
-        costs, objectives, slopes = zip(*parts, strict=True)
-        stacked = [torch.stack(column) for column in zip(*slopes, strict=True)]
+            parts.append(on_tape(cost, [v[place] for v in values], slopes=slopes))
+        costs, objectives, directions = zip(*parts, strict=True)
+        stacked = [torch.stack(column) for column in zip(*directions, strict=True)]
         return torch.stack(costs), torch.stack(objectives), stacked
 
     return measure
 
 
 def on_tape(
-    cost_of: Callable[[list[Tensor]], tuple[Tensor, Tensor]], values: list[Tensor]
+    cost_of: Callable[[list[Tensor]], tuple[Tensor, Tensor]], values: list[Tensor], *, slopes: bool = True
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Evaluate costs, objectives and the costs' gradients, whatever the caller's grad mode is."""
-    now = [v.detach().requires_grad_() for v in values]
+    now = [v.detach().requires_grad_(slopes) for v in values]
     with torch.enable_grad():
         cost, objective = cost_of(now)
-        slopes = torch.autograd.grad(cost.sum(), now, materialize_grads=True)
+        parts = torch.autograd.grad(cost.sum(), now, materialize_grads=True) if slopes else ()
     # Optimisers flatten gradients, which may come with channels last.
-    return cost.detach(), objective.detach(), [slope.contiguous() for slope in slopes]
+    return cost.detach(), objective.detach(), [part.contiguous() for part in parts]
 
 
 def _leaves(problem: Problem) -> dict[str, Tensor]:

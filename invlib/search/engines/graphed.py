@@ -40,9 +40,17 @@ class GraphedStep:
         self._captured: dict[object, Captured] = {}
 
     def __call__(
-        self, values: list[Tensor], rows: list[int], sharpness: float | None, prior_factor: Factor
+        self,
+        values: list[Tensor],
+        rows: list[int],
+        sharpness: float | None,
+        prior_factor: Factor,
+        *,
+        slopes: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Evaluate, arguments as for `Measure`."""
+        if not slopes:
+            return self.step(values, rows, sharpness, prior_factor, slopes=False)
         key = (tuple(rows), sharpness)
         if key not in self._captured and not self.fallback:
             # One graph at a time: each holds the memory of a whole step.
@@ -60,9 +68,9 @@ class GraphedStep:
             inside.copy_(value)
         now.prior_factor.fill_(prior_factor)
         now.graph.replay()
-        cost, objective, slopes = now.results
+        cost, objective, parts = now.results
         # Copies: the next replay writes to the same memory.
-        return cost.clone(), objective.clone(), [s.clone() for s in slopes]
+        return cost.clone(), objective.clone(), [part.clone() for part in parts]
 
 
 def capture(step: Measure, values: list[Tensor], rows: list[int], sharpness: float | None) -> Captured:

@@ -8,8 +8,11 @@ CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
+
+import torch
+from torch import Tensor
 
 from invlib.errors import ConfigError, DeviceError
 from invlib.search.engines.batched import batched_step
@@ -99,6 +102,27 @@ def _fitting(problem: Problem, settings: SearchSettings, restarts: int) -> tuple
     if size > LARGE and device.type == "cpu":
         return "eager", f"{size:,} parameters, with which one restart keeps a CPU busy"
     return "batched", f"{min(restarts, settings.chunk or restarts)} restarts of {size:,} parameters"
+
+
+def scores(problem: Problem, inputs: Tensor, logits: Tensor | None = None, *, together: int = 1) -> Tensor:
+    """Return the objective of guesses, without priors, on the network as it is and in full precision.
+
+    Args:
+        problem: whose objective it is.
+        inputs: normalised images ``(R, N, C, H, W)``.
+        logits: of soft labels ``(R, ...)``, where they are optimised.
+        together: how many are evaluated at a time.
+    """
+    plain = replace(problem, inputs=_unchanged, priors=(), compute_dtype=None)
+    measure = (batched_step if together > 1 and problem.stackable else eager_step)(plain)
+    values = [inputs] if logits is None else [inputs, logits]
+    rows = torch.arange(len(inputs)).split(together)
+    parts = [measure([v[r] for v in values], r.tolist(), None, 1.0, slopes=False) for r in rows]
+    return torch.cat([objective for _, objective, _ in parts])
+
+
+def _unchanged(inputs: Tensor) -> Tensor:
+    return inputs
 
 
 def build(name: EngineName, problem: Problem) -> Measure:
