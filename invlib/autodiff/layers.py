@@ -267,9 +267,10 @@ def convolution(
     kind = Convolve(stride=_pair(stride), padding=_pair(padding), dilation=_pair(dilation), groups=groups)
     if _as_columns(input, weight, kind, first):
         columns = _Columns.apply(input, list(weight.shape[-2:]), kind.stride, kind.padding)
-        output: Tensor = _Layer.apply(columns, weight.flatten(-3), Combine(), fixed, first)
-        return output.unflatten(2, _places(input, kind.padding, list(weight.shape[-2:]), kind.stride))
-    output = (_Mapped if mapped else _Layer).apply(input, weight, kind, fixed, first)
+        flat: Tensor = _Layer.apply(columns, weight.flatten(-3), Combine(), fixed, first)
+        places = _places(input, kind.padding, list(weight.shape[-2:]), kind.stride)
+        return flat.view(*flat.shape[:2], *places)
+    output: Tensor = (_Mapped if mapped else _Layer).apply(input, weight, kind, fixed, first)
     return output
 
 
