@@ -257,22 +257,22 @@ def test_the_convolution_has_first_and_second_derivatives(stride, groups, bias):
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("layer", ["convolution", "columns", "pixels", "product"])
 def test_a_layer_of_stacked_weights_is_one_for_each(layer, fixed, monkeypatch):
-    """Two restarts of three images, in one batch; fixed weights are the same for both."""
+    """Two restarts of two images or more, in one batch; fixed weights are the same for both."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     if layer == "convolution":
-        x, weight, apart = draw(6, 4, 5, 6), draw(2, 6, 2, 3, 2), partial(F.conv2d, groups=2, padding=(1, 0))
+        x, weight, apart = draw(4, 4, 3, 4), draw(2, 4, 2, 3, 2), partial(F.conv2d, groups=2, padding=(1, 0))
         stacked = partial(layers.convolution, groups=2, padding=(1, 0), fixed=fixed, first=False)
     elif layer == "columns":
         # Taken for first layers, of which there is one here that is asked for the slope of its images.
         monkeypatch.setattr(layers, "_as_columns", lambda *_: True)
-        x, weight, apart = draw(6, 2, 5, 6), draw(2, 3, 2, 3, 2), partial(F.conv2d, stride=2, padding=(1, 0))
+        x, weight, apart = draw(4, 2, 4, 5), draw(2, 3, 2, 3, 2), partial(F.conv2d, stride=2, padding=(1, 0))
         stacked = partial(layers.convolution, stride=2, padding=(1, 0), fixed=fixed, first=False)
     elif layer == "pixels":
-        x, weight, apart = draw(6, 4, 5, 6), draw(2, 6, 4, 1, 1), partial(F.conv2d, stride=(2, 1))
+        x, weight, apart = draw(4, 3, 3, 4), draw(2, 4, 3, 1, 1), partial(F.conv2d, stride=(2, 1))
         stacked = partial(layers.convolution, stride=(2, 1), fixed=fixed, first=False)
         monkeypatch.setattr(layers.Convolve, "out", None)
     else:
