@@ -283,6 +283,6 @@ def _attack(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
         reason = f"the published attack, because this project's strongest takes no {', '.join(ignored)}"
     elif name == _AUTO:
         name, reason = "best", "this project's strongest, because the weights are trained"
-        reason += "; --optim ours takes the published one, as 2020 did"
+        reason += "; --optim ours takes the published one"
     preset = PRESETS[name] | since2020.fixed(args.program, name, args.accumulation)
     return name, reason, preset | {key: value for key, value in given.items() if value is not None}

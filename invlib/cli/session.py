@@ -280,11 +280,12 @@ def network(options: NetworkOptions, dataset: str, sample: Tensor, seed: int) ->
         model = models.build(name, **shape, seed=seed)
         return Network(model=model, normalization=plain, card={}, about=f"{name}, untrained")
     old = Path(options.model_path) / f"{options.model}_{epochs}.pth"
-    if old.is_file() and not cards.own_file(name, data.slug(dataset), old.parent).is_file():
+    own = cards.own_file(name, data.slug(dataset), old.parent)
+    if dataset != "ImageNet" and old.is_file() and not own.is_file():
         model = models.build(name, **shape, weights=old)
         about = f"{name}, trained in 2020: {old}"
         return Network(model=model, normalization=plain, card={"epochs": epochs}, about=about)
-    model, card = _trained(options, name, dataset)
+    model, card = _trained(options, name, dataset, old)
     return Network(
         model=model,
         normalization=Normalization.from_card(card, plain),
@@ -293,7 +294,9 @@ def network(options: NetworkOptions, dataset: str, sample: Tensor, seed: int) ->
     )
 
 
-def _trained(options: NetworkOptions, name: str, dataset: str) -> tuple[nn.Module, Mapping[str, Any]]:
+def _trained(
+    options: NetworkOptions, name: str, dataset: str, old: Path
+) -> tuple[nn.Module, Mapping[str, Any]]:
     if dataset == "ImageNet":
         return models.build(name, weights="IMAGENET1K_V1"), {}
     slug = data.slug(dataset)
@@ -304,8 +307,8 @@ def _trained(options: NetworkOptions, name: str, dataset: str) -> tuple[nn.Modul
         own = cards.own_file(name, slug, folder)
         shipped = "; ".join(f"{model} ({', '.join(sets)})" for model, sets in models.available().items())
         raise UnknownNameError(
-            f"no trained weights of {name} for {dataset}: {own} is not there, and invlib comes with "
-            f"{shipped or 'none'}. Train them with: {cards.training_command(name, dataset, own)}"
+            f"no trained weights of {name} for {dataset}: there is neither {own} nor {old}, and invlib comes "
+            f"with {shipped or 'none'}. Train them with: {cards.training_command(name, dataset, own)}"
         )
     trained = cards.load(path, name)
     if options.epochs is not None and trained.card.get("epochs") != options.epochs:

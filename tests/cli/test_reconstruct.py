@@ -121,7 +121,8 @@ def test_shipped_weights_are_found() -> None:
 def test_a_network_without_weights_is_never_called_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert reconstruct.main(["--model", "MLP", "--trained_model", "--target_id", "-1"]) == 2
     err = capsys.readouterr().err
-    assert "no trained weights of MLP for CIFAR10: models/MLP-cifar10.safetensors is not there" in err
+    files = "neither models/MLP-cifar10.safetensors nor models/MLP_120.pth"
+    assert f"no trained weights of MLP for CIFAR10: there is {files}" in err
     assert "python -m invlib train --model MLP --dataset CIFAR10 --out models/MLP-cifar10.safetensors" in err
     assert not written()
     assert reconstruct.main(["--model", "Net", "--trained_model", "--target_id", "-1"]) == 2
