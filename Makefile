@@ -13,7 +13,7 @@ CACHE   := _build/.computed-with
 LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
 PAGES   := _build/.looks-like
 
-.PHONY: help book test lint types unit read lab check-site check-runs bench gpu clean
+.PHONY: help book test lint types unit read lab check-dist check-site check-runs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test        lint, types and tests"
 	@echo "make read        serve the built book on http://127.0.0.1:$(PORT)"
 	@echo "make lab         open the chapters in JupyterLab"
+	@echo "make check-dist  build the archives of a release, look at their files and use the wheel alone"
 	@echo "make check-site  open every built page in Chromium and look for faults"
 	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
 	@echo "make bench       time every engine against the loop of 2020 on this machine's CPU (20 minutes)"
@@ -73,6 +74,9 @@ read:
 
 lab: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab chapters/1_analytic.ipynb
+
+check-dist: $(STAMP)
+	@$(BIN)/python -m tests.check_dist
 
 check-site: $(STAMP)
 	@test -f $(SITE) || { echo "There is no built book yet: run make book first."; exit 1; }

@@ -183,15 +183,6 @@ def test_code_on_a_page_is_no_wider_than_the_page():
     assert count > 2000
 
 
-def test_version_is_the_same_everywhere():
-    import invlib
-
-    version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
-    assert invlib.__version__ == version
-    assert yaml.safe_load(read("CITATION.cff"))["version"] == version
-    assert f"## {version}" in read("CHANGELOG.md")
-
-
 @pytest.mark.parametrize(("folder", "count"), [("book/_static", 4), ("tests/site/vendor", 1)])
 def test_vendored_files_are_unmodified(folder, count):
     sums = re.findall(r"^([0-9a-f]{64})  (\S+)$", read(f"{folder}/VENDORED.md"), flags=re.MULTILINE)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from invlib.attacks import auto
+from invlib.cli import since2020
 from invlib.core.normalization import NORMALIZATIONS
 from invlib.core.optional import device_of
 from invlib.errors import ConfigError
@@ -26,7 +27,7 @@ _DTYPES = {
     "half": torch.float16,
     "float16": torch.float16,
 }
-# What --optim stands for; a flag that is given overrides it.
+# What --optim stands for; what `since2020.fixed` and a flag that is given say overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "ours": {**DEFAULT_CONFIG, "signed": True, "total_variation": 1e-4},
     "zhu": {
@@ -34,7 +35,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "boxed": False,
         "cost_fn": "l2",
         "optim": "LBFGS",
-        "max_iterations": 300,
         "total_variation": 1e-4,
         "lr_decay": False,
     },
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--target_id",
         type=int,
-        help="first validation image; -1 takes an embedded image, for which no data set is needed",
+        help="first validation image; -1 takes embedded images, for which no data set is needed",
     )
     what.add_argument("--label_flip", action="store_true", help="the client uses the next class as label")
     what.add_argument(
@@ -90,10 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optim",
         default=_AUTO,
         choices=[_AUTO, *PRESETS],
-        help="ours: cosine and signed Adam (Geiping et al. 2020), 4800 iterations; zhu: squared distance and "
-        "L-BFGS (Zhu et al. 2019), 300 iterations of 20; best: this project's strongest, "
-        f"{auto.STEPS} evaluations; auto: best on trained weights, where the published attack finds "
-        "little, unless another option asks for what best does not do, and else ours (%(default)s)",
+        help="ours: cosine and signed Adam (Geiping et al. 2020), 24000 iterations in reconstruct_image and "
+        "4800 in rec_mult; zhu: squared distance and L-BFGS (Zhu et al. 2019), 300 and 500 iterations of 20; "
+        f"best: this project's strongest, {auto.STEPS} evaluations; auto: best on trained weights, where the "
+        "published attack finds little, unless another option asks for what best does not do, and else ours "
+        "(%(default)s)",
     )
     how.add_argument(
         "--restarts",
@@ -106,9 +107,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--indices", help=f"which tensors are compared: {', '.join(SUBSETS)}")
     how.add_argument("--weights", help=f"how they are weighed: {', '.join(WEIGHTS)}")
     how.add_argument("--optimizer", help=", ".join(OPTIMIZERS))
-    how.add_argument("--signed", action=argparse.BooleanOptionalAction, help="use the gradient's sign")
-    how.add_argument("--boxed", action=argparse.BooleanOptionalAction, help="keep images in [0, 1]")
-    how.add_argument("--lr", type=float, help="step size of adam and adamw (0.1)")
+    for flag, noun, what_it_does in since2020.SWITCHES:
+        how.add_argument(f"--use_{noun}", dest=flag, action="store_true", default=None, help=what_it_does)
+        how.add_argument(f"--no_{noun}", f"--no-{flag}", dest=flag, action="store_false", help="or do not")
+        how.add_argument(
+            f"--{flag}",
+            dest=f"{flag}_of_2020",
+            action="store_true",
+            help=f"as in 2020: --no_{noun} in reconstruct_image, nothing in rec_mult",
+        )
+    how.add_argument(
+        "--lr", type=float, help="step size of adam (0.1, but 1 in reconstruct_image with --accumulation)"
+    )
     how.add_argument("--tv", type=float, help="weight of total variation (1e-4)")
     how.add_argument("--init", help=", ".join(INITS))
     how.add_argument("--filter", help=f"median filter every 500 steps: {', '.join(FILTERS)}")
@@ -130,6 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--data_path", help="folder with data sets; by default INVLIB_DATA, or the cache")
     files.add_argument("--name", default="iv", help="goes into the name of the table (%(default)s)")
+    parser.set_defaults(program="reconstruct_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +208,13 @@ class FileOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The options of a 2020 command, checked; the seed is drawn where none is given."""
+    """The options of a 2020 command, checked; the seed is drawn where none is given.
 
+    ``program`` is the command's name in 2020, and ``notes`` are lines on what it did otherwise.
+    """
+
+    program: str
+    notes: tuple[str, ...]
     images: ImageOptions
     network: NetworkOptions
     client: ClientOptions
@@ -232,6 +248,8 @@ class Request:
             return kind(**{field.name: given[field.name] for field in fields(kind)})
 
         return cls(
+            program=args.program,
+            notes=tuple(since2020.notes(args, optim)),
             images=part(ImageOptions),
             network=part(NetworkOptions),
             client=part(ClientOptions),
@@ -246,6 +264,9 @@ class Request:
 def _attack(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
     """Return what --optim stands for, why, and the 2020 config that the options describe."""
     given = {key: getattr(args, flag) for key, flag in _FLAGS.items()}
+    for flag, _, _ in since2020.SWITCHES:
+        if given[flag] is None and args.program == "reconstruct_image" and getattr(args, f"{flag}_of_2020"):
+            given[flag] = False
     ignored = [f"--{_FLAGS[key]}" for key, own in _CHOSEN.items() if given[key] not in (None, own)]
     ignored += ["--soft_labels"] if args.soft_labels else []
     name, reason = args.optim, "as --optim says"
@@ -263,4 +284,5 @@ def _attack(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
     elif name == _AUTO:
         name, reason = "best", "this project's strongest, because the weights are trained"
         reason += "; --optim ours takes the published one"
-    return name, reason, PRESETS[name] | {key: value for key, value in given.items() if value is not None}
+    preset = PRESETS[name] | since2020.fixed(args.program, name, args.accumulation)
+    return name, reason, preset | {key: value for key, value in given.items() if value is not None}

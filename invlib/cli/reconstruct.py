@@ -1,6 +1,7 @@
 """Reconstruct the private image of one client: ``python -m invlib.reconstruct_image``.
 
-The command line of the code of Geiping et al. 2020, arXiv 2003.14053, flag for flag.
+The command of the code of Geiping et al. 2020, arXiv 2003.14053. Where it does something else than in 2020,
+it says so; the page *Coming from the 2020 code* lists every flag.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ example:
     --indices def --restarts 32 --save_image --target_id -1
 
 which attack:
+  That of 2020, with its defaults (--iterations makes it shorter), and a line for whatever is not as it was.
   On trained weights this project's strongest attack is taken, for the published one finds next to nothing
   there. It compares directions (--cost_fn sim) of all tensors (--indices def); an option that asks for
   something else brings the published attack back, and so does --optim ours.
@@ -31,10 +33,11 @@ which attack:
 
 what is written:
   Each run adds a row to TABLE_PATH/table_exp_NAME.csv, separated by tabs: what was asked for, rec_loss (the
-  matching cost of the result), psnr in dB and test_mse on images in [0, 1], feat_mse (of the network's
-  outputs), the number of the image, the seed, the time taken, the accuracy of trained weights (val_acc) and
-  the names of the pictures. With --save_image these are CLASS_MODEL_COST-ID.png, MODEL with "trained" before
-  it where it is, and CLASS_ground_truth-ID.png, in IMAGE_PATH.
+  matching cost of the result), psnr in dB and test_mse on images in [0, 1] (2020 took normalised ones, not
+  clamped), feat_mse (of the network's outputs), the number of the image, the seed, the time taken, the
+  accuracy of trained weights (val_acc) and the names of the pictures. With --save_image these are
+  CLASS_MODEL_COST-ID.png, MODEL with "trained" before it where it is, and CLASS_ground_truth-ID.png, in
+  IMAGE_PATH.
 
 exit status:
   0; 2 where an option, data or weights do not fit; 130 after Ctrl-C, which keeps the best so far.
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     subject = session.images.subject(session.images.first)
     table = Path(request.files.table_path) / f"table_exp_{request.files.name}.csv"
     check_table(table, COLUMNS)
+    for note in request.notes:
+        print(note)
     announce(session, subject)
     result = session.attack(subject)
     reconstruction = result.reconstruction
@@ -80,18 +85,13 @@ def run(args: argparse.Namespace) -> int:
     if request.files.save_image:
         row |= _save_pictures(Path(request.files.image_path), row, subject, result)
     append_row(table, {name: row[name] for name in COLUMNS})
-    print(table)
+    print(f"{table} (psnr and test_mse of images in [0, 1]; in 2020 of normalised ones, not clamped)")
     return INTERRUPTED if reconstruction.status == "interrupted" else 0
 
 
 def announce(session: Session, subject: Subject) -> None:
     """Say what is attacked with what, before the work begins."""
     request, attack = session.request, session.request.attack
-    if request.images.embedded:
-        print(
-            f"--target_id {request.images.target_id}: an image that comes with invlib, "
-            f"not one of {request.images.dataset}"
-        )
     print(f"{subject.about}; labels {subject.labels.tolist()} ({', '.join(subject.classes)})")
     print(f"{session.network.about}; seed {request.seed}, on {request.device}")
     print(f"attack {attack.optim}: {attack.reason}")

@@ -1,6 +1,7 @@
 """Repeat a reconstruction for many private images: ``python -m invlib.rec_mult``.
 
-The command line of the code of Geiping et al. 2020, arXiv 2003.14053, flag for flag.
+The command of the code of Geiping et al. 2020, arXiv 2003.14053. Where it does something else than in 2020,
+it says so; the page *Coming from the 2020 code* lists every flag.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
     group = parser.add_argument_group("the series")
     group.add_argument("--num_exp", type=int, default=10, help="clients in a row (%(default)s)")
-    group.add_argument("--unsigned", dest="signed", action="store_false", help="the same as --no-signed")
+    group.add_argument("--unsigned", dest="signed", action="store_false", help="the same as --no_sign")
     group.add_argument("--result_path", default="results/", help="folder for what is found (%(default)s)")
-    parser.set_defaults(signed=None, target_id=0)
+    parser.set_defaults(program="rec_mult", signed=None, target_id=0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +94,8 @@ def series(request: Request, *, clients: int, results: Path) -> int:
     folder = results / tag
     table = folder / f"table_mul_exp_{request.files.name}.csv"
     check_table(table, COLUMNS)
+    for note in request.notes:
+        print(note)
     psnrs: list[float] = []
     status = 0
     for index in range(clients):

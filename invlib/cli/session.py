@@ -31,15 +31,19 @@ _PHOTOGRAPH = 1  # which one --target_id -1 shows: a cat
 # Its class, where the data set has one for it.
 _CAT = {"CIFAR10": 3, "ImageNet": 281}
 _CPU_CHUNK = 4
+_EPOCHS = 120  # of the weights MODEL_EPOCHS.pth that the command of 2020 looks for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The private images of one attack: ``(N, C, H, W)`` in [0, 1], their labels, numbers and class names."""
+    """The private images of one attack: ``(N, C, H, W)`` in [0, 1], their labels, names and class names.
+
+    An image of a data set is named by its number, an embedded one as ``patches32-0``, and the only one by -1.
+    """
 
     images: Tensor
     labels: Tensor
-    ids: list[int]
+    ids: list[str]
     classes: list[str]
     about: str
 
@@ -81,6 +85,7 @@ class PrivateImages:
         self.source = _embedded(options.dataset, many) if options.embedded else options.dataset
         # ImageNet's validation set is too large to load whole: its images are read one by one.
         self.all = None if self.source == "ImageNet" else _load(self.source, options.data_path)
+        self.prefix = f"{self.source}-" if options.embedded and many else ""
         if options.embedded:
             self.first = _PHOTOGRAPH if self.source.startswith("photos") and not many else 0
         elif options.target_id is None:
@@ -119,9 +124,7 @@ class PrivateImages:
         return Subject(
             images=torch.cat([image for _, image in picked.values()]),
             labels=torch.tensor(labels),
-            ids=[options.target_id]
-            if options.target_id is not None and options.embedded and len(rows) == 1
-            else rows,
+            ids=["-1"] if options.embedded and not self.prefix else [f"{self.prefix}{row}" for row in rows],
             classes=[classes[label] for label in labels],
             about="; ".join(data.describe(self.source, row) for row in rows),
         )
@@ -267,27 +270,33 @@ def network(options: NetworkOptions, dataset: str, sample: Tensor, seed: int) ->
     name = "ConvNet64" if options.model == "ConvNet" else options.model
     if dataset == "ImageNet" and name.lower() in models.names():
         name = name.lower()  # torchvision's, as in the 2020 code
+    shape: dict[str, Any] = {
+        "num_classes": len(data.class_names(dataset)),
+        "in_channels": sample.shape[1],
+        "image_size": sample.shape[2],
+    }
+    plain, epochs = NORMALIZATIONS[dataset], _EPOCHS if options.epochs is None else options.epochs
     if not options.trained_model:
-        model = models.build(
-            name,
-            num_classes=len(data.class_names(dataset)),
-            in_channels=sample.shape[1],
-            image_size=sample.shape[2],
-            seed=seed,
-        )
-        return Network(
-            model=model, normalization=NORMALIZATIONS[dataset], card={}, about=f"{name}, untrained"
-        )
-    model, card = _trained(options, name, dataset)
+        model = models.build(name, **shape, seed=seed)
+        return Network(model=model, normalization=plain, card={}, about=f"{name}, untrained")
+    old = Path(options.model_path) / f"{options.model}_{epochs}.pth"
+    own = cards.own_file(name, data.slug(dataset), old.parent)
+    if dataset != "ImageNet" and old.is_file() and not own.is_file():
+        model = models.build(name, **shape, weights=old)
+        about = f"{name}, trained in 2020: {old}"
+        return Network(model=model, normalization=plain, card={"epochs": epochs}, about=about)
+    model, card = _trained(options, name, dataset, old)
     return Network(
         model=model,
-        normalization=Normalization.from_card(card, NORMALIZATIONS[dataset]),
+        normalization=Normalization.from_card(card, plain),
         card=card,
         about=f"{name}, trained on {data.describe(dataset)}, accuracy {card.get('accuracy', 'unknown')}",
     )
 
 
-def _trained(options: NetworkOptions, name: str, dataset: str) -> tuple[nn.Module, Mapping[str, Any]]:
+def _trained(
+    options: NetworkOptions, name: str, dataset: str, old: Path
+) -> tuple[nn.Module, Mapping[str, Any]]:
     if dataset == "ImageNet":
         return models.build(name, weights="IMAGENET1K_V1"), {}
     slug = data.slug(dataset)
@@ -298,8 +307,8 @@ def _trained(options: NetworkOptions, name: str, dataset: str) -> tuple[nn.Modul
         own = cards.own_file(name, slug, folder)
         shipped = "; ".join(f"{model} ({', '.join(sets)})" for model, sets in models.available().items())
         raise UnknownNameError(
-            f"no trained weights of {name} for {dataset}: {own} is not there, and invlib comes with "
-            f"{shipped or 'none'}. Train them with: {cards.training_command(name, dataset, own)}"
+            f"no trained weights of {name} for {dataset}: there is neither {own} nor {old}, and invlib comes "
+            f"with {shipped or 'none'}. Train them with: {cards.training_command(name, dataset, own)}"
         )
     trained = cards.load(path, name)
     if options.epochs is not None and trained.card.get("epochs") != options.epochs:
