@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import operator
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class Listed(Layers):
 
 
 def comparison(
-    cost_fn: str, indices: str | Sequence[int], weights: str, generator: torch.Generator | None = None
+    cost_fn: str, indices: str | Iterable[int], weights: str, generator: torch.Generator | None = None
 ) -> tuple[Objective, Layers]:
     """Return the distance and the choice of tensors that the names stand for.
 
@@ -70,7 +71,7 @@ def comparison(
     distance = DISTANCES[named("cost_fn", cost_fn, DISTANCES)]
     weighing = {"weights": WEIGHTS[named("weights", weights, WEIGHTS)]}
     if not isinstance(indices, str):
-        return distance, Listed(tensors=tuple(int(i) for i in indices), **weighing)  # type: ignore[arg-type]
+        return distance, Listed(tensors=numbers(indices), **weighing)  # type: ignore[arg-type]
     layers = Layers(**SUBSETS[named("indices", indices, SUBSETS)], **weighing)  # type: ignore[arg-type]
     if indices != "batch":
         return distance, layers
@@ -81,6 +82,14 @@ def comparison(
         return distance([candidate[i] for i in rows], [target[i] for i in rows], factors)
 
     return of_eight, layers
+
+
+def numbers(indices: Iterable[int]) -> tuple[int, ...]:
+    """Return the numbers that ``indices`` lists, of Python, NumPy or torch."""
+    try:
+        return tuple(operator.index(i) for i in indices)
+    except TypeError as error:
+        raise ConfigError(f"indices are {indices!r}; expected a name or whole numbers") from error
 
 
 def named(key: str, value: object, choices: Collection[str]) -> str:
@@ -94,7 +103,7 @@ def reconstruction_costs(
     gradients: Sequence[Sequence[Tensor]],
     input_gradient: Sequence[Tensor],
     cost_fn: str = "l2",
-    indices: str | Sequence[int] = "def",
+    indices: str | Iterable[int] = "def",
     weights: str = "equal",
 ) -> Tensor:
     r"""Return how far gradients are from the observed one, the mean over the gradients given.

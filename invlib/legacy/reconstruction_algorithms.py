@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +16,25 @@ from invlib.attacks.published import preset as adapted
 from invlib.core.network import in_mode, trainable_parameters
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Observation
-from invlib.core.optional import torchvision
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD
 from invlib.federated.capture import from_gradients
-from invlib.legacy.config import DEFAULT_CONFIG, attack, checked
-from invlib.legacy.models import local_training
-from invlib.models.imagenet import pretrained
+from invlib.legacy.config import DEFAULT_CONFIG, Config, attack, checked
+from invlib.legacy.costs import reconstruction_costs
+from invlib.legacy.metrics import InceptionScore
 from invlib.optim.priors import total_variation
-from invlib.search.hooks import Bar, Told
+from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.problem import Problem
 from invlib.search.run import SearchResult, run
+from invlib.search.state import RestartState, Search
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "FedAvgReconstructor",
+    "GradientReconstructor",
+    "loss_steps",
+    "reconstruction_costs",
+]
 
 
 class GradientReconstructor:
@@ -55,7 +64,7 @@ class GradientReconstructor:
         self,
         model: nn.Module,
         mean_std: tuple[Any, Any] = (0.0, 1.0),
-        config: Mapping[str, Any] = DEFAULT_CONFIG,
+        config: Config = DEFAULT_CONFIG,
         num_images: int = 1,
     ) -> None:
         self.model = model
@@ -65,7 +74,7 @@ class GradientReconstructor:
         self.iDLG = True
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
         self._normalization = _normalization(mean_std)
-        self._inception = _inception() if self.config["scoring_choice"] == "inception" else None
+        self._inception = InceptionScore() if self.config["scoring_choice"] == "inception" else None
 
     def reconstruct(
         self,
@@ -78,6 +87,7 @@ class GradientReconstructor:
         *,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        verbose: bool = False,
         **settings: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Recover the images.
@@ -94,6 +104,8 @@ class GradientReconstructor:
             tol: run restarts one after another, and no more once a score is this low.
             generator: draws the starting points; None is torch's default generator.
             progress: show a progress bar.
+            verbose: print the lines of 2020: every 500 iterations the lowest cost of the restarts that run
+                together, at last the score of the choice and the seconds.
             settings: any other setting of `invlib.GradientMatching`, for example ``keep="best"`` to take the
                 image of lowest cost of each restart instead of its last one, or ``chunk``.
 
@@ -105,7 +117,7 @@ class GradientReconstructor:
             ObservationError: the update or the labels do not fit the model.
             ConfigError: a setting is unknown.
         """
-        generator = torch.default_generator if generator is None else generator
+        generator, began = torch.default_generator if generator is None else generator, time.monotonic()
         observation = from_gradients(
             self.model,
             input_data,
@@ -127,8 +139,15 @@ class GradientReconstructor:
         problem = how.problem(self.model, observation)
         starts = how.starts(problem, observation, generator)
         with in_mode(self.model, training=observation.training_mode):
-            runs = _run(how, problem, starts, self._score, dryrun=dryrun, tol=tol, progress=progress)
-            return self._choose(problem, runs)
+            hooks = [Bar(show=progress), *([_Lines()] if verbose else [])]
+            runs = _run(how, problem, starts, self._score, hooks, dryrun=dryrun, tol=tol)
+            images, stats = self._choose(problem, runs)
+        if verbose:
+            choice = self.config["scoring_choice"]
+            combined = f"Computing a combined result via {choice} ..."
+            print(combined if choice.startswith("pixel") else "Choosing optimal result ...")
+            print(f"Optimal result score: {stats['opt']:2.4f}\nTotal time: {time.monotonic() - began}.")
+        return images, stats
 
     def _client(self) -> ClientStep:
         return FedSGD()
@@ -140,7 +159,7 @@ class GradientReconstructor:
         if self.config["scoring_choice"] == "tv":
             return float(total_variation(inputs))
         if self._inception is not None:
-            return self._inception(inputs)
+            return float(self._inception.to(inputs)(inputs))
         return float(problem.score(inputs, logits))
 
     def _choose(self, problem: Problem, runs: _Runs) -> tuple[Tensor, dict[str, Any]]:
@@ -190,7 +209,7 @@ class FedAvgReconstructor(GradientReconstructor):
         mean_std: tuple[Any, Any] = (0.0, 1.0),
         local_steps: int = 2,
         local_lr: float = 1e-4,
-        config: Mapping[str, Any] = DEFAULT_CONFIG,
+        config: Config = DEFAULT_CONFIG,
         num_images: int = 1,
         use_updates: bool = True,
         batch_size: int = 0,
@@ -241,10 +260,10 @@ def _run(
     problem: Problem,
     starts: list[Tensor],
     score: Callable[[Problem, Tensor, Tensor | None], float],
+    hooks: Sequence[Hook],
     *,
     dryrun: bool,
     tol: float | None,
-    progress: bool,
 ) -> _Runs:
     """Run all restarts together; or one by one where a low score ends the run; or the first for a step."""
     size = how.restarts if tol is None and not dryrun else 1
@@ -255,7 +274,7 @@ def _run(
             problem,
             [start[first : first + size] for start in starts],
             replace(how, restarts=size).search,
-            [Bar(show=progress), *([Told(lambda at: at.step == 1)] if dryrun else [])],
+            [*hooks, *([Told(lambda at: at.step == 1)] if dryrun else [])],
         )
         parts.append(trials)
         images, *logits = trials.values
@@ -269,6 +288,16 @@ def _run(
         ran=torch.cat([p.ran for p in parts]),
         status="max_steps" if dryrun else parts[-1].status,
     )
+
+
+class _Lines(Hook):
+    """The lines that the 2020 code printed on its way."""
+
+    def step(self, search: Search, state: RestartState) -> bool:
+        """Print the iteration, counted from 0, and the lowest cost."""
+        if state.step == search.settings.steps or state.step % 500 == 1:
+            print(f"It: {state.step - 1}. Rec. loss: {float(state.costs[-1].min()):2.4f}.")
+        return False
 
 
 def _normalization(mean_std: tuple[Any, Any]) -> Normalization:
@@ -285,17 +314,51 @@ def _normalization(mean_std: tuple[Any, Any]) -> Normalization:
     return Normalization(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
-def _inception() -> Callable[[Tensor], float]:
-    """Return the mean entropy of Inception v3's prediction: low where it is sure what an image shows."""
-    tensors = pretrained("inception_v3", "IMAGENET1K_V1")
-    network = torchvision().models.inception_v3(weights=None, init_weights=False, transform_input=True)
-    network.load_state_dict(tensors)
-    network.eval()
+def local_training(local_steps: int, local_lr: float, batch_size: int) -> FedAvg:
+    """Return the client of the 2020 code: a last, smaller minibatch is left out, and 0 takes all images."""
+    return FedAvg(lr=local_lr, local_steps=local_steps, batch_size=batch_size or None, drop_last=True)
 
-    @torch.no_grad()
-    def entropy(inputs: Tensor) -> float:
-        large = nn.functional.interpolate(inputs.expand(-1, 3, -1, -1), (299, 299), mode="bilinear")
-        probabilities = network.to(inputs)(large).softmax(-1)
-        return float(torch.special.entr(probabilities).mean())
 
-    return entropy
+def loss_steps(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    lr: float = 1e-4,
+    local_steps: int = 4,
+    use_updates: bool = True,
+    batch_size: int = 0,
+) -> list[Tensor]:
+    """Run a client's local steps of plain SGD and return what it sends.
+
+    The whole model runs in training or evaluation mode, as ``model.training`` says, and is not changed.
+
+    Args:
+        model: what the client received.
+        inputs: normalised images ``(N, C, H, W)``.
+        labels: int64 ``(N,)`` or probabilities ``(N, classes)``.
+        loss_fn: the client's loss.
+        lr: its learning rate.
+        local_steps: how many steps.
+        use_updates: return the weight differences, after minus before; else the new weights.
+        batch_size: images in a step, taken in order and around again; 0 takes all.
+
+    Returns:
+        One tensor for each trainable parameter, differentiable with respect to ``inputs``.
+
+    Raises:
+        ConfigError: a number is out of range.
+
+    Source: McMahan et al. 2017, arXiv 1602.05629; Geiping et al. 2020, arXiv 2003.14053, section 6.
+    """
+    client: ClientStep = local_training(local_steps, lr, batch_size)
+    params = trainable_parameters(model)
+    with in_mode(model, training=model.training):
+        update = client(
+            model,
+            inputs,
+            labels,
+            params=params,
+            loss=lambda logits, targets: loss_fn(logits, targets).sum(),
+        )
+    return [value if use_updates else params[name] + value for name, value in update.items()]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from invlib.core.network import in_mode
+from invlib.core.optional import torchvision
 from invlib.errors import ConfigError
+from invlib.models.imagenet import pretrained
 from invlib.optim import priors
 
 
@@ -47,6 +51,75 @@ def psnr(img_batch: Tensor, ref_batch: Tensor, batched: bool = False, factor: fl
     mse = squares.mean() if batched else squares.mean((1, 2, 3)).view(-1, 1, 1, 1)
     decibels = 10 * torch.log10(torch.as_tensor(factor).to(mse) ** 2 / mse)
     return float(decibels.mean()) if torch.isfinite(mse).all() else math.nan
+
+
+def activation_errors(model: nn.Module, x1: Tensor, x2: Tensor) -> dict[str, dict[str, float]]:
+    """Return how far the inputs of every module are apart for two batches of images, in evaluation mode.
+
+    Args:
+        model: the network; it is not changed.
+        x1: normalised images ``(N, C, H, W)``.
+        x2: others, of the same shape.
+
+    Returns:
+        ``"se"``, ``"mse"`` and ``"sim"`` (the sum of squared differences, their mean and the cosine of the
+        whole batches), each by the module's name, in the order in which modules end their work.
+
+    Raises:
+        ConfigError: the shapes differ.
+    """
+    if x1.shape != x2.shape:
+        raise ConfigError(f"x1 has shape {tuple(x1.shape)} and x2 {tuple(x2.shape)}; expected the same")
+    errors: dict[str, dict[str, float]] = {"se": {}, "mse": {}, "sim": {}}
+    names = {module: name for name, module in model.named_modules()}
+
+    def measure(module: nn.Module, inputs: tuple[Any, ...], _: object) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            a, b = (half.flatten() for half in inputs[0].split(len(x1)))
+            squares = (a - b).square()
+            errors["se"][names[module]] = float(squares.sum())
+            errors["mse"][names[module]] = float(squares.mean())
+            errors["sim"][names[module]] = float(torch.cosine_similarity(a, b, dim=0))
+
+    hooks = [module.register_forward_hook(measure) for module in names]
+    try:
+        with torch.no_grad(), in_mode(model, training=False):
+            model(torch.cat([x1, x2]).to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return errors
+
+
+class InceptionScore(nn.Module):
+    """The mean entropy of Inception v3's prediction: low where it is sure what the images show.
+
+    Args:
+        batch_size: images at a time.
+        setup: ``device`` and ``dtype`` of the network, which torchvision has to fetch.
+
+    Raises:
+        DataError: the network cannot be fetched.
+        DependencyError: torchvision is not installed.
+    """
+
+    def __init__(self, batch_size: int = 32, setup: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        tensors = pretrained("inception_v3", "IMAGENET1K_V1")
+        zoo = torchvision().models
+        self.model = zoo.inception_v3(weights=None, init_weights=False, transform_input=True)
+        self.model.load_state_dict(tensors)
+        self.model.to(**(setup or {})).eval()
+        self.preprocessing = nn.Upsample(size=(299, 299), mode="bilinear", align_corners=False)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def forward(self, image_batch: Tensor) -> Tensor:
+        """Return the entropy, a scalar, for normalised images ``(N, C, H, W)``."""
+        parts = image_batch.expand(-1, 3, -1, -1).split(self.batch_size)
+        logits = torch.cat([self.model(self.preprocessing(part)) for part in parts])
+        entropy: Tensor = torch.special.entr(logits.softmax(-1)).mean()
+        return entropy
 
 
 class MedianPool2d(nn.Module):
