@@ -1,12 +1,9 @@
 """The interface of the 2020 code: ``import invlib.legacy as inversefed``.
 
-For programs written against the code of Geiping et al. 2020, arXiv 2003.14053. Names, arguments, config keys
-and their values are that code's; the work is done by `invlib.GradientMatching`, so the restarts run together.
-`attack` turns a config into the attack that it describes, which is the way to newer code.
-
-Images and updates are in that code's units: images ``(N, C, H, W)`` are normalised by ``mean_std``, and an
-update is a list of tensors in the order of ``model.parameters()``. Random draws come from torch's default
-generator, in the same order as there. What differs is on the page "Coming from the 2020 code".
+For programs written against the code of Geiping et al. 2020, arXiv 2003.14053: names, arguments and
+config are that code's, the work is done by `invlib.GradientMatching`. `attack` leads to newer code. Images
+``(N, C, H, W)`` are normalised by ``mean_std``, an update is a list of tensors in the order of
+``model.parameters()``, and random draws come from torch's default generator, in the same order as there.
 """
 
 from invlib.legacy import consts, data, metrics, nn, reconstruction_algorithms, training, utils

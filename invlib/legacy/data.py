@@ -1,7 +1,5 @@
 """The loaders of 2020, over what `invlib.data` finds."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,8 @@ from invlib.legacy import consts
 from invlib.legacy.training import Strategy
 
 # name: (name in `invlib.data`, sides in pixels, pixels that augmentation adds on each side)
-_SETS = {
-    "CIFAR10": ("CIFAR10", 32, 4),
-    "CIFAR100": ("CIFAR100", 32, 4),
-    "MNIST": ("MNIST", 28, 2),
-    "MNIST_GRAY": ("MNIST", 28, 2),
-    "ImageNet": ("ImageNet", 224, 0),
-}
+_SETS = {"CIFAR10": ("CIFAR10", 32, 4), "CIFAR100": ("CIFAR100", 32, 4)}
+_SETS |= {"MNIST": ("MNIST", 28, 2), "MNIST_GRAY": ("MNIST", 28, 2), "ImageNet": ("ImageNet", 224, 0)}
 
 
 class Classification:
@@ -43,20 +36,9 @@ class Classification:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images ``(C, H, W)`` with their labels, those of ImageNet read one by one.
+    """A split of a data set, ``"train"`` or ``"test"``, and its ``classes``; ImageNet is read image by image.
 
-    Args:
-        name: as for `construct_dataloaders`.
-        split: ``"train"`` or ``"test"``.
-        root: the folder with the data set, or None for the loader's own places.
-        normalize: subtract the mean and divide by the deviation of `consts`.
-        augment: shift each image and mirror half of them, by torch's default generator.
-
-    Attributes:
-        classes: what the labels mean.
-
-    Raises:
-        DataError: the data set is nowhere to be had.
+    ``augment`` shifts images ``(C, H, W)`` and mirrors half of them, by torch's default generator.
     """
 
     def __init__(self, name: str, split: str, root: Path | None, *, normalize: bool, augment: bool) -> None:
@@ -69,9 +51,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         # Of ImageNet one image, which says what is wrong where there is none.
         one = [0] if own == "ImageNet" else None
         self.images, self.labels = data.load(own, split=split, root=root, indices=one)
-        if own == "ImageNet":
-            place = root or Path(os.environ.get("INVLIB_DATA", "."))
-            folder = place / slug / split
+        if one:
+            folder = (place := root or Path(".")) / slug / split
             kept = list_images(folder) if folder.is_dir() else None
             self.files = kept or torchvision_set(own, split, place, download=False).samples
 
@@ -106,26 +87,23 @@ def construct_dataloaders(
 
     Args:
         dataset: ``"CIFAR10"``, ``"CIFAR100"``, ``"MNIST"``, ``"MNIST_GRAY"`` (the same) or ``"ImageNet"``.
-        defs: its ``batch_size`` and ``augmentations`` are heard; see `training_strategy`.
-        data_path: the folder that `invlib.data.load` looks at; None takes ``INVLIB_DATA``, then ``~/data``
-            where it exists, then the user's cache.
+        defs: its ``batch_size`` and ``augmentations`` count.
+        data_path: where `invlib.data.load` looks; None is ``INVLIB_DATA``, else ``~/data``, else its cache.
         shuffle: mix the training images.
-        normalize: give them normalised by the constants of 2020; else in [0, 1].
+        normalize: give images normalised by `consts`; else in [0, 1].
 
     Raises:
         UnknownNameError: there is no such data set.
         DataError: it is neither on the disk nor can it be downloaded; the message says what to do.
     """
     if dataset not in _SETS:
-        why = " (BSDS is for networks that raise the resolution, which are not here)"
-        raise UnknownNameError(
-            f"no data set {dataset!r}{why if dataset.startswith('BSDS') else ''}; known: {', '.join(_SETS)}"
-        )
+        why = " (it is for networks that raise the resolution, which are not here)"
+        why = why if dataset.startswith("BSDS") else ""
+        raise UnknownNameError(f"no data set {dataset!r}{why}; known: {', '.join(_SETS)}")
     path = Path(data_path or os.environ.get("INVLIB_DATA") or "~/data").expanduser()
     root = path if data_path or path.is_dir() else None
-    how = {"normalize": normalize}
-    train = Images(dataset, "train", root, augment=defs.augmentations, **how)
-    valid = Images(dataset, "test", root, augment=False, **how)
+    train = Images(dataset, "train", root, normalize=normalize, augment=defs.augmentations)
+    valid = Images(dataset, "test", root, normalize=normalize, augment=False)
     size = min(defs.batch_size, len(train))
     loader = DataLoader(train, batch_size=size, shuffle=shuffle, drop_last=True)
     return Classification(), loader, DataLoader(valid, batch_size=size)

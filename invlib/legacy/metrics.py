@@ -1,7 +1,5 @@
 """What the 2020 code measures of images, and its median filter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,37 +14,30 @@ from invlib.errors import ConfigError
 from invlib.models.imagenet import pretrained
 from invlib.optim import priors
 
+Sides = int | Sequence[int]
+
 
 def total_variation(x: Tensor) -> Tensor:
-    """Return the anisotropic total variation of images ``(N, C, H, W)``, the mean over all pixels.
-
-    Raises:
-        ConfigError: wrong number of dimensions.
-    """
+    """Return the anisotropic total variation of images ``(N, C, H, W)``, the mean over all pixels."""
     return priors.total_variation(x)
 
 
 def psnr(img_batch: Tensor, ref_batch: Tensor, batched: bool = False, factor: float | Tensor = 1.0) -> float:
     r"""Return the peak signal-to-noise ratio in dB, :math:`10 \log_{10}(\mathrm{factor}^2 / \mathrm{mse})`.
 
+    It is infinity where all images are the true ones, and NaN where a number is not finite. ConfigError where
+    the shapes differ.
+
     Args:
         img_batch: ``(N, C, H, W)``.
         ref_batch: the true images, of the same shape.
         batched: take one mean squared error of the whole batch, not the mean ratio of its images.
-        factor: the range of values: 1 for images in [0, 1], 1/std for normalised ones; a tensor of one number
-            per channel gives the mean ratio over the channels.
-
-    Returns:
-        The ratio; infinity where all images are equal to the true ones, NaN where a number is not finite.
-
-    Raises:
-        ConfigError: the shapes differ.
+        factor: the range of values: 1 for images in [0, 1], 1/std for normalised ones, of one for each
+            channel the ratios are averaged.
     """
     if img_batch.shape != ref_batch.shape or img_batch.ndim != 4:
-        raise ConfigError(
-            f"img_batch has shape {tuple(img_batch.shape)} and ref_batch {tuple(ref_batch.shape)}; "
-            "expected the same (N, C, H, W)"
-        )
+        shapes = f"img_batch has shape {tuple(img_batch.shape)} and ref_batch {tuple(ref_batch.shape)}"
+        raise ConfigError(f"{shapes}; expected the same (N, C, H, W)")
     squares = (img_batch.detach() - ref_batch).square()
     mse = squares.mean() if batched else squares.mean((1, 2, 3)).view(-1, 1, 1, 1)
     decibels = 10 * torch.log10(torch.as_tensor(factor).to(mse) ** 2 / mse)
@@ -54,19 +45,11 @@ def psnr(img_batch: Tensor, ref_batch: Tensor, batched: bool = False, factor: fl
 
 
 def activation_errors(model: nn.Module, x1: Tensor, x2: Tensor) -> dict[str, dict[str, float]]:
-    """Return how far the inputs of every module are apart for two batches of images, in evaluation mode.
+    """Return how far each module's inputs are apart for two batches of images ``(N, C, H, W)``, normalised.
 
-    Args:
-        model: the network; it is not changed.
-        x1: normalised images ``(N, C, H, W)``.
-        x2: others, of the same shape.
-
-    Returns:
-        ``"se"``, ``"mse"`` and ``"sim"`` (the sum of squared differences, their mean and the cosine of the
-        whole batches), each by the module's name, in the order in which modules end their work.
-
-    Raises:
-        ConfigError: the shapes differ.
+    The network runs in evaluation mode and is not changed. ``"se"``, ``"mse"`` and ``"sim"`` are the sum and
+    the mean of the squared differences and the cosine of the whole batches, each by the modules' names, in
+    the order in which these end their work. ConfigError where the shapes differ.
     """
     if x1.shape != x2.shape:
         raise ConfigError(f"x1 has shape {tuple(x1.shape)} and x2 {tuple(x2.shape)}; expected the same")
@@ -74,7 +57,7 @@ def activation_errors(model: nn.Module, x1: Tensor, x2: Tensor) -> dict[str, dic
     names = {module: name for name, module in model.named_modules()}
 
     def measure(module: nn.Module, inputs: tuple[Any, ...], _: object) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape[:1] == (2 * len(x1),):
             a, b = (half.flatten() for half in inputs[0].split(len(x1)))
             squares = (a - b).square()
             errors["se"][names[module]] = float(squares.sum())
@@ -94,19 +77,12 @@ def activation_errors(model: nn.Module, x1: Tensor, x2: Tensor) -> dict[str, dic
 class InceptionScore(nn.Module):
     """The mean entropy of Inception v3's prediction: low where it is sure what the images show.
 
-    Args:
-        batch_size: images at a time.
-        setup: ``device`` and ``dtype`` of the network, which torchvision has to fetch.
-
-    Raises:
-        DataError: the network cannot be fetched.
-        DependencyError: torchvision is not installed.
+    It takes ``batch_size`` images at a time. DataError where the network cannot be fetched.
     """
 
     def __init__(self, batch_size: int = 32, setup: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        tensors = pretrained("inception_v3", "IMAGENET1K_V1")
-        zoo = torchvision().models
+        tensors, zoo = pretrained("inception_v3", "IMAGENET1K_V1"), torchvision().models
         self.model = zoo.inception_v3(weights=None, init_weights=False, transform_input=True)
         self.model.load_state_dict(tensors)
         self.model.to(**(setup or {})).eval()
@@ -133,36 +109,23 @@ class MedianPool2d(nn.Module):
     """
 
     def __init__(
-        self,
-        kernel_size: int | tuple[int, int] = 3,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int, int, int] = 0,
-        same: bool = True,
+        self, kernel_size: Sides = 3, stride: Sides = 1, padding: Sides = 0, same: bool = True
     ) -> None:
         super().__init__()
-        self.kernel_size = _repeated(kernel_size, 2)
-        self.stride = _repeated(stride, 2)
-        self.padding = _repeated(padding, 4)
+        counts = ((kernel_size, 2), (stride, 2), (padding, 4))
+        sides = [(value,) * count if isinstance(value, int) else tuple(value) for value, count in counts]
+        self.kernel_size, self.stride, self.padding = sides
         self.same = same
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the filtered images; of an even number of pixels, the lower of the two middle ones."""
         padding = self.padding
         if self.same:
-            top, bottom = _same(x.shape[2], self.kernel_size[0], self.stride[0])
-            left, right = _same(x.shape[3], self.kernel_size[1], self.stride[1])
-            padding = (left, right, top, bottom)
+            # So many are added that ceil(size / stride) windows fit.
+            sides = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+            high, wide = (max(kernel - (size % stride or stride), 0) for size, kernel, stride in sides)
+            padding = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
         windows = F.pad(x, padding, mode="reflect")
         for axis in (0, 1):
             windows = windows.unfold(2 + axis, self.kernel_size[axis], self.stride[axis])
         return windows.flatten(-2).median(-1).values
-
-
-def _repeated(value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    return (value,) * count if isinstance(value, int) else tuple(value)
-
-
-def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Return the pixels to add before and after, so that ceil(size / stride) windows fit."""
-    missing = max(kernel - (size % stride or stride), 0)
-    return missing // 2, missing - missing // 2

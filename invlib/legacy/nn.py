@@ -1,5 +1,6 @@
 """The networks of 2020 by name, and one that runs with the parameters it is given."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def construct_model(
     *,
     verbose: bool = False,
 ) -> tuple[tnn.Module, int]:
-    """Build an untrained network by name, in training mode like any new module, and return it and its seed.
+    """Build an untrained network by name, in training mode like any new module; return it and its seed.
 
     As in 2020 it seeds the global generators with `set_random_seed` and draws from torch's, so that the seed
     also fixes the starting points of a reconstruction that follows. The weights are those of 2020 too, but
@@ -30,16 +31,15 @@ def construct_model(
     takes the tensors of 2020; those of DenseNet40 and iRevNet it refuses, for they compute something else.
 
     Args:
-        model: a name of `invlib.models.names`; ``"ConvNet"`` is ConvNet64. ``"BeyondInferringMNIST"`` and
-            ``"BeyondInferringCifar"`` take 28×28 images of 1 and 3 channels and give probabilities.
+        model: a name of `invlib.models.names`, ``"ConvNet"`` (ConvNet64), ``"BeyondInferringMNIST"`` or
+            ``"BeyondInferringCifar"``, which give probabilities for 28×28 images of 1 and 3 channels.
         num_classes: length of the output.
         seed: of the weights; None draws one from NumPy's global generator.
         num_channels: channels of the images.
-        modelkey: another name for the seed, which goes before it.
+        modelkey: the seed, in its place.
         verbose: print the seed.
 
-    Raises:
-        UnknownNameError: there is no such network.
+    UnknownNameError where there is no such network.
     """
     key = seed if modelkey is None else modelkey
     if key is None:
@@ -71,25 +71,18 @@ def _rename(model: tnn.Module, state_dict: dict[str, Any], *_: object) -> None:
 
 
 def _beyond_inferring(channels: int, num_classes: int) -> tnn.Module:
-    network = tnn.Sequential()
+    layers: dict[str, tnn.Module] = {}
     for i, (outputs, stride) in enumerate([(32, 2), (64, 1), (128, 2), (256, 1)]):
-        network.add_module(f"conv{i + 1}", tnn.Conv2d(channels, outputs, 3, stride=stride, padding=1))
-        network.add_module(f"relu{i}", tnn.LeakyReLU())
+        layers[f"conv{i + 1}"] = tnn.Conv2d(channels, outputs, 3, stride=stride, padding=1)
+        layers[f"relu{i}"] = tnn.LeakyReLU()
         channels = outputs
-    features = channels * 7 * 7
-    network.add_module("flatt", tnn.Flatten())
-    network.add_module("linear0", tnn.Linear(features, features))
-    network.add_module("relu4", tnn.LeakyReLU())
-    network.add_module("linear1", tnn.Linear(features, num_classes))
-    network.add_module("softmax", tnn.Softmax(dim=1))
-    return network
+    layers |= {"flatt": tnn.Flatten(), "linear0": tnn.Linear(12544, 12544), "relu4": tnn.LeakyReLU()}
+    layers |= {"linear1": tnn.Linear(12544, num_classes), "softmax": tnn.Softmax(dim=1)}
+    return tnn.Sequential(OrderedDict(layers))
 
 
 class MetaMonkey(tnn.Module):
-    """Runs a network with other parameters, through which gradients flow; the network's own stay as they are.
-
-    ``parameters`` is a mapping from their names, and not the method that modules have.
-    """
+    """Runs a network with other ``parameters`` (a mapping), which gradients flow through."""
 
     parameters: Mapping[str, Tensor]  # type: ignore[assignment]
 

@@ -1,17 +1,15 @@
 """The reconstructors of 2020, as thin wrappers around `invlib.GradientMatching`."""
 
-from __future__ import annotations
-
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from invlib.attacks import labels as label_inference
-from invlib.attacks.matching import GradientMatching
 from invlib.attacks.published import preset as adapted
 from invlib.core.network import in_mode, trainable_parameters
 from invlib.core.normalization import Normalization
@@ -20,42 +18,33 @@ from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD
 from invlib.federated.capture import from_gradients
 from invlib.legacy.config import DEFAULT_CONFIG, Config, attack, checked
-from invlib.legacy.costs import reconstruction_costs
+from invlib.legacy.costs import reconstruction_costs as reconstruction_costs
 from invlib.legacy.metrics import InceptionScore
 from invlib.optim.priors import total_variation
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.problem import Problem
 from invlib.search.run import SearchResult, run
+from invlib.search.settings import SearchSettings
 from invlib.search.state import RestartState, Search
 
-__all__ = [
-    "DEFAULT_CONFIG",
-    "FedAvgReconstructor",
-    "GradientReconstructor",
-    "loss_steps",
-    "reconstruction_costs",
-]
+# The restarts' values, their scores, whether each ran, and why the last stopped.
+Runs = tuple[list[Tensor], list[float], Tensor, str]
 
 
 class GradientReconstructor:
     """Recover images from a gradient, as the 2020 code does.
 
+    Where a single image has no label, it is inferred (attribute ``iDLG``) rather than optimised.
+
     Args:
         model: what the client received; it is not changed.
         mean_std: mean and standard deviation of the images, numbers or tensors ``(C, 1, 1)``.
-        config: see `attack`; it is copied. Its ``scoring_choice`` says which restart is given back: the one
-            with the lowest cost (``"loss"``), total variation (``"tv"``) or entropy under an ImageNet network
-            (``"inception"``, which torchvision has to fetch); or the mean or median of all restarts
-            (``"pixelmean"``, ``"pixelmedian"``).
+        config: see `attack`. Its ``scoring_choice`` says what is given back: the restart of lowest cost
+            (``"loss"``), total variation (``"tv"``) or `InceptionScore` (``"inception"``); or the mean or
+            median of all (``"pixelmean"``, ``"pixelmedian"``).
         num_images: how many images the client used.
 
-    Attributes:
-        iDLG: infer the label of a single image where none is given, rather than to optimise it.
-        loss_fn: the client's loss.
-
-    Raises:
-        ConfigError: the config or mean_std does not fit; the message names the choices.
-        DataError: ``scoring_choice="inception"`` and its network cannot be fetched.
+    ConfigError where the config or mean_std does not fit; the message names the choices.
 
     Source: Geiping et al. 2020, arXiv 2003.14053.
     """
@@ -67,10 +56,8 @@ class GradientReconstructor:
         config: Config = DEFAULT_CONFIG,
         num_images: int = 1,
     ) -> None:
-        self.model = model
-        self.mean_std = mean_std
+        self.model, self.mean_std, self.num_images = model, mean_std, num_images
         self.config = checked(config)
-        self.num_images = num_images
         self.iDLG = True
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
         self._normalization = _normalization(mean_std)
@@ -90,32 +77,25 @@ class GradientReconstructor:
         verbose: bool = False,
         **settings: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Recover the images.
-
-        Ctrl-C ends the run and gives back the best restart so far.
+        """Recover the images; Ctrl-C ends the run and gives back the best restart so far.
 
         Args:
             input_data: the update, one tensor for each parameter.
-            labels: int64 ``(N,)``. None infers the label of one image; for more it optimises one soft label
-                that all share.
+            labels: int64 ``(N,)``. None infers that of one image, or optimises a soft one that all share.
             img_shape: ``(C, H, W)``.
             dryrun: take one step of one restart.
             eval: run the model in evaluation mode; else in the mode that it is in.
             tol: run restarts one after another, and no more once a score is this low.
             generator: draws the starting points; None is torch's default generator.
             progress: show a progress bar.
-            verbose: print the lines of 2020: every 500 iterations the lowest cost of the restarts that run
-                together, at last the score of the choice and the seconds.
-            settings: any other setting of `invlib.GradientMatching`, for example ``keep="best"`` to take the
-                image of lowest cost of each restart instead of its last one, or ``chunk``.
+            verbose: print the lines of 2020: every 500 iterations the lowest cost, at last the choice's.
+            settings: any other setting of `invlib.GradientMatching`, such as ``keep="best"`` or ``chunk``.
 
         Returns:
             Normalised images ``(N, C, H, W)``, and a dict with ``opt`` (their score, NaN where none is
             finite), ``trial_scores`` (of the restarts that ran) and ``status`` (see `invlib.Reconstruction`).
 
-        Raises:
-            ObservationError: the update or the labels do not fit the model.
-            ConfigError: a setting is unknown.
+        ObservationError where update or labels do not fit the model, ConfigError where a setting is unknown.
         """
         generator, began = torch.default_generator if generator is None else generator, time.monotonic()
         observation = from_gradients(
@@ -139,13 +119,17 @@ class GradientReconstructor:
         problem = how.problem(self.model, observation)
         starts = how.starts(problem, observation, generator)
         with in_mode(self.model, training=observation.training_mode):
-            hooks = [Bar(show=progress), *([_Lines()] if verbose else [])]
-            runs = _run(how, problem, starts, self._score, hooks, dryrun=dryrun, tol=tol)
+            hooks: list[Hook] = [Bar(show=progress), *([_Lines()] if verbose else [])]
+            hooks += [Told(lambda at: at.step == 1)] if dryrun else []
+            together = replace(how, restarts=1 if dryrun or tol is not None else how.restarts).search
+            runs = self._run(problem, starts, together, hooks, -math.inf if tol is None else tol)
             images, stats = self._choose(problem, runs)
+        if dryrun and stats["status"] == "interrupted":
+            stats["status"] = "max_steps"
         if verbose:
             choice = self.config["scoring_choice"]
-            combined = f"Computing a combined result via {choice} ..."
-            print(combined if choice.startswith("pixel") else "Choosing optimal result ...")
+            combined = f"Computing a combined result via {choice}"
+            print(combined if "pixel" in choice else "Choosing optimal result", "...")
             print(f"Optimal result score: {stats['opt']:2.4f}\nTotal time: {time.monotonic() - began}.")
         return images, stats
 
@@ -162,17 +146,32 @@ class GradientReconstructor:
             return float(self._inception.to(inputs)(inputs))
         return float(problem.score(inputs, logits))
 
-    def _choose(self, problem: Problem, runs: _Runs) -> tuple[Tensor, dict[str, Any]]:
-        scores = torch.where(runs.ran, torch.tensor(runs.scores), torch.nan)
+    def _run(
+        self, problem: Problem, starts: list[Tensor], search: SearchSettings, hooks: list[Hook], tol: float
+    ) -> Runs:
+        """Run so many restarts at a time as the search has, and no more after a low score or a stop."""
+        parts, scores = list[SearchResult](), list[float]()
+        for first in range(0, len(starts[0]), search.restarts):
+            rows = slice(first, first + search.restarts)
+            parts += run(problem, [start[rows] for start in starts], search, hooks)
+            images, *logits = parts[-1].values
+            for r, image in enumerate(images):
+                scores.append(self._score(problem, image, logits[0][r] if logits else None))
+            if parts[-1].status == "interrupted" or scores[-1] <= tol:
+                break
+        values = [torch.cat(ends) for ends in zip(*[p.values for p in parts], strict=True)]
+        return values, scores, torch.cat([p.ran for p in parts]), parts[-1].status
+
+    def _choose(self, problem: Problem, runs: Runs) -> tuple[Tensor, dict[str, Any]]:
+        [images, *_], measured, ran, status = runs
+        scores = torch.where(ran, torch.tensor(measured), torch.nan)
         usable = torch.isfinite(scores)
         stats: dict[str, Any] = {"trial_scores": scores.tolist()}
-        stats["status"] = runs.status if usable.any() or runs.status == "interrupted" else "non_finite"
-        images = runs.values[0]
-        if self.config["scoring_choice"].startswith("pixel") and usable.any():
+        stats["status"] = status if usable.any() or status == "interrupted" else "non_finite"
+        if "pixel" in self.config["scoring_choice"] and usable.any():
             images = images[usable.to(images.device)]
-            middle = images.mean(0)
-            if self.config["scoring_choice"] == "pixelmedian":
-                middle = images.median(0).values
+            mean = self.config["scoring_choice"] == "pixelmean"
+            middle = images.mean(0) if mean else images.median(0).values
             known = problem.labels
             if known is None:
                 with torch.no_grad():
@@ -187,20 +186,7 @@ class GradientReconstructor:
 class FedAvgReconstructor(GradientReconstructor):
     """Recover images from what a client sends after some local steps, as the 2020 code does.
 
-    Args:
-        model: what the client received; it is not changed.
-        mean_std: as for `GradientReconstructor`.
-        local_steps: how many steps of SGD the client took.
-        local_lr: its learning rate.
-        config: as for `GradientReconstructor`.
-        num_images: how many images the client used.
-        use_updates: the input is weight differences, after minus before; else the new weights.
-        batch_size: images in a step of the client; 0 takes all.
-
-    Raises:
-        ConfigError: a setting is unknown or out of range.
-
-    Source: Geiping et al. 2020, arXiv 2003.14053, section 6.
+    The local steps are as for `loss_steps`, all else as for `GradientReconstructor`.
     """
 
     def __init__(
@@ -215,24 +201,20 @@ class FedAvgReconstructor(GradientReconstructor):
         batch_size: int = 0,
     ) -> None:
         super().__init__(model, mean_std, config, num_images)
-        self.local_steps = local_steps
-        self.local_lr = local_lr
-        self.use_updates = use_updates
-        self.batch_size = batch_size
+        self.local_steps, self.local_lr = local_steps, local_lr
+        self.use_updates, self.batch_size = use_updates, batch_size
         self._client()
 
-    def _training(self) -> FedAvg:
-        return local_training(self.local_steps, self.local_lr, self.batch_size)
-
     def _client(self) -> ClientStep:
-        training = self._training()
+        training = local_training(self.local_steps, self.local_lr, self.batch_size)
         return training if self.use_updates else _NewWeights(**vars(training))
 
     def _infer(self, observation: Observation) -> Tensor:
         if not self.use_updates:
             before = trainable_parameters(self.model)
             update = {name: new - before[name] for name, new in observation.update.items()}
-            observation = replace(observation, update=update, protocol=self._training())
+            training = local_training(self.local_steps, self.local_lr, self.batch_size)
+            observation = replace(observation, update=update, protocol=training)
         return super()._infer(observation)
 
 
@@ -243,51 +225,6 @@ class _NewWeights(FedAvg):
         before = settings.get("params") or trainable_parameters(model)
         update = super().__call__(model, *args, **settings)
         return {name: before[name] + value for name, value in update.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Runs:
-    """Where the restarts ended, with one score for each."""
-
-    values: list[Tensor]
-    scores: list[float]
-    ran: Tensor
-    status: str
-
-
-def _run(
-    how: GradientMatching,
-    problem: Problem,
-    starts: list[Tensor],
-    score: Callable[[Problem, Tensor, Tensor | None], float],
-    hooks: Sequence[Hook],
-    *,
-    dryrun: bool,
-    tol: float | None,
-) -> _Runs:
-    """Run all restarts together; or one by one where a low score ends the run; or the first for a step."""
-    size = how.restarts if tol is None and not dryrun else 1
-    parts: list[SearchResult] = []
-    scores: list[float] = []
-    for first in range(0, how.restarts, size):
-        [trials] = run(
-            problem,
-            [start[first : first + size] for start in starts],
-            replace(how, restarts=size).search,
-            [*hooks, *([Told(lambda at: at.step == 1)] if dryrun else [])],
-        )
-        parts.append(trials)
-        images, *logits = trials.values
-        scores += [score(problem, images[r], logits[0][r] if logits else None) for r in range(size)]
-        # A dry run ends as if interrupted.
-        if trials.status == "interrupted" or (tol is not None and scores[-1] <= tol):
-            break
-    return _Runs(
-        values=[torch.cat(ends) for ends in zip(*[p.values for p in parts], strict=True)],
-        scores=scores,
-        ran=torch.cat([p.ran for p in parts]),
-        status="max_steps" if dryrun else parts[-1].status,
-    )
 
 
 class _Lines(Hook):
@@ -304,11 +241,9 @@ def _normalization(mean_std: tuple[Any, Any]) -> Normalization:
     channels = []
     for name, value in zip(("mean", "std"), mean_std, strict=True):
         numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-        per_channel = numbers.shape[-3] if numbers.ndim >= 3 else numbers.numel()
-        if numbers.numel() != per_channel:
-            raise ConfigError(
-                f"mean_std: {name} has shape {tuple(numbers.shape)}; expected a number, (C,) or (C, 1, 1)"
-            )
+        if numbers.ndim >= 3 and numbers.numel() != numbers.shape[-3]:
+            shape = tuple(numbers.shape)
+            raise ConfigError(f"mean_std: {name} has shape {shape}; expected a number, (C,) or (C, 1, 1)")
         channels.append(numbers.flatten())
     mean, std = torch.broadcast_tensors(*channels)
     return Normalization(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
@@ -331,10 +266,8 @@ def loss_steps(
 ) -> list[Tensor]:
     """Run a client's local steps of plain SGD and return what it sends.
 
-    The whole model runs in training or evaluation mode, as ``model.training`` says, and is not changed.
-
     Args:
-        model: what the client received.
+        model: what the client received, in training or evaluation mode; it is not changed.
         inputs: normalised images ``(N, C, H, W)``.
         labels: int64 ``(N,)`` or probabilities ``(N, classes)``.
         loss_fn: the client's loss.
@@ -346,19 +279,10 @@ def loss_steps(
     Returns:
         One tensor for each trainable parameter, differentiable with respect to ``inputs``.
 
-    Raises:
-        ConfigError: a number is out of range.
-
     Source: McMahan et al. 2017, arXiv 1602.05629; Geiping et al. 2020, arXiv 2003.14053, section 6.
     """
     client: ClientStep = local_training(local_steps, lr, batch_size)
     params = trainable_parameters(model)
     with in_mode(model, training=model.training):
-        update = client(
-            model,
-            inputs,
-            labels,
-            params=params,
-            loss=lambda logits, targets: loss_fn(logits, targets).sum(),
-        )
+        update = client(model, inputs, labels, params=params, loss=lambda *of: loss_fn(*of).sum())
     return [value if use_updates else params[name] + value for name, value in update.items()]

@@ -37,8 +37,7 @@ def system_startup(args: object = None, defs: object = None) -> dict[str, Any]:
 def save_to_table(out_dir: str | os.PathLike[str], name: str, dryrun: bool, **kwargs: Any) -> None:
     """Append a row to the tab-separated ``table_NAME.csv`` of a folder, and say so; a dry run only says it.
 
-    Raises:
-        ConfigError: the table has other columns than the row.
+    ConfigError where the table has other columns than the row.
     """
     path = Path(out_dir).expanduser() / f"table_{name}.csv"
     if dryrun:
@@ -75,8 +74,7 @@ def options() -> argparse.ArgumentParser:
         parser.add_argument(f"--{flag}", default=word)
     for flag, number in _NUMBERS.items():
         parser.add_argument(f"--{flag}", default=number, type=float if flag == "tv" else int)
-    for flag in ("trained_model", "label_flip", "save_image", "deterministic", "dryrun"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    for flag in ("signed", "boxed"):
-        parser.add_argument(f"--{flag}", action="store_false")
+    for flag in ("trained_model", "label_flip", "save_image", "deterministic", "dryrun", "signed", "boxed"):
+        action = "store_false" if flag in ("signed", "boxed") else "store_true"
+        parser.add_argument(f"--{flag}", action=action)
     return parser
