@@ -1,4 +1,4 @@
-"""The interface of the 2020 code: ``import invlib.legacy as inversefed``.
+"""The interface of the 2020 code (the book has a page on it): ``import invlib.legacy as inversefed``.
 
 For programs written against the code of Geiping et al. 2020, arXiv 2003.14053: names, arguments and
 config are that code's, the work is done by `invlib.GradientMatching`. `attack` leads to newer code. Images
