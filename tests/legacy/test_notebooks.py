@@ -658,3 +658,12 @@ def test_every_name_that_is_there_is_on_the_page() -> None:
             }
             said = {name.rpartition(".")[2] for name in names if name == file or f"{file}." in name}
             assert not defined - said - set(inversefed.__all__), file
+
+
+def test_the_code_on_the_page_runs() -> None:
+    text = (ROOT / "book" / "coming-from-2020.md").read_text(encoding="utf-8")
+    own = text[: text.index("## The command line")]
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", own, flags=re.MULTILINE | re.DOTALL))
+    names: dict[str, Any] = {}
+    exec(code.replace("4800", "2"), names)
+    assert names["found"].images.shape == (1, 3, 32, 32)
