@@ -113,15 +113,14 @@ def attack(config: Config = DEFAULT_CONFIG, *, generator: torch.Generator | None
         # A step too short to move anything: 2020 gave the starting points back.
         c |= {"max_iterations": 1, "optim": "adam", "lr": sys.float_info.min}
         c |= {"boxed": False, "filter": "none"}
-    how = {"lr": c["lr"], "signed": c["signed"]}
-    optimizers: dict[str, Optimizer] = {"adam": Adam(**how), "adamw": AdamW(**how)}
-    optimizers |= {"sgd": SGD(**how | {"lr": _SGD_LR}), "LBFGS": LBFGS(signed=c["signed"])}
+    kinds: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "LBFGS": LBFGS}
+    rates = {"adam": {"lr": c["lr"]}, "adamw": {"lr": c["lr"]}, "sgd": {"lr": _SGD_LR}, "LBFGS": {}}
     objective, layers = comparison(c["cost_fn"], c["indices"], c["weights"], generator)
     return GradientMatching(
         objective=objective,
         layers=layers,
         priors=((c["total_variation"], total_variation),) if c["total_variation"] else (),
-        optimizer=optimizers[c["optim"]],
+        optimizer=kinds[c["optim"]](signed=c["signed"], **rates[c["optim"]]),
         steps=c["max_iterations"],
         decay=StepDecay() if c["lr_decay"] else None,
         restarts=c["restarts"],

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import invlib.legacy as inversefed
 from invlib import models
 from invlib.errors import ConfigError, DataError, UnknownNameError
+from invlib.optim.optimizers import LBFGS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -460,7 +461,6 @@ def test_convnet_draws_its_seventh_convolution_twice() -> None:
         assert torch.equal(a.bias, b.bias)
 
 
-@pytest.mark.slow
 def test_the_networks_of_beyond_inferring() -> None:
     for name, channels in (("BeyondInferringMNIST", 1), ("BeyondInferringCifar", 3)):
         with torch.device("meta"):
@@ -587,6 +587,7 @@ def test_a_config_may_hold_what_it_held_in_2020() -> None:
     for indices in ([0, 1], (0, 1), range(2), np.arange(2), torch.arange(2), (i for i in range(2))):
         machine = inversefed.GradientReconstructor(model, config={"indices": indices})
         assert machine.config["indices"] == (0, 1)
+    assert isinstance(inversefed.attack({"optim": "LBFGS", "lr": 0}).optimizer, LBFGS)
     for wrong in ([0.5], 3, ["a"]):
         with pytest.raises(ConfigError, match="expected a name or whole numbers"):
             inversefed.attack({"indices": wrong})
