@@ -42,6 +42,7 @@ def _own_randomness() -> Iterator[None]:
     """Seeding the global generators is the contract here; no other test shall notice."""
     state = np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
+        inversefed.utils.set_random_seed(0)
         yield
     np.random.set_state(state)  # noqa: NPY002
 
@@ -408,6 +409,8 @@ def test_activation_errors_are_those_of_the_inputs() -> None:
     assert errors["se"]["0"] == errors["se"][""] == 4
     assert errors["mse"]["0"] == 2
     assert errors["se"]["1"] == 4 * (4 + 1)
+    # By running statistics, which are 0 and 1 here.
+    assert errors["se"]["2"] == pytest.approx(errors["se"]["1"] / (1 + 1e-5))
     assert errors["sim"]["0"] == pytest.approx(4 / (2**0.5 * 10**0.5))
     assert all(module.training for module in model)
     assert int(model[1].num_batches_tracked) == 0
