@@ -399,9 +399,9 @@ def attack_many(
     """Attack many observations of one model in one run, each as if it were alone.
 
     Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do. Restarts
-    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``),
-    an optimiser that takes one restart at a time and a client that cannot be stacked run one observation
-    after another. Ctrl-C ends the run for all of them.
+    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``)
+    or has priors of its own for each observation, an optimiser that takes one restart at a time and a client
+    that cannot be stacked run one observation after another. Ctrl-C ends the run for all of them.
 
     Args:
         attack: what is run.
@@ -438,7 +438,8 @@ def attack_many(
         )
     pairs = list(zip(observations, chosen, strict=True))
     early = (attack.tolerance, attack.patience) != (None, None)
-    if early or not (attack.optimizer.together and stackable(observations[0].protocol)):
+    own_priors = any(hasattr(prior, "of") for _, prior in attack.priors)
+    if early or own_priors or not (attack.optimizer.together and stackable(observations[0].protocol)):
         return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
     for observation in observations:
         observation.validate(model)

@@ -131,13 +131,14 @@ def client_privacy_leakage(
         settings: any other setting of `GradientMatching`.
 
     Source: Wei et al. 2020, arXiv 2004.10397 ("A Framework for Evaluating Gradient Leakage Attacks in
-    Federated Learning"); pattern and box as in the library *breaching*.
+    Federated Learning"); pattern and box as in the library *breaching*, and a line search, without which
+    L-BFGS diverges from most starts.
     """
     return preset(
         GradientMatching(
             objective=objectives.l2,
             priors=((label_weight, priors.Prediction()),) if label_weight else (),
-            optimizer=LBFGS(),
+            optimizer=LBFGS(line_search="strong_wolfe"),
             decay=None,
             init=Tiles(side=16),
             steps=steps,

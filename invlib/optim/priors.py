@@ -262,7 +262,7 @@ class LastLayerInput:
 def _given(labels: Tensor | None, prior: object) -> Tensor:
     if labels is None:
         raise ConfigError(f"{type(prior).__name__} needs labels; expected labels='auto', not optimised ones")
-    return labels
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 
 def _norm(x: Tensor) -> Tensor:

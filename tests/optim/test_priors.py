@@ -170,3 +170,16 @@ def test_rounded_total_variation_is_total_variation_but_for_small_steps():
     assert torch.autograd.gradcheck(lambda t: priors.rounded_total_variation(t), x.requires_grad_(True))
     with pytest.raises(ConfigError, match="rounded_total_variation width is 0; expected a positive number"):
         priors.rounded_total_variation(x, width=0)
+
+
+def test_observations_with_priors_of_their_own_are_attacked_one_by_one(normed):
+    x, _ = random_batch(2, dtype=torch.float64)
+    seen = [
+        iv.observe(normed, x[k : k + 1], torch.tensor([k]), iv.FedSGD(), normalization=iv.CIFAR10)
+        for k in range(2)
+    ]
+    attack = iv.GradientMatching(steps=3, restarts=2, priors=((10.0, priors.LastLayerInput()),))
+    for one, joined in zip(seen, iv.attack_many(attack, normed, seen), strict=True):
+        assert torch.equal(attack(normed, one).images, joined.images)
+        soft = torch.nn.functional.one_hot(one.labels, 5).double()
+        assert attack.score(normed, one, joined.images, soft) == pytest.approx(joined.score)
