@@ -28,7 +28,7 @@ TABLE = {
     "squared distance, FedAvg": (SQUARED, "LeNetZhu", iv.FedAvg(lr=0.05, local_steps=2), True, 20.0),
     "iDLG, LeNetZhu": (iv.improved_deep_leakage(steps=20), "LeNetZhu", iv.FedSGD(), True, 18.0),
     "DLG, LeNetZhu": (iv.deep_leakage(steps=20), "LeNetZhu", iv.FedSGD(), True, 17.0),
-    "beyond inferring, LeNetZhu": (iv.beyond_inferring(steps=10), "LeNetZhu", iv.FedSGD(), True, 24.0),
+    "beyond inferring, LeNetZhu": (iv.beyond_inferring(steps=10), "LeNetZhu", iv.FedSGD(), True, 22.0),
     "CPL, LeNetZhu": (iv.client_privacy_leakage(steps=8), "LeNetZhu", iv.FedSGD(), True, 16.0),
     "modern, LeNetZhu": (iv.modern(steps=150), "LeNetZhu", iv.FedSGD(), True, 16.0),
 }
