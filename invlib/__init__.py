@@ -12,7 +12,15 @@ from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.matching import GradientMatching, attack_many
-from invlib.attacks.published import deep_leakage, improved_deep_leakage, inverting_gradients
+from invlib.attacks.published import (
+    beyond_inferring,
+    client_privacy_leakage,
+    deep_leakage,
+    improved_deep_leakage,
+    inverting_gradients,
+    modern,
+    see_through_gradients,
+)
 from invlib.attacks.recursive import recursive_inversion
 from invlib.autodiff import smoothing
 from invlib.autodiff.smoothing import Smoothing
@@ -31,12 +39,12 @@ from invlib.federated import (
     observe,
     save_observation,
 )
-from invlib.metrics import Report, evaluate
+from invlib.metrics import Identified, Report, evaluate, identifiability
 from invlib.optim import objectives, optimizers, priors
-from invlib.optim.coordinates import NaturalImages
+from invlib.optim.coordinates import NaturalImages, Tiles
 from invlib.optim.objectives import Layers
 from invlib.optim.optimizers import LBFGS, SGD, Adam
-from invlib.optim.schedules import StepDecay
+from invlib.optim.schedules import CosineDecay, StepDecay
 
 # Loaded on first use: they bring matplotlib, torchvision or the model zoo, which an audit may not need.
 _LAZY = {
@@ -58,11 +66,13 @@ __all__ = [
     "SGD",
     "UNIT",
     "Adam",
+    "CosineDecay",
     "FedAvg",
     "FedSGD",
     "ForwardMatching",
     "Frames",
     "GradientMatching",
+    "Identified",
     "Layers",
     "NaturalImages",
     "Normalization",
@@ -72,10 +82,13 @@ __all__ = [
     "Report",
     "Smoothing",
     "StepDecay",
+    "Tiles",
     "analytic",
     "as_one_gradient",
     "attack_many",
     "best",
+    "beyond_inferring",
+    "client_privacy_leakage",
     "deep_leakage",
     "errors",
     "evaluate",
@@ -83,18 +96,21 @@ __all__ = [
     "from_gradients",
     "from_state_dicts",
     "fully_connected",
+    "identifiability",
     "improved_deep_leakage",
     "inverting_gradients",
     "kernels",
     "labels",
     "load_observation",
     "metrics",
+    "modern",
     "objectives",
     "observe",
     "optimizers",
     "priors",
     "recursive_inversion",
     "save_observation",
+    "see_through_gradients",
     "smoothing",
 ]
 

@@ -22,21 +22,21 @@ from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError
 from invlib.federated import FedAvg, FedSGD
 from invlib.optim import objectives
-from invlib.optim.coordinates import NaturalImages
+from invlib.optim.coordinates import NaturalImages, Tiles
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
-from invlib.optim.priors import Prior
+from invlib.optim.priors import AnyPrior, bound
 from invlib.optim.schedules import StepDecay
 from invlib.search.checkpoint import Checkpoint
 from invlib.search.engines import selection
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
-from invlib.search.settings import EngineName, SearchSettings
+from invlib.search.settings import EngineName, Schedule, SearchSettings
 
 MANY_LOCAL_STEPS = 10  # from here on they are computed anew in the backward pass
 
-Init = Literal["randn", "rand", "zeros"] | Tensor
+Init = Literal["randn", "rand", "zeros"] | Tensor | Tiles
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -54,8 +54,9 @@ class GradientMatching(Settings):
         steps: how many steps.
         decay: when the step size falls; None keeps it.
         restarts: how many starting points.
-        init: ``"randn"``, ``"rand"`` (uniform in [-1, 1]), ``"zeros"``, all in normalised units, or a
-            tensor ``(N, C, H, W)`` or ``(R, N, C, H, W)`` in [0, 1].
+        init: ``"randn"``, ``"rand"`` (uniform in [-1, 1]), ``"zeros"`` or
+            `invlib.optim.coordinates.Tiles`, all in normalised units, or a tensor ``(N, C, H, W)`` or
+            ``(R, N, C, H, W)`` in [0, 1].
         box: keep the images in [0, 1] by projection after every step.
         layers: which tensors of the update count, and how much.
         labels: ``"auto"`` takes the observed labels and infers them where they are hidden;
@@ -95,10 +96,10 @@ class GradientMatching(Settings):
     """
 
     objective: Objective = objectives.cosine
-    priors: tuple[tuple[float, Prior], ...] = ()
+    priors: tuple[tuple[float, AnyPrior], ...] = ()
     optimizer: Optimizer = Adam(lr=0.1, signed=True)
     steps: int = 2400
-    decay: StepDecay | None = StepDecay()
+    decay: Schedule | None = StepDecay()
     restarts: int = 1
     init: Init = "randn"
     box: bool = True
@@ -211,6 +212,8 @@ class GradientMatching(Settings):
         optimized = self.labels != "auto" and labels is None
         if not optimized:
             labels = known_labels(model, observation) if labels is None else labels.to(some.device)
+        if isinstance(self.objective, objectives.Masked):
+            self.objective.check([target[i] for i in indices])
         names = list(own)
         protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
@@ -242,7 +245,7 @@ class GradientMatching(Settings):
             objective=_weighted(self.objective, weights),
             target=[target[i] for i in indices],
             params=own,
-            priors=self.priors,
+            priors=tuple((w, bound(prior, model, observation, labels)) for w, prior in self.priors),
             variables=[images, Variable(name="labels", signed=False)] if optimized else [images],
             labels=labels,
             classes=num_classes(model, observation.image_shape) if optimized else None,
@@ -278,6 +281,8 @@ class GradientMatching(Settings):
                 images = observation.normalization.encode(images)
             else:
                 images = self.coordinates.coordinates(images)
+        elif isinstance(self.init, Tiles):
+            images = self.init.draw(shape, generator)
         elif self.init == "zeros":
             images = torch.zeros(shape)
         elif self.init == "rand":
@@ -402,9 +407,9 @@ def attack_many(
     """Attack many observations of one model in one run, each as if it were alone.
 
     Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do. Restarts
-    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``),
-    an optimiser that takes one restart at a time and a client that cannot be stacked run one observation
-    after another. Ctrl-C ends the run for all of them.
+    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``)
+    or has priors of its own for each observation, an optimiser that takes one restart at a time and a client
+    that cannot be stacked run one observation after another. Ctrl-C ends the run for all of them.
 
     Args:
         attack: what is run.
@@ -441,7 +446,8 @@ def attack_many(
         )
     pairs = list(zip(observations, chosen, strict=True))
     early = (attack.tolerance, attack.patience) != (None, None)
-    if early or not (attack.optimizer.together and stackable(observations[0].protocol)):
+    own_priors = any(hasattr(prior, "of") for _, prior in attack.priors)
+    if early or own_priors or not (attack.optimizer.together and stackable(observations[0].protocol)):
         return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
     for observation in observations:
         observation.validate(model)

@@ -34,6 +34,7 @@ from invlib.experiments.plan import Plan, Request, key
 from invlib.experiments.record import Record
 from invlib.federated import observe
 from invlib.metrics import identification
+from invlib.metrics.quality import SSIM_SIDE
 from invlib.models import cards
 
 _ONE_ATTACK = threading.Lock()  # in each process
@@ -318,12 +319,16 @@ def _about(plan: Plan, case: Case, image: Tensor, row: int) -> dict[str, Any]:
     candidates, own = plan.gallery.candidates(row)
     others, same = plan.gallery.others(row)
     judge = plan.networks.judge(case, image.shape[0])
-    likeness = identification.similarity(image, candidates)
+
+    def place(likeness: identification.Likeness) -> int:
+        found = identification.identifiability(
+            image[None], candidates[own][None], candidates, likeness=likeness
+        )
+        return found.ranks[0]
+
     return {
         "floors": identification.floors(candidates[own], others, same),
-        "rank_ssim": None if likeness is None else identification.rank(likeness, own),
-        "rank_features": None
-        if judge is None
-        else identification.rank(judge.similarity(image, candidates), own),
+        "rank_ssim": place(identification.by_ssim) if min(image.shape[1:]) >= SSIM_SIDE else None,
+        "rank_features": None if judge is None else place(judge.similarity),
         "judge": None if judge is None else judge.name,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,12 @@ from torch import Tensor, nn
 
 from invlib.core.network import classifier, record_layers
 from invlib.core.normalization import Normalization
+from invlib.errors import ConfigError
 from invlib.metrics import quality
+
+Likeness = Callable[[Tensor, Tensor], Tensor]
+
+_Z = 1.96  # standard deviations of a normal distribution within which 95 % lie
 
 
 def floors(image: Tensor, others: Tensor, same_class: Tensor) -> dict[str, float | None]:
@@ -48,11 +55,105 @@ def rank(scores: Tensor, own: int) -> int:
     return int((scores >= scores[own]).sum())
 
 
-def similarity(image: Tensor, candidates: Tensor) -> Tensor | None:
-    """Return the SSIM of an image with each candidate, None where they are under 11 pixels a side."""
-    if min(image.shape[1:]) < quality.SSIM_SIDE:
-        return None
+@dataclass(frozen=True, kw_only=True)
+class Identified:
+    """Whether reconstructions pick their originals out of a pool of images, beside what a guess would.
+
+    Args:
+        ranks: of each reconstruction, the place of its original among all candidates; 1 is the most alike.
+        candidates: how many images there were to choose from.
+    """
+
+    ranks: tuple[int, ...]
+    candidates: int
+
+    @property
+    def hits(self) -> int:
+        """How many reconstructions are more like their original than like any other candidate."""
+        return self.ranks.count(1)
+
+    @property
+    def share(self) -> float:
+        """The share of them: image identifiability precision."""
+        return self.hits / len(self.ranks)
+
+    @property
+    def chance(self) -> float:
+        """The share that guessing would give."""
+        return 1 / self.candidates
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The limits between which the share of all such images lies, with 95 % confidence (Wilson 1927)."""
+        n, p, z = len(self.ranks), self.share, _Z**2 / len(self.ranks)
+        middle, half = p + z / 2, _Z * math.sqrt(p * (1 - p) / n + z / (4 * n))
+        return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"identified {self.hits} of {len(self.ranks)} among {self.candidates} candidates: "
+            f"{self.share:.0%} (95 %: {low:.0%} to {high:.0%}), chance {self.chance:.1%}"
+        )
+
+
+def by_pixels(image: Tensor, candidates: Tensor) -> Tensor:
+    """Return the negative mean squared difference of an image ``(C, H, W)`` and each candidate."""
+    return -quality.mse(image.expand_as(candidates), candidates)
+
+
+def by_ssim(image: Tensor, candidates: Tensor) -> Tensor:
+    """Return the SSIM of an image ``(C, H, W)`` with each candidate; errors as for `ssim`."""
     return quality.ssim(image.expand_as(candidates).contiguous(), candidates)
+
+
+def by_lpips(image: Tensor, candidates: Tensor) -> Tensor:
+    """Return the negative perceptual distance of an image ``(C, H, W)`` and each candidate; see `lpips`."""
+    return -quality.lpips(image.expand_as(candidates), candidates)
+
+
+def identifiability(
+    images: Tensor, truth: Tensor, pool: Tensor, *, likeness: Likeness = by_pixels
+) -> Identified:
+    """Say which reconstructions are more like their own original than like any other image of a pool.
+
+    A PSNR says how near an image is; this says whether it gives away *which* image it was. Candidates are the
+    pool and the originals that it lacks. A candidate that is equally alike counts against the original.
+
+    Args:
+        images: reconstructions ``(N, C, H, W)`` in [0, 1], in the truth's order, such as `Report.images`; of
+            several clients, concatenated.
+        truth: their originals, of the same shape.
+        pool: images ``(M, C, H, W)`` that might have been the private ones, with the originals or without;
+            of the same classes where the server knows the labels, or a label alone tells them apart.
+        likeness: ``(image, candidates) -> (M,)``, higher is more alike: `by_pixels`, `by_ssim`, `by_lpips`,
+            or ``Features(...).similarity`` of a trained network.
+
+    Raises:
+        ConfigError: the shapes do not fit, there is no image, or only one candidate.
+
+    Example:
+        >>> pool = torch.eye(4).reshape(4, 1, 2, 2)
+        >>> print(identifiability(pool[:2] * 0.3, pool[:2], pool))
+        identified 2 of 2 among 4 candidates: 100% (95 %: 34% to 100%), chance 25.0%
+
+    Source: Yin et al. 2021, arXiv 2104.07586, "image identifiability precision".
+    """
+    quality._check(images, truth)
+    if not len(images) or pool.ndim != 4 or pool.shape[1:] != truth.shape[1:]:
+        raise ConfigError(
+            f"the truth has shape {tuple(truth.shape)} and the pool {tuple(pool.shape)}; expected "
+            "(N, C, H, W) with N of at least 1 and (M, C, H, W)"
+        )
+    candidates, own = pool, []
+    for original in truth:
+        same = (candidates == original).flatten(1).all(1).nonzero()
+        own.append(int(same[0]) if len(same) else len(candidates))
+        candidates = candidates if len(same) else torch.cat([candidates, original[None]])
+    if len(candidates) < 2:
+        raise ConfigError("the pool has no image besides the truth; expected at least one")
+    places = [rank(likeness(image, candidates), k) for image, k in zip(images, own, strict=True)]
+    return Identified(ranks=tuple(places), candidates=len(candidates))
 
 
 class Features:

@@ -1,4 +1,4 @@
-"""Coordinates in which photographs look like noise, for a search that has no image to start from."""
+"""Where a search begins that has no image to start from: coordinates of photographs, and patterns."""
 
 from __future__ import annotations
 
@@ -97,6 +97,35 @@ class NaturalImages:
         mean = images.mean(-3, keepdim=True)
         shared, rest = 1 + (images.shape[-3] - 1) * self.correlation, 1 - self.correlation
         return math.pow(shared, power) * mean + math.pow(rest, power) * (images - mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Starting images that repeat a small square of noise.
+
+    A pattern is smoother than noise throughout the image, so that fewer evaluations go into smoothing it.
+
+    Args:
+        side: height and width of the square in pixels.
+
+    Raises:
+        ConfigError: side is not positive.
+
+    Source: Wei et al. 2020, arXiv 2004.10397.
+    """
+
+    side: int
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ConfigError(f"Tiles side is {self.side}; expected at least 1")
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return images ``(..., H, W)`` in normalised units, every channel with a square of its own."""
+        height, width = shape[-2:]
+        tile = torch.randn(*shape[:-2], self.side, self.side, generator=generator)
+        down, across = (torch.arange(n) % self.side for n in (height, width))
+        return tile[..., down, :][..., across]
 
 
 def _transforms(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from invlib.kernels.checks import check_lists
 Tensors = Sequence[Tensor]
 Objective = Callable[..., Tensor]
 
+TAG = 0.1  # weight of the absolute distance in the first tensor
+
 
 def cosine(candidate: Tensors, target: Tensors, weights: Sequence[float] | None = None) -> Tensor:
     r"""Return one minus the cosine similarity of two updates, each taken as one long vector.
@@ -81,6 +83,63 @@ def layerwise_cosine(candidate: Tensors, target: Tensors, weights: Sequence[floa
     Taught in: chapter 2
     """
     return _sum(candidate, target, weights, lambda c, t: cosine([c], [t]))
+
+
+def tag(candidate: Tensors, target: Tensors, weights: Sequence[float] | None = None) -> Tensor:
+    r"""Return the squared distance of two updates and a part of the absolute one, more of it in early layers.
+
+    .. math:: \sum_i w_i \big(\|c_i - t_i\|^2 + \alpha_i \|c_i - t_i\|_1\big), \quad
+              \alpha_i = 0.1\, (n - i) / n, \quad i = 0, \dots, n - 1
+
+    Arguments and errors as for `cosine`. It was made for transformers that read text; how :math:`\alpha_i`
+    falls from layer to layer is not in the paper and follows `Layers`.
+
+    Source: Deng et al. 2021 (TAG), arXiv 2103.06819.
+    """
+    factors, n = check_lists(candidate, target, weights), len(target)
+    falling = [w * TAG * (n - i) / n for i, w in enumerate(factors)]
+    return l2(candidate, target, weights) + l1(candidate, target, falling)
+
+
+@dataclass(frozen=True, repr=False)
+class Masked:
+    """An objective that compares two updates only where the observed one is not zero.
+
+    A client that sends its largest numbers alone, or prunes, sends zeros for the rest, and they say nothing
+    of its image: the guess's update need not be zero there.
+
+    Args:
+        objective: compares what is left; any ``(candidate, target, weights=None) -> scalar``.
+
+    Raises:
+        ConfigError: when an attack begins, where all that it compares is zero.
+
+    Example:
+        >>> sent, guess = [torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 5.0])]
+        >>> float(l2(guess, sent)), float(Masked(l2)(guess, sent))
+        (25.0, 0.0)
+
+    Taught in: chapter 2
+    """
+
+    objective: Objective
+
+    def __call__(self, candidate: Tensors, target: Tensors, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the objective of two updates whose numbers are zero where the target's are."""
+        check_lists(candidate, target, weights)
+        sent = [torch.where(t != 0, c, 0) for c, t in zip(candidate, target, strict=True)]
+        return self.objective(sent, target) if weights is None else self.objective(sent, target, weights)
+
+    def __repr__(self) -> str:
+        return f"Masked({getattr(self.objective, '__name__', repr(self.objective))})"
+
+    def check(self, target: Tensors) -> None:
+        """Raise `ConfigError` where there is nothing to compare."""
+        if not any(bool(t.any()) for t in target):
+            raise ConfigError(
+                f"{self!r} has nothing to compare: all {sum(t.numel() for t in target)} numbers of the "
+                "update are 0; expected some that are not"
+            )
 
 
 def _sum(

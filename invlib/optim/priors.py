@@ -1,19 +1,38 @@
-"""What is known of images before any gradient is seen: ``(inputs) -> scalar``, lower is likelier."""
+"""What is known of images besides the distance of updates: ``(inputs) -> scalar``, lower is likelier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib import kernels
-from invlib.core.network import forward, in_mode, trainable_parameters
+from invlib.core.network import classifier, forward, in_mode, trainable_parameters
+from invlib.core.observation import Observation
 from invlib.errors import ConfigError
 
 Prior = Callable[[Tensor], Tensor]
+
+
+class Unbound(Protocol):
+    """A prior that depends on what is attacked, and is made when an attack begins."""
+
+    def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
+        """Return the prior of a model and an observation; labels are None where they are optimised."""
+        ...
+
+
+AnyPrior = Prior | Unbound
+
+
+def bound(prior: AnyPrior, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
+    """Return a prior as a function of images alone, arguments as for `Unbound.of`."""
+    made: Prior = prior.of(model, observation, labels) if hasattr(prior, "of") else prior
+    return made
 
 
 def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -57,6 +76,43 @@ def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
     across = inputs[..., 1:] - inputs[..., :-1]
     down = inputs[..., 1:, :] - inputs[..., :-1, :]
     return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), inputs.new_zeros(()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothTotalVariation:
+    r"""Total variation that takes both directions together, raised to a power.
+
+    .. math:: \frac{1}{n}\sum \big((x_{i,j+1} - x_{i,j})^2 + (x_{i+1,j} - x_{i,j})^2\big)^p
+
+    over all :math:`n` numbers of the images; at the border the missing difference counts as 0.
+
+    Args:
+        power: :math:`p`; 1/2 is isotropic total variation, from 1 on it is smooth at zero.
+        opponents: add the differences of each two colour channels as channels of their own, so that edges of
+            colour count beside those of brightness; for three channels.
+
+    Raises:
+        ConfigError: power is not positive.
+
+    Source: Mahendran and Vedaldi 2015, arXiv 1412.0035; opponents, Åström and Schnörr 2016,
+    "Double-opponent vectorial total variation".
+    """
+
+    power: float
+    opponents: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise ConfigError(f"SmoothTotalVariation power is {self.power}; expected a positive number")
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the value for normalised images ``(N, C, H, W)``."""
+        if self.opponents:
+            inputs = torch.cat([inputs, inputs - inputs.roll(1, dims=1)], dim=1)
+        across = F.pad(inputs[..., 1:] - inputs[..., :-1], (0, 1))
+        down = F.pad(inputs[..., 1:, :] - inputs[..., :-1, :], (0, 0, 0, 1))
+        # The root has no slope at zero.
+        return (across.square() + down.square() + torch.finfo(inputs.dtype).eps).pow(self.power).mean()
 
 
 def l2_norm(inputs: Tensor) -> Tensor:
@@ -122,6 +178,91 @@ def batch_norm_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | N
         return torch.stack(terms).sum()
 
     return prior
+
+
+@dataclass(frozen=True)
+class BatchNormStatistics:
+    """`batch_norm_statistics` of whichever model is attacked, by the buffers that the client sent, if any.
+
+    Where the client sent none, the model's own running statistics are the known ones.
+
+    Source: Yin et al. 2021, arXiv 2104.07586, equation 6.
+    """
+
+    def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
+        """Return the prior; raises what `batch_norm_statistics` raises."""
+        some = next(model.parameters())
+        return batch_norm_statistics(model, {n: b.to(some.device) for n, b in observation.buffers.items()})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    r"""How far the network's predictions are from the labels, :math:`\frac1N\sum\|p(x) - e_y\|^2`.
+
+    It suits a network that has learned: one that is fresh predicts no label, of no image.
+
+    Source: Wei et al. 2020, arXiv 2004.10397.
+    """
+
+    def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
+        """Return the prior of a model and labels.
+
+        Raises:
+            ConfigError: the labels are optimised.
+        """
+        known, params = _given(labels, self), trainable_parameters(model)
+
+        def prior(inputs: Tensor) -> Tensor:
+            with in_mode(model, training=False):
+                predicted = forward(model, params, None, inputs).softmax(1)
+            wanted = F.one_hot(known, predicted.shape[1]).to(predicted)
+            return (predicted - wanted).square().sum(1).mean()
+
+        return prior
+
+
+@dataclass(frozen=True)
+class LastLayerInput:
+    r"""How far what enters the last fully connected layer is from what the update says of it.
+
+    The update of row :math:`y` of the weights over that of its bias is the mean of the layer's inputs over
+    the images of class :math:`y`, mostly. The prior is the mean square of the difference.
+
+    Source: the analytic input of a layer, Phong et al. 2018; as a term beside the cosine, the attack "modern"
+    of Geiping's *breaching*.
+    """
+
+    def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
+        """Return the prior of a model, an observation and labels.
+
+        Raises:
+            ConfigError: the labels are optimised, or the last layer has no bias.
+            RecoveryError: the model has no fully connected layer.
+        """
+        known, (weight, bias), params = _given(labels, self), classifier(model), trainable_parameters(model)
+        if bias is None:
+            raise ConfigError(f"LastLayerInput needs a bias in the last layer; {weight!r} has none beside it")
+        rows, sizes = (observation.update[name].to(params[name])[known] for name in (weight, bias))
+        told = torch.where(sizes[:, None] != 0, rows / sizes[:, None], 0)
+        layer = model.get_submodule(weight.removesuffix("weight").removesuffix("."))
+
+        def prior(inputs: Tensor) -> Tensor:
+            seen: list[Tensor] = []
+            handle = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+            try:
+                with in_mode(model, training=False):
+                    forward(model, params, None, inputs)
+            finally:
+                handle.remove()
+            return (seen[-1] - told).square().mean()
+
+        return prior
+
+
+def _given(labels: Tensor | None, prior: object) -> Tensor:
+    if labels is None:
+        raise ConfigError(f"{type(prior).__name__} needs labels; expected labels='auto', not optimised ones")
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 
 def _norm(x: Tensor) -> Tensor:

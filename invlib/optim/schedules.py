@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from invlib.errors import ConfigError
@@ -54,3 +55,34 @@ class StepDecay:
     def factor(self, step: int, steps: int) -> float:
         """Return the factor of the step size at a step, counted from 0, of a run of so many steps."""
         return self.gamma ** sum(step >= int(steps * a) for a in self.at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineDecay:
+    """Raise the step size from near zero for some steps, and let it fall to zero along half a cosine.
+
+    Args:
+        warmup: steps of the rise.
+
+    Raises:
+        ConfigError: warmup is negative.
+
+    Example:
+        >>> [round(CosineDecay(warmup=2).factor(k, 6), 2) for k in range(6)]
+        [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983; with 50 steps of warm-up, Yin et al. 2021,
+    arXiv 2104.07586.
+    """
+
+    warmup: int = 50
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ConfigError(f"CosineDecay warmup is {self.warmup}; expected a number from 0 on")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the factor of the step size at a step, counted from 0, of a run of so many steps."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return (1 + math.cos(math.pi * (step - self.warmup) / (steps - self.warmup))) / 2

@@ -28,6 +28,9 @@ TABLE = {
     "squared distance, FedAvg": (SQUARED, "LeNetZhu", iv.FedAvg(lr=0.05, local_steps=2), True, 20.0),
     "iDLG, LeNetZhu": (iv.improved_deep_leakage(steps=20), "LeNetZhu", iv.FedSGD(), True, 18.0),
     "DLG, LeNetZhu": (iv.deep_leakage(steps=20), "LeNetZhu", iv.FedSGD(), True, 17.0),
+    "beyond inferring, LeNetZhu": (iv.beyond_inferring(steps=10), "LeNetZhu", iv.FedSGD(), True, 22.0),
+    "CPL, LeNetZhu": (iv.client_privacy_leakage(steps=8), "LeNetZhu", iv.FedSGD(), True, 16.0),
+    "modern, LeNetZhu": (iv.modern(steps=150), "LeNetZhu", iv.FedSGD(), True, 16.0),
 }
 
 
@@ -65,6 +68,14 @@ def relu_net():
         return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
 
 
+def batch_normed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3, stride=2)
+        return nn.Sequential(conv, nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5)).eval()
+
+
+MASKED = {"objective": objectives.Masked(objectives.cosine)}
 SOFT = {"labels": "optimize", "restarts": 2}
 SMOOTH = {"smoothing": iv.Smoothing(), "fading": 0.1, "coordinates": iv.NaturalImages()}
 ONE, SOME = iv.FedSGD(), iv.FedAvg(lr=0.1, local_steps=2)
@@ -99,6 +110,11 @@ SEARCHES = {
     "matching": (iv.GradientMatching, {"steps": 4}, {"init": "zeros"}, build_tiny, ONE, "cosine"),
     "soft labels": (iv.GradientMatching, {"steps": 4, **SOFT}, {"keep": "last"}, build_tiny, ONE, "cosine"),
     "smoothed": (iv.GradientMatching, {"steps": 4, **SMOOTH}, {"fading": 1}, relu_net, ONE, "cosine"),
+    "beyond inferring": (iv.beyond_inferring, {"steps": 4}, {"tv": 1.0}, build_tiny, ONE, "l2"),
+    "CPL": (iv.client_privacy_leakage, {"steps": 4}, {"label_weight": 2.0}, build_tiny, ONE, "l2"),
+    "GradInversion": (iv.see_through_gradients, {"steps": 4}, {"norm": 1.0}, batch_normed, ONE, "l2"),
+    "modern": (iv.modern, {"steps": 4}, {"features": 1.0}, build_tiny, ONE, "cosine"),
+    "masked": (iv.GradientMatching, {"steps": 4, **MASKED}, {}, build_tiny, ONE, "Masked(cosine)"),
     "forward": (iv.ForwardMatching, {"steps": 4}, {"tv": (1.0, 2.0)}, build_tiny, ONE, "cosine by block"),
 }
 ALL = CLOSED | SEARCHES

@@ -7,6 +7,7 @@ import torch
 
 import invlib as iv
 from invlib.errors import ConfigError
+from tests.conftest import random_batch
 
 
 def images(*shape, seed=0):
@@ -66,3 +67,24 @@ def test_the_prior_is_the_mean_square_and_its_gradient_is_right():
 def test_values_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         iv.NaturalImages(**settings)
+
+
+def test_tiles_repeat_a_square_that_is_another_in_every_channel():
+    tiles = iv.Tiles(side=4)
+    drawn = tiles.draw((2, 1, 3, 8, 10), torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 1, 3, 8, 10)
+    assert torch.equal(drawn[..., :4, :], drawn[..., 4:, :])
+    assert torch.equal(drawn[..., :6], drawn[..., 4:])
+    assert len(drawn[..., 0, 0].unique()) == 6
+    assert len(drawn[0, 0, 0].unique()) == 16
+    with pytest.raises(ConfigError, match="side is 0"):
+        iv.Tiles(side=0)
+
+
+def test_an_attack_begins_at_tiles(tiny):
+    x, y = random_batch()
+    seen = iv.observe(tiny, x, y, iv.FedSGD(), normalization=iv.UNIT)
+    still = iv.GradientMatching(steps=1, init=iv.Tiles(side=4), optimizer=iv.SGD(lr=1e-9))
+    begun = still(tiny, seen).images
+    assert torch.allclose(begun[..., :4], begun[..., 4:], atol=1e-6)
+    assert len(begun.unique()) > 10

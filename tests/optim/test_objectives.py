@@ -1,15 +1,20 @@
 """Objectives and layer choices against hand-made values, float64 gradcheck and tiny gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import invlib as iv
 from invlib import Layers
 from invlib.errors import ConfigError
 from invlib.optim import objectives
+from tests.conftest import build_tiny, random_batch
 
-ALL = [objectives.cosine, objectives.l2, objectives.l1, objectives.maximum, objectives.layerwise_cosine]
+PLAIN = [objectives.cosine, objectives.l2, objectives.l1, objectives.maximum, objectives.layerwise_cosine]
+ALL = [*PLAIN, objectives.tag, objectives.Masked(objectives.cosine), objectives.Masked(objectives.tag)]
 
 
 def lists(seed=0, scale=1.0, dtype=torch.float64):
@@ -112,3 +117,80 @@ def test_layers(layers, indices, weights):
 def test_bad_layers_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         Layers(**arguments)
+
+
+def test_tag_weighs_the_absolute_distance_less_from_tensor_to_tensor():
+    c, t = [torch.tensor([3.0]), torch.tensor([5.0])], [torch.tensor([1.0]), torch.tensor([2.0])]
+    assert objectives.tag(c, t).item() == pytest.approx(4 + 0.1 * 2 + 9 + 0.05 * 3)
+    assert objectives.tag(c, t, [1.0, 0.5]).item() == pytest.approx(4 + 0.1 * 2 + 0.5 * (9 + 0.05 * 3))
+
+
+# What a client sends that drops small numbers
+
+
+def sparse(tensors, share=0.3):
+    bound = torch.cat([t.flatten() for t in tensors]).abs().quantile(1 - share)
+    return [torch.where(t.abs() >= bound, t, 0) for t in tensors]
+
+
+@pytest.mark.parametrize("objective", PLAIN)
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.25]])
+def test_masked_is_the_objective_on_the_numbers_that_were_sent(objective, weights):
+    candidate, target = lists(0), sparse(lists(1), 0.6)
+    kept = [(c[t != 0], t[t != 0]) for c, t in zip(candidate, target, strict=True)]
+    assert all(len(c) for c, _ in kept)
+    expected = objective([c for c, _ in kept], [t for _, t in kept], weights)
+    torch.testing.assert_close(objectives.Masked(objective)(candidate, target, weights), expected)
+
+
+def test_masked_forgives_what_was_dropped_and_stops_its_slope():
+    whole = lists(0)
+    target = sparse(whole)
+    assert objectives.cosine(whole, target) > 0.01
+    assert objectives.Masked(objectives.cosine)(whole, target).item() == pytest.approx(0, abs=1e-12)
+    whole[0][target[0] == 0] = torch.inf
+    leaves = [c.requires_grad_() for c in whole]
+    objectives.Masked(objectives.l2)([2 * c for c in leaves], target).backward()
+    for leaf, t in zip(leaves, target, strict=True):
+        torch.testing.assert_close(leaf.grad, torch.where(t != 0, 4 * t, 0))
+
+
+def test_masked_says_what_it_masks_and_equals_its_like():
+    masked = objectives.Masked(objectives.l1)
+    assert repr(masked) == "Masked(l1)"
+    assert masked == objectives.Masked(objectives.l1) != objectives.Masked(objectives.l2)
+
+
+def pruned(side=8):
+    x, y = random_batch(1, side=side)
+    model = build_tiny()
+    seen = iv.observe(model, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+    values = sparse(list(seen.update.values()), 0.2)
+    return model, replace(seen, update=dict(zip(seen.update, values, strict=True))), x, y
+
+
+def test_masked_runs_on_every_engine_and_beside_others():
+    model, seen, *_ = pruned()
+    attack = iv.GradientMatching(
+        objective=objectives.Masked(objectives.cosine),
+        steps=5,
+        restarts=3,
+        layers=Layers(which="first", count=3, weights="linear"),
+    )
+    eager, batched = (replace(attack, engine=name)(model, seen) for name in ("eager", "batched"))
+    assert eager.objective == "Masked(cosine)"
+    torch.testing.assert_close(eager.trial_scores, batched.trial_scores, rtol=1e-3, atol=1e-4)
+    other = replace(seen, update={name: -u.flip(0) for name, u in seen.update.items()})
+    alone = [attack(model, one) for one in (seen, other)]
+    for one, joined in zip(alone, iv.attack_many(attack, model, [seen, other]), strict=True):
+        torch.testing.assert_close(one.trial_scores, joined.trial_scores, rtol=1e-3, atol=1e-4)
+
+
+def test_masked_scores_the_truth_zero_and_needs_something_to_compare():
+    model, seen, x, y = pruned()
+    attack = iv.GradientMatching(objective=objectives.Masked(objectives.cosine), steps=1)
+    assert attack.score(model, seen, x, y) == pytest.approx(0, abs=1e-6)
+    assert iv.GradientMatching().score(model, seen, x, y) > 0.01
+    silent = replace(seen, update={name: torch.zeros_like(u) for name, u in seen.update.items()})
+    with pytest.raises(ConfigError, match=r"Masked\(cosine\) has nothing to compare: all \d+ numbers"):
+        attack(model, silent)
