@@ -22,7 +22,7 @@ from invlib.data.files import check_indices
 from invlib.errors import ConfigError, DataError, RecoveryError, UnknownNameError
 from invlib.federated import FedSGD, observe
 from invlib.legacy import FedAvgReconstructor, GradientReconstructor
-from invlib.legacy.models import local_training
+from invlib.legacy.reconstruction_algorithms import local_training
 from invlib.metrics import Report
 from invlib.models import cards
 

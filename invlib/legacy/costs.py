@@ -1,8 +1,7 @@
 """The matching cost by its 2020 names: which distance, which tensors, how they are weighed."""
 
-from __future__ import annotations
-
-from collections.abc import Collection, Sequence
+import operator
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,7 @@ from invlib.optim.objectives import Layers, Objective, Tensors
 
 # Which and how many tensors each name of `indices` stands for.
 SUBSETS: dict[str, dict[str, Any]] = {
-    "def": {},
-    "batch": {},
-    "topk-1": {"which": "largest", "count": 4},
+    **{"def": {}, "batch": {}, "topk-1": {"which": "largest", "count": 4}},
     **{f"top{n}": {"which": "largest", "count": n} for n in (10, 50)},
     "first": {"which": "first", "count": 4},
     **{f"first{n}": {"which": "first", "count": n} for n in (4, 5, 10, 50)},
@@ -33,13 +30,8 @@ def local_cosine(candidate: Tensors, target: Tensors, weights: Sequence[float] |
     return torch.stack([1 - w * cosine for w, cosine in zip(factors, cosines, strict=True)]).sum()
 
 
-DISTANCES: dict[str, Objective] = {
-    "sim": objectives.cosine,
-    "simlocal": local_cosine,
-    "l2": objectives.l2,
-    "l1": objectives.l1,
-    "max": objectives.maximum,
-}
+DISTANCES: dict[str, Objective] = {"sim": objectives.cosine, "simlocal": local_cosine}
+DISTANCES |= {"l2": objectives.l2, "l1": objectives.l1, "max": objectives.maximum}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,27 +42,22 @@ class Listed(Layers):
 
     def choose(self, target: Tensors) -> tuple[list[int], list[float] | None]:
         """Return the indices of the chosen tensors and their weights."""
-        wrong = [i for i in self.tensors if not -len(target) <= i < len(target)]
-        if wrong or not self.tensors:
-            raise ConfigError(
-                f"indices are {list(self.tensors)}; expected numbers of the update's {len(target)} tensors"
-            )
+        if not self.tensors or not all(-len(target) <= i < len(target) for i in self.tensors):
+            own, count = list(self.tensors), len(target)
+            raise ConfigError(f"indices are {own}; expected numbers of the update's {count} tensors")
         indices, factors = super().choose(target)
         chosen = [indices[i] for i in self.tensors]
         return chosen, None if factors is None else [factors[i] for i in chosen]
 
 
 def comparison(
-    cost_fn: str, indices: str | Sequence[int], weights: str, generator: torch.Generator | None = None
+    cost_fn: str, indices: str | Iterable[int], weights: str, generator: torch.Generator | None = None
 ) -> tuple[Objective, Layers]:
-    """Return the distance and the choice of tensors that the names stand for.
-
-    ``generator`` draws the tensors of ``indices="batch"``; None is torch's default generator.
-    """
+    """Return the distance and the choice of tensors that the names stand for; a generator is for "batch"."""
     distance = DISTANCES[named("cost_fn", cost_fn, DISTANCES)]
     weighing = {"weights": WEIGHTS[named("weights", weights, WEIGHTS)]}
     if not isinstance(indices, str):
-        return distance, Listed(tensors=tuple(int(i) for i in indices), **weighing)  # type: ignore[arg-type]
+        return distance, Listed(tensors=numbers(indices), **weighing)  # type: ignore[arg-type]
     layers = Layers(**SUBSETS[named("indices", indices, SUBSETS)], **weighing)  # type: ignore[arg-type]
     if indices != "batch":
         return distance, layers
@@ -81,6 +68,14 @@ def comparison(
         return distance([candidate[i] for i in rows], [target[i] for i in rows], factors)
 
     return of_eight, layers
+
+
+def numbers(indices: Iterable[int]) -> tuple[int, ...]:
+    """Return the numbers that ``indices`` lists, of Python, NumPy or torch."""
+    try:
+        return tuple(operator.index(i) for i in indices)
+    except TypeError as error:
+        raise ConfigError(f"indices are {indices!r}; expected a name or whole numbers") from error
 
 
 def named(key: str, value: object, choices: Collection[str]) -> str:
@@ -94,10 +89,10 @@ def reconstruction_costs(
     gradients: Sequence[Sequence[Tensor]],
     input_gradient: Sequence[Tensor],
     cost_fn: str = "l2",
-    indices: str | Sequence[int] = "def",
+    indices: str | Iterable[int] = "def",
     weights: str = "equal",
 ) -> Tensor:
-    r"""Return how far gradients are from the observed one, the mean over the gradients given.
+    r"""Return how far gradients are from the observed one, a scalar: the mean over the gradients given.
 
     ``"sim"`` is :math:`1 - \cos` of the whole update, ``"simlocal"`` :math:`\sum_i (1 - w_i \cos_i)` over its
     tensors, ``"l2"`` :math:`\sum_i w_i \|c_i - t_i\|^2`, ``"l1"`` and ``"max"`` likewise with the sum and the
@@ -106,17 +101,13 @@ def reconstruction_costs(
     Args:
         gradients: lists of tensors, each in the order of ``model.parameters()``.
         input_gradient: the observed list.
-        cost_fn: ``"sim"``, ``"simlocal"``, ``"l2"``, ``"l1"`` or ``"max"``.
+        cost_fn: one of these names.
         indices: ``"def"`` for all tensors; ``"first"`` and ``"first4"``, ``"first5"``, ``"first10"``,
             ``"first50"``; ``"last5"``, ``"last10"``, ``"last50"``; the largest by norm, ``"topk-1"`` (4),
             ``"top10"``, ``"top50"``; ``"batch"``, eight drawn anew by torch's default generator; or numbers.
         weights: ``"equal"``, ``"linear"`` or ``"exp"``; the first tensor counts most.
 
-    Returns:
-        A scalar, differentiable with respect to ``gradients``.
-
-    Raises:
-        ConfigError: a name is unknown, or the lists do not fit each other.
+    ConfigError where a name is unknown, or the lists do not fit each other.
 
     Source: Geiping et al. 2020, arXiv 2003.14053, equation 4.
     """

