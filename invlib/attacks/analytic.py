@@ -140,6 +140,11 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
     return layer_input(_sent(observation, f"{layer}.weight"), _sent(observation, f"{layer}.bias"))
 
 
+# Of a batch: rows that are compared with one another, in so many random directions, and the share of their
+# length by which two may differ that say the same.
+_ROWS, _VIEWS, _AGREEING = 4096, 16, 1e-5
+
+
 def _sent(observation: Observation, name: str) -> Tensor:
     """Return one tensor of the update; a frozen layer is not sent."""
     if name not in observation.update:
@@ -167,9 +172,9 @@ class _Stage:
     activation: nn.Module
 
 
-def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
-    """Return the fully connected layers from the image on, in the order in which they run."""
-    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
+def _stages(model: nn.Module, observation: Observation) -> tuple[list[_Stage], bool]:
+    """Return the fully connected layers from the image on, as they run, and whether they are the network."""
+    logits, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
     stages: list[_Stage] = []
     for call in calls:
         module = call.layer
@@ -188,7 +193,8 @@ def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
             f"{pixels} numbers of the image (use layer_input_of for the input of a later layer, or gradient "
             "matching for the image)"
         )
-    return stages
+    whole = isinstance(calls[-1].layer, nn.Linear) and calls[-1].name == stages[-1].name
+    return stages, whole and torch.equal(calls[-1].output, logits)
 
 
 def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, float]:
@@ -215,8 +221,14 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
     Blaschko 2021 (R-GAP), arXiv 2010.07733.
     """
-    stages = _stages(model, observation)
+    stages, whole = _stages(model, observation)
     biased = [k for k, s in enumerate(stages) if s.layer.bias is not None]
+    if not biased and not whole:
+        raise RecoveryError(
+            f"no layer up to {stages[-1].name!r} has a bias, and it is not the last one of "
+            f"{type(model).__name__}; expected a bias before the first activation other than "
+            f"{', '.join(kind.__name__ for kind in SLOPES)}"
+        )
     top = biased[0] if biased else len(stages) - 1
     weights = {s.name: _sent(observation, f"{s.name}.weight") for s in stages[: top + 1]}
     if biased:
@@ -274,9 +286,10 @@ def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> 
 def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
     """Return the closed-form attack on networks whose first layers are fully connected.
 
-    One image comes back as it was, up to rounding. A batch does not: each row of the first layer gives a
-    mixture of the images, and the attack returns as many of them as there are images, those that lie
-    nearest to [0, 1] and differ, and says in ``note`` that they are mixtures.
+    One image comes back as it was, up to rounding. Of a batch each row of the first layer gives a mixture.
+    Rows of units that are active for one image alone give that image, and agree with one another. The attack
+    returns as many as there are images: those that several rows agree on, then those that lie nearest to
+    [0, 1] and differ, and says in ``note`` how many are which.
 
     Hidden labels are inferred by `invlib.attacks.labels.infer`: exactly for one image, as an estimate, in
     ascending order, for a batch. The images do not depend on them, so that where the update does not tell
@@ -324,10 +337,11 @@ class FullyConnected(Settings):
             what = "exact" if residual <= self.tolerance else "approximate"
             note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
         else:
-            inputs, residual, count = _mixtures(model, observation)
+            inputs, residual, count, alone = _mixtures(model, observation)
             note = (
                 f"mixtures: {count} rows of the first layer each give a weighted mean of the "
-                f"{observation.num_images} images; the {len(inputs)} shown lie nearest to the range of images"
+                f"{observation.num_images} images; of the {len(inputs)} shown {alone} are said by several "
+                "rows, the others lie nearest to the range of images"
             )
         labels: Tensor | None = None
         try:
@@ -344,18 +358,25 @@ class FullyConnected(Settings):
         )
 
 
-def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int]:
-    first = _stages(model, observation)[0]
+def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int, int]:
+    """Return what rows say of a batch, its residual, how many rows it has and how many images are no mixture."""
+    first = _stages(model, observation)[0][0]
     if first.layer.bias is None:
         raise RecoveryError(
             f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
         )
     weight, bias = _sent(observation, f"{first.name}.weight"), _sent(observation, f"{first.name}.bias")
-    _, rows = row_inputs(weight, bias)
+    numbers, rows = row_inputs(weight, bias)
+    alone = [
+        layer_input(weight[numbers[group]], bias[numbers[group]]).inputs
+        for group in _agreeing(rows, bias[numbers], observation.num_images)
+    ]
+    rows = torch.stack([*alone, *rows])
     images = observation.normalization.decode(rows.view(-1, *observation.image_shape)).flatten(1)
     outside = (images - images.clamp(0, 1)).square().mean(1)
+    outside[: len(alone)] = -1
     chosen: list[int] = []
-    for k in outside.argsort().tolist():
+    for k in outside.argsort(stable=True).tolist():
         # Two rows of units that are active for one image alone agree to rounding: keep one of them.
         if all((images[k] - images[c]).square().mean() > 1e-6 for c in chosen):
             chosen.append(k)
@@ -363,4 +384,25 @@ def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float
             break
     while len(chosen) < observation.num_images:
         chosen.append(chosen[-1])
-    return rows[chosen], layer_input(weight, bias).residual, len(rows)
+    return rows[chosen], layer_input(weight, bias).residual, len(numbers), len(alone)
+
+
+def _agreeing(rows: Tensor, delta: Tensor, count: int) -> list[Tensor]:
+    """Return the largest groups of rows, at most so many, that say the same but for rounding.
+
+    Units that are active for one image alone do so; two mixtures hardly ever do.
+    """
+    kept = delta.abs().argsort(descending=True)[:_ROWS]
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(rows.shape[1], _VIEWS, dtype=torch.float64, generator=generator).to(rows.device)
+    seen = rows[kept].double() @ views
+    near = torch.cdist(seen, seen) <= _AGREEING * seen.norm(dim=1)
+    groups: list[Tensor] = []
+    while len(groups) < count:
+        group = near[near.sum(1).argmax()].nonzero().flatten()
+        if len(group) < 2:
+            break
+        groups.append(kept[group])
+        near[group] = False
+        near[:, group] = False
+    return groups

@@ -1,0 +1,157 @@
+"""Closed forms that are checked by the client's own step, since more of them run than are right."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from invlib.attacks.analytic import fully_connected
+from invlib.attacks.matching import GradientMatching
+from invlib.attacks.recursive import recursive_inversion
+from invlib.core.network import classifier, in_mode, num_classes, record_layers
+from invlib.core.observation import Loss, Observation
+from invlib.core.reconstruction import Reconstruction
+from invlib.errors import RecoveryError
+
+# Distances from the observed update, as shares of that of a noise image.
+EXACT = 1e-6
+_CLASSES = 32  # up to so many, a hidden label that is inferred wrong is looked for among all
+
+Distance = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A closed form and how well the client's step on its images agrees with the observed update.
+
+    Args:
+        result: its score is the distance that `distance_of` measures.
+        share: the score as a share of that of a noise image.
+    """
+
+    result: Reconstruction
+    share: float
+
+
+def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Distance:
+    r"""Return a function of images in [0, 1] and labels: how far their update is from the observed one.
+
+    It is the cosine distance without its cancellation, which hides in float32 what is below 1e-7:
+
+    .. math:: \tfrac12 \left\| \frac{u}{\|u\|} - \frac{u^\ast}{\|u^\ast\|} \right\|^2
+              = 1 - \cos(u, u^\ast),
+
+    summed in float64. A factor of the update, of clipping say, changes nothing. Infinite where the update is
+    not finite.
+    """
+
+    def distance(images: Tensor, labels: Tensor) -> float:
+        problem = GradientMatching(loss=loss).problem(model, observation, labels)
+        with in_mode(model, training=observation.training_mode):
+            update = problem.update(problem.encode(images.to(problem.like)), labels.to(problem.like.device))
+        found, sent = (torch.cat([part.flatten().double() for part in u]) for u in (update, problem.target))
+        tiny = torch.finfo(found.dtype).tiny
+        gap = float(
+            (found / found.norm().clamp_min(tiny) - sent / sent.norm().clamp_min(tiny)).square().sum()
+        )
+        return gap / 2 if math.isfinite(gap) else math.inf
+
+    return distance
+
+
+def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) -> Verified | None:
+    """Return the closed form whose update is nearest to the observed one; None where none applies.
+
+    They are computed one by one, the cheapest first, up to one that is `EXACT`.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw, known to fit the model.
+        loss: the client's.
+    """
+    began, asked = time.perf_counter(), 0
+    distance = distance_of(model, observation, loss)
+    nearest, noise = None, math.nan
+    for form, note in _candidates(model, observation, distance):
+        assert form.labels is not None
+        if math.isnan(noise):
+            generator = torch.Generator().manual_seed(0)
+            noise = distance(torch.rand(form.images.shape, generator=generator), form.labels)
+            asked += 1
+        score = distance(form.images, form.labels)
+        asked += 1 + form.evaluations
+        if nearest is None or score < nearest.result.score:
+            note = f"closed form, {note}: its update is {score:.1e} from the observed one in direction"
+            checked = replace(
+                form, score=score, objective="cosine", trial_scores=torch.tensor([score]), note=note
+            )
+            nearest = Verified(result=checked, share=score / max(noise, torch.finfo(torch.float64).tiny))
+        if nearest.share <= EXACT:
+            break
+    if nearest is None:
+        return None
+    seconds = time.perf_counter() - began
+    return replace(nearest, result=replace(nearest.result, seconds=seconds, evaluations=asked))
+
+
+def _candidates(
+    model: nn.Module, observation: Observation, distance: Distance
+) -> Iterator[tuple[Reconstruction, str]]:
+    """Yield what closed forms say, with labels, and from where they have it."""
+    for guess in _guesses(model, observation):
+        try:
+            found = fully_connected()(model, guess)
+            if observation.num_images > 1:
+                found = _paired(model, observation, found)
+        except RecoveryError:
+            continue
+        if found.labels is not None:
+            yield found, "from the first layer's gradient"
+    if observation.num_images == 1:
+        try:
+            yield recursive_inversion()(model, observation), "layer by layer"
+        except RecoveryError:
+            return
+
+
+def _guesses(model: nn.Module, observation: Observation) -> Iterator[Observation]:
+    """Yield the observation, and if its one label is hidden, again with each label that it may be."""
+    yield observation
+    classes = num_classes(model, observation.image_shape)
+    if observation.labels is None and observation.num_images == 1 and classes <= _CLASSES:
+        for label in range(classes):
+            yield replace(observation, labels=torch.tensor([label]))
+
+
+def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -> Reconstruction:
+    r"""Give the images of a batch their labels: in an update neither comes with an order.
+
+    The gradient of the last layer's weight is :math:`(P - Y)^\top H / N` with the predictions, the labels and
+    the layer's inputs of all images. Images give :math:`P` and :math:`H`, and so :math:`Y`.
+
+    Raises:
+        RecoveryError: the last fully connected layer was not sent or does not give the logits.
+    """
+    name = classifier(model)[0]
+    if name not in observation.update:
+        raise RecoveryError(f"the update lacks {name!r}")
+    inputs = observation.normalization.encode(found.images)
+    logits, calls = record_layers(model, inputs, nn.Linear, training=observation.training_mode)
+    last = calls[-1]
+    if f"{last.name}.weight".lstrip(".") != name or not torch.equal(last.output, logits):
+        raise RecoveryError(f"{name!r} does not give the logits")
+    count = observation.num_images
+    gradient = observation.protocol.mean_gradient(observation.update[name], count).to(logits).double()
+    hot = logits.double().softmax(-1) - count * (gradient @ torch.linalg.pinv(last.given.double())).T
+    if observation.labels is None:
+        return replace(found, labels=hot.argmax(-1))
+    labels = observation.labels.to(hot.device)
+    _, order = linear_sum_assignment(-hot[:, labels].T.cpu().numpy())
+    images = found.images[torch.as_tensor(order, device=hot.device)]
+    return replace(found, images=images, trials=images[None], labels=labels)
