@@ -155,7 +155,8 @@ def _sent(observation: Observation, name: str) -> Tensor:
 # The slope of an activation from its output alone, which is what a recovered layer input is.
 SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Identity: lambda _, a: torch.ones_like(a),
-    nn.ReLU: lambda _, a: (a > 0).to(a.dtype),
+    # An output that is 0 comes back as 0 but for rounding, and its unit must not count as active.
+    nn.ReLU: lambda _, a: (a > 1e-5 * a.abs().max()).to(a.dtype),
     nn.LeakyReLU: lambda m, a: torch.where(a > 0, torch.ones_like(a), torch.full_like(a, m.negative_slope)),  # type: ignore[arg-type]
     nn.Sigmoid: lambda _, a: a * (1 - a),
     nn.Tanh: lambda _, a: 1 - a.square(),
@@ -359,7 +360,7 @@ class FullyConnected(Settings):
 
 
 def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int, int]:
-    """Return what rows say of a batch, its residual, how many rows it has and how many images are no mixture."""
+    """Return what rows say of a batch, its residual, how many rows it has, and how many are pure."""
     first = _stages(model, observation)[0][0]
     if first.layer.bias is None:
         raise RecoveryError(

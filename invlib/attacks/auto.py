@@ -13,7 +13,7 @@ from invlib.attacks.base import Attack, Settings, known_labels
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.published import preset
 from invlib.attacks.shifts import Shifting, continuing, joined, moves
-from invlib.attacks.verified import EXACT, closest_closed_form, distance_of
+from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
@@ -29,10 +29,11 @@ STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothin
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
-_NEAR = (
-    0.1  # share of a noise image's distance up to which a closed form is polished; else a search is better
-)
+# Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
+# search from noise ends nearer; above the second a search found nothing.
+_NEAR, _ASTRAY = 1e-3, 0.1
 _GAIN = 0.99  # a round of the polish that leaves more than this of the distance was the last
+_TINY = 1e-300
 _SHARPENINGS = 16  # at most: a factor of two each
 _STAGE = 50  # evaluations at one sharpness: with fewer, line searches use them up
 _SHIFTING = 500  # evaluations from which on shifted copies are compared
@@ -169,15 +170,15 @@ class Best(Settings):
         """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
         observation.validate(model)
         closed = closest_closed_form(model, observation, self.matching.loss)
-        if closed is not None and closed.share <= EXACT:
+        if closed is not None and closed.determined and closed.share <= EXACT:
             return closed.result
-        if closed is not None and closed.share <= _NEAR:
+        if closed is not None and closed.determined and closed.share <= _NEAR:
             return self._polished(closed.result, model, observation, self.evaluations, callback, progress)
         result, spare = self._searched(model, observation, generator, callback, progress)
         if spare >= _STAGE and result.status == "max_steps":
             told = self.matching.steps
             result = self._polished(result, model, observation, spare, callback, progress, told)
-        return result if closed is None else self._nearer(closed.result, result, model, observation)
+        return result if closed is None else self._nearer(closed, result, model, observation)
 
     def _searched(
         self,
@@ -284,24 +285,30 @@ class Best(Settings):
         return replace(result, status=status, note=start.note + how if gained else start.note)
 
     def _nearer(
-        self, closed: Reconstruction, found: Reconstruction, model: nn.Module, observation: Observation
+        self, closed: Verified, found: Reconstruction, model: nn.Module, observation: Observation
     ) -> Reconstruction:
-        """Return a closed form or what a search found, whichever agrees better with the observed update."""
-        evaluations = closed.evaluations + found.evaluations + 1
-        spent: dict[str, Any] = {"evaluations": evaluations, "seconds": closed.seconds + found.seconds}
+        """Return a closed form or what a search found, whichever agrees better with the observed update.
+
+        Where equations are missing many images agree, and the search's is the most natural of them: there the
+        closed form is for a search that went astray.
+        """
+        form = closed.result
+        least = form.score * (1 if closed.determined else max(1.0, _ASTRAY / max(closed.share, _TINY)))
+        evaluations = form.evaluations + found.evaluations + 1
+        spent: dict[str, Any] = {"evaluations": evaluations, "seconds": form.seconds + found.seconds}
         try:
             distance = distance_of(model, observation, self.matching.loss)
             assert found.labels is not None
-            if distance(found.images, found.labels) <= closed.score:
+            if distance(found.images, found.labels) <= least:
                 return replace(found, **spent)
         except KeyboardInterrupt:
             return replace(found, **spent, status="interrupted")
         stopped = found.status == "interrupted"
         return replace(
-            closed,
+            form,
             **spent,
             status="interrupted" if stopped else "closed_form",
-            note=closed.note + "; a search came less near",
+            note=form.note + "; a search came less near",
         )
 
 

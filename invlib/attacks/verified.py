@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from invlib.errors import RecoveryError
 
 # Distances from the observed update, as shares of that of a noise image.
 EXACT = 1e-6
+_ENTRIES = 20_000_000  # of a matrix: some gigabytes while it is made
 _CLASSES = 32  # up to so many, a hidden label that is inferred wrong is looked for among all
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -33,10 +35,12 @@ class Verified:
     Args:
         result: its score is the distance that `distance_of` measures.
         share: the score as a share of that of a noise image.
+        determined: whether there are equations enough for no other image to agree as well.
     """
 
     result: Reconstruction
     share: float
+    determined: bool
 
 
 def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Distance:
@@ -91,7 +95,11 @@ def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) 
             checked = replace(
                 form, score=score, objective="cosine", trial_scores=torch.tensor([score]), note=note
             )
-            nearest = Verified(result=checked, share=score / max(noise, torch.finfo(torch.float64).tiny))
+            nearest = Verified(
+                result=checked,
+                share=score / max(noise, torch.finfo(torch.float64).tiny),
+                determined=_determined(model, observation, form.images),
+            )
         if nearest.share <= EXACT:
             break
     if nearest is None:
@@ -113,11 +121,32 @@ def _candidates(
             continue
         if found.labels is not None:
             yield found, "from the first layer's gradient"
-    if observation.num_images == 1:
+    if observation.num_images == 1 and _entries(model, observation) <= _ENTRIES:
         try:
             yield recursive_inversion()(model, observation), "layer by layer"
         except RecoveryError:
             return
+
+
+def _entries(model: nn.Module, observation: Observation) -> int:
+    """Return the most products in a convolution of one image: entries of the matrix that is to be undone."""
+    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
+    sizes = [c.output.numel() * c.layer.weight[0].numel() for c in calls if isinstance(c.layer, nn.Conv2d)]
+    return max(sizes, default=0)
+
+
+def _determined(model: nn.Module, observation: Observation, images: Tensor) -> bool:
+    """Say whether the equations of a first convolution are as many as the image's pixels.
+
+    Its outputs give one each, but for inactive units of ReLU, and its weight's gradient one for each of its
+    numbers. The gradient of a fully connected layer always suffices.
+    """
+    _, calls = record_layers(model, observation.normalization.encode(images))
+    for call, after in itertools.pairwise(calls):
+        if isinstance(call.layer, nn.Conv2d):
+            active = after.output.count_nonzero() if isinstance(after.layer, nn.ReLU) else call.output.numel()
+            return int(active) + call.layer.weight.numel() >= images.numel()
+    return True
 
 
 def _guesses(model: nn.Module, observation: Observation) -> Iterator[Observation]:
