@@ -248,6 +248,29 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
     return inputs, _residual(first / delta.abs().max(), delta / delta.abs().max(), inputs)
 
 
+def input_direction(model: nn.Module, observation: Observation) -> Tensor:
+    r"""Return the input of a first fully connected layer up to one number, whatever comes after it.
+
+    Its weight gradient is :math:`\delta x^\top`, and the sum of several local steps is
+    :math:`(\sum_k \delta_k)\, x^\top`, so that its rows are all multiples of the one image.
+
+    Args:
+        model: a model that begins with a fully connected layer on all numbers of the image.
+        observation: what the server saw of *one* image.
+
+    Returns:
+        The normalised input over its length, ``(C * H * W,)``; its sign is arbitrary.
+
+    Raises:
+        RecoveryError: the model begins with something else, or the layer was not sent.
+
+    Source: this project's, of the same equation as `layer_input`.
+    """
+    gradient = _sent(observation, f"{_stages(model, observation)[0][0].name}.weight")
+    rows: Tensor = torch.linalg.svd(gradient.double(), full_matrices=False).Vh
+    return rows[0].to(gradient)
+
+
 def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> tuple[Tensor, Tensor]:
     """Return delta and input of a last layer without bias, from its weight gradient and the softmax."""
     gradient = observation.protocol.mean_gradient(
@@ -284,13 +307,12 @@ def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> 
     return (alpha * u).to(gradient), (s / alpha * v).to(gradient)
 
 
-def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
+def fully_connected(*, tolerance: float = 1e-2, agreement: bool = False) -> FullyConnected:
     """Return the closed-form attack on networks whose first layers are fully connected.
 
-    One image comes back as it was, up to rounding. Of a batch each row of the first layer gives a mixture.
-    Rows of units that are active for one image alone give that image, and agree with one another. The attack
-    returns as many as there are images: those that several rows agree on, then those that lie nearest to
-    [0, 1] and differ, and says in ``note`` how many are which.
+    One image comes back as it was, up to rounding. A batch does not: each row of the first layer gives a
+    mixture of the images, and the attack returns as many of them as there are images, those that lie
+    nearest to [0, 1] and differ, and says in ``note`` that they are mixtures.
 
     Hidden labels are inferred by `invlib.attacks.labels.infer`: exactly for one image, as an estimate, in
     ascending order, for a batch. The images do not depend on them, so that where the update does not tell
@@ -298,6 +320,8 @@ def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
 
     Args:
         tolerance: the residual up to which a single image is called exact.
+        agreement: of a batch return first what several rows say alike. Units that are active for one image
+            alone do so, and hardly ever two mixtures.
 
     Returns:
         An attack; its score is the share of the first layer's gradient left unexplained.
@@ -306,7 +330,7 @@ def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
 
     Taught in: chapter 1
     """
-    return FullyConnected(tolerance=tolerance)
+    return FullyConnected(tolerance=tolerance, agreement=agreement)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -314,6 +338,7 @@ class FullyConnected(Settings):
     """The attack that `fully_connected` returns."""
 
     tolerance: float = 1e-2
+    agreement: bool = False
 
     def __call__(
         self,
@@ -338,11 +363,15 @@ class FullyConnected(Settings):
             what = "exact" if residual <= self.tolerance else "approximate"
             note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
         else:
-            inputs, residual, count, alone = _mixtures(model, observation)
+            inputs, residual, count, agreed = _mixtures(model, observation, self.agreement)
+            shown = (
+                f"several rows agree on {agreed} of the {len(inputs)} shown, the others"
+                if agreed
+                else (f"the {len(inputs)} shown")
+            )
             note = (
                 f"mixtures: {count} rows of the first layer each give a weighted mean of the "
-                f"{observation.num_images} images; of the {len(inputs)} shown {alone} are said by several "
-                "rows, the others lie nearest to the range of images"
+                f"{observation.num_images} images; {shown} lie nearest to the range of images"
             )
         labels: Tensor | None = None
         try:
@@ -359,8 +388,8 @@ class FullyConnected(Settings):
         )
 
 
-def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int, int]:
-    """Return what rows say of a batch, its residual, how many rows it has, and how many are pure."""
+def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tuple[Tensor, float, int, int]:
+    """Return what rows say of a batch, its residual, how many they are, and on how many images some agree."""
     first = _stages(model, observation)[0][0]
     if first.layer.bias is None:
         raise RecoveryError(
@@ -368,14 +397,12 @@ def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float
         )
     weight, bias = _sent(observation, f"{first.name}.weight"), _sent(observation, f"{first.name}.bias")
     numbers, rows = row_inputs(weight, bias)
-    alone = [
-        layer_input(weight[numbers[group]], bias[numbers[group]]).inputs
-        for group in _agreeing(rows, bias[numbers], observation.num_images)
-    ]
-    rows = torch.stack([*alone, *rows])
+    groups = _agreeing(rows, bias[numbers], observation.num_images) if agreement else []
+    agreed = [layer_input(weight[numbers[group]], bias[numbers[group]]).inputs for group in groups]
+    rows = torch.stack([*agreed, *rows])
     images = observation.normalization.decode(rows.view(-1, *observation.image_shape)).flatten(1)
     outside = (images - images.clamp(0, 1)).square().mean(1)
-    outside[: len(alone)] = -1
+    outside[: len(agreed)] = -1
     chosen: list[int] = []
     for k in outside.argsort(stable=True).tolist():
         # Two rows of units that are active for one image alone agree to rounding: keep one of them.
@@ -385,7 +412,7 @@ def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float
             break
     while len(chosen) < observation.num_images:
         chosen.append(chosen[-1])
-    return rows[chosen], layer_input(weight, bias).residual, len(numbers), len(alone)
+    return rows[chosen], layer_input(weight, bias).residual, len(numbers), len(agreed)
 
 
 def _agreeing(rows: Tensor, delta: Tensor, count: int) -> list[Tensor]:

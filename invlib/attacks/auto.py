@@ -21,7 +21,7 @@ from invlib.errors import ConfigError
 from invlib.federated import observe
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
-from invlib.optim.objectives import Objective
+from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
 from invlib.search.halving import rungs
 
@@ -34,6 +34,7 @@ _FAINT = 0.1  # standard deviation of the noise around grey, so that images and 
 _NEAR, _ASTRAY = 1e-3, 0.1
 _GAIN = 0.99  # a round of the polish that leaves more than this of the distance was the last
 _TINY = 1e-300
+_PLAIN = (objectives.cosine, Layers(), "auto")  # objective, layers and labels of a search that is finished
 _SHARPENINGS = 16  # at most: a factor of two each
 _STAGE = 50  # evaluations at one sharpness: with fewer, line searches use them up
 _SHIFTING = 500  # evaluations from which on shifted copies are compared
@@ -52,9 +53,16 @@ def best(
 ) -> Best:
     """Return the strongest attack that this project has, chosen by what the server saw.
 
-    A single image behind a chain of layers that can be undone, such as LeNetZhu, is computed in closed form
-    by `invlib.recursive_inversion`, and polished by L-BFGS on the squared distance where rounding left an
-    error. Everything else is matched by direction, as in `invlib.inverting_gradients`, but
+    Closed forms come first, the cheapest before the others: `invlib.fully_connected`, for a batch too where
+    units of the first layer are active for one image alone; the direction that the first layer's rows share,
+    with the one number that it leaves open found by trial (no bias is needed, whatever follows the layer and
+    however many local steps there were); `invlib.recursive_inversion`. Each is checked by the client's own
+    step: the update of its images has to be the observed one, of which a factor does not count. Hidden labels
+    of a single image are tried where the inferred one does not fit. An exact closed form is returned at once,
+    with status ``closed_form``; one that rounding left a little inexact is polished by L-BFGS on the squared
+    distance. Where equations are missing, so that many images agree, a search decides among them.
+
+    Everything else is matched by direction, as in `invlib.inverting_gradients`, but
 
     - with a softplus in the place of ReLU (`invlib.Smoothing`), which makes the cost smooth enough for
       L-BFGS. Its initial sharpness is measured: high enough that it changes the update less than another
@@ -70,7 +78,13 @@ def best(
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
       has the lower score. For a single image, and from 500 evaluations on.
 
-    The reconstruction's ``note`` says which of the two it was.
+    Where the cosine stalls before its evaluations are spent, as it does in single precision at small
+    distances, the others go to the squared distance, in the same coordinates and without priors. What that
+    gives is kept if it lowers the cosine, which is then summed in double precision and without cancellation.
+    The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
+    spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
+
+    Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was.
 
     Args:
         evaluations: how many evaluations of the network's gradient one restart may use, those of shifted
@@ -133,7 +147,7 @@ class Best(Settings):
     """The attack that `best` returns, with settings of the same names.
 
     Args:
-        matching: the search, where there is no closed form.
+        matching: the search, where no closed form is exact.
         evaluations: of each restart.
         tv: in units of the objective of a noise image.
         natural: in the same unit.
@@ -175,7 +189,8 @@ class Best(Settings):
         if closed is not None and closed.determined and closed.share <= _NEAR:
             return self._polished(closed.result, model, observation, self.evaluations, callback, progress)
         result, spare = self._searched(model, observation, generator, callback, progress)
-        if spare >= _STAGE and result.status == "max_steps":
+        plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
+        if plain and spare >= _STAGE and result.status == "max_steps":
             told = self.matching.steps
             result = self._polished(result, model, observation, spare, callback, progress, told)
         return result if closed is None else self._nearer(closed, result, model, observation)

@@ -6,13 +6,15 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, minimize_scalar
 from torch import Tensor, nn
 
-from invlib.attacks.analytic import fully_connected
+from invlib.attacks.analytic import fully_connected, input_direction
+from invlib.attacks.base import closed_form, known_labels
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.recursive import recursive_inversion
 from invlib.core.network import classifier, in_mode, num_classes, record_layers
@@ -23,6 +25,7 @@ from invlib.errors import RecoveryError
 # Distances from the observed update, as shares of that of a noise image.
 EXACT = 1e-6
 _ENTRIES = 20_000_000  # of a matrix: some gigabytes while it is made
+_SCALES = 24  # of the images in one direction that are tried, a factor of 2 ** (1 / 4) apart
 _CLASSES = 32  # up to so many, a hidden label that is inferred wrong is looked for among all
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -72,6 +75,7 @@ def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Dista
 def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) -> Verified | None:
     """Return the closed form whose update is nearest to the observed one; None where none applies.
 
+    Of a batch only an exact one counts: the others are mixtures of its images.
     They are computed one by one, the cheapest first, up to one that is `EXACT`.
 
     Args:
@@ -90,6 +94,9 @@ def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) 
             asked += 1
         score = distance(form.images, form.labels)
         asked += 1 + form.evaluations
+        share = score / max(noise, torch.finfo(torch.float64).tiny)
+        if observation.num_images > 1 and share > EXACT:
+            continue  # mixtures
         if nearest is None or score < nearest.result.score:
             note = f"closed form, {note}: its update is {score:.1e} from the observed one in direction"
             checked = replace(
@@ -97,10 +104,10 @@ def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) 
             )
             nearest = Verified(
                 result=checked,
-                share=score / max(noise, torch.finfo(torch.float64).tiny),
+                share=share,
                 determined=_determined(model, observation, form.images),
             )
-        if nearest.share <= EXACT:
+        if share <= EXACT:
             break
     if nearest is None:
         return None
@@ -114,18 +121,20 @@ def _candidates(
     """Yield what closed forms say, with labels, and from where they have it."""
     for guess in _guesses(model, observation):
         try:
-            found = fully_connected()(model, guess)
+            found = fully_connected(agreement=True)(model, guess)
             if observation.num_images > 1:
                 found = _paired(model, observation, found)
         except RecoveryError:
             continue
         if found.labels is not None:
             yield found, "from the first layer's gradient"
-    if observation.num_images == 1 and _entries(model, observation) <= _ENTRIES:
-        try:
+    if observation.num_images > 1:
+        return
+    with suppress(RecoveryError):
+        yield _scaled(model, observation, distance), "from the direction of the first layer's gradient"
+    if _entries(model, observation) <= _ENTRIES:
+        with suppress(RecoveryError):
             yield recursive_inversion()(model, observation), "layer by layer"
-        except RecoveryError:
-            return
 
 
 def _entries(model: nn.Module, observation: Observation) -> int:
@@ -156,6 +165,45 @@ def _guesses(model: nn.Module, observation: Observation) -> Iterator[Observation
     if observation.labels is None and observation.num_images == 1 and classes <= _CLASSES:
         for label in range(classes):
             yield replace(observation, labels=torch.tensor([label]))
+
+
+def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> Reconstruction:
+    """Look for the one number that `input_direction` leaves open, by the client's step.
+
+    Raises:
+        RecoveryError: the model does not begin with a fully connected layer, or labels cannot be inferred.
+    """
+    began, asked = time.perf_counter(), 0
+    shape = (1, *observation.image_shape)
+    direction, labels = input_direction(model, observation).view(shape), known_labels(model, observation)
+    low, high = observation.normalization.box(dtype=direction.dtype, device=direction.device)
+
+    def images(number: float) -> Tensor:
+        return observation.normalization.decode(number * direction)
+
+    def cost(number: float) -> float:
+        nonlocal asked
+        asked += 1
+        return distance(images(number), labels)
+
+    # The largest numbers of both signs at which all pixels are in the box, and smaller ones.
+    ends = [
+        float(torch.where(direction * sign > 0, high, -low).div(direction.abs()).min()) for sign in (1, -1)
+    ]
+    grid = [
+        [sign * end * 2 ** (-k / 4) for k in range(_SCALES)] for sign, end in zip((1, -1), ends, strict=True)
+    ]
+    costs = {number: cost(number) for side in grid for number in side}
+    near = min(costs, key=costs.__getitem__)
+    found = minimize_scalar(
+        lambda log: cost(math.copysign(math.exp(log), near)),
+        bounds=(math.log(abs(near)) - 0.18, math.log(abs(near)) + 0.18),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    number = math.copysign(math.exp(found.x), near)
+    form = closed_form(images(number).clamp(0, 1), labels, found.fun, objective="", note="", began=began)
+    return replace(form, evaluations=asked)
 
 
 def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -> Reconstruction:
