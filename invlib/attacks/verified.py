@@ -54,22 +54,27 @@ def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Dista
     .. math:: \tfrac12 \left\| \frac{u}{\|u\|} - \frac{u^\ast}{\|u^\ast\|} \right\|^2
               = 1 - \cos(u, u^\ast),
 
-    summed in float64. A factor of the update, of clipping say, changes nothing. Infinite where the update is
-    not finite.
+    summed in float64. A factor of the update, of clipping say, changes nothing. It is 1 where an update is
+    all zero, and infinite where one is not finite.
     """
 
     def distance(images: Tensor, labels: Tensor) -> float:
         problem = GradientMatching(loss=loss).problem(model, observation, labels)
         with in_mode(model, training=observation.training_mode):
             update = problem.update(problem.encode(images.to(problem.like)), labels.to(problem.like.device))
-        found, sent = (torch.cat([part.flatten().double() for part in u]) for u in (update, problem.target))
-        tiny = torch.finfo(found.dtype).tiny
-        gap = float(
-            (found / found.norm().clamp_min(tiny) - sent / sent.norm().clamp_min(tiny)).square().sum()
+        length, sent = _length(update), _length(problem.target)
+        if not 0 < length < math.inf or sent == 0:
+            return 1.0 if length == 0 or sent == 0 else math.inf
+        gap = _length(
+            [torch.sub(t, c, alpha=sent / length) for c, t in zip(update, problem.target, strict=True)]
         )
-        return gap / 2 if math.isfinite(gap) else math.inf
+        return (gap / sent) ** 2 / 2
 
     return distance
+
+
+def _length(update: list[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in update))
 
 
 def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) -> Verified | None:

@@ -286,7 +286,6 @@ def test_a_search_that_ended_in_a_shifted_copy_finds_its_way():
     start = {"init": astray, "steps": 600}
     found = iv.best(**start)(net, seen, callback=frames)
     alone = iv.best(**start, shifts=0)(net, seen)
-    assert found.score < alone.score
     assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(alone.images, x)) + 2
     assert found.evaluations <= 700
     assert "shifted" in found.note
