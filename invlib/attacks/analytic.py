@@ -267,8 +267,12 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
     Source: this project's, of the same equation as `layer_input`.
     """
     gradient = _sent(observation, f"{_stages(model, observation)[0][0].name}.weight")
-    rows: Tensor = torch.linalg.svd(gradient.double(), full_matrices=False).Vh
-    return rows[0].to(gradient)
+    matrix = gradient.double() / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
+    direction = matrix[matrix.norm(dim=1).argmax()]
+    for _ in range(20):  # power iterations: noise apart, the first is exact
+        direction = matrix.T @ (matrix @ direction)
+        direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
+    return direction.to(gradient)
 
 
 def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> tuple[Tensor, Tensor]:

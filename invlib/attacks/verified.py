@@ -80,8 +80,8 @@ def _length(update: list[Tensor]) -> float:
 def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) -> Verified | None:
     """Return the closed form whose update is nearest to the observed one; None where none applies.
 
-    Of a batch only an exact one counts: the others are mixtures of its images.
-    They are computed one by one, the cheapest first, up to one that is `EXACT`.
+    They are computed one by one, the cheapest first, up to one that is `EXACT`. Of a batch no other counts:
+    they are mixtures of its images.
 
     Args:
         model: the model that the client received.
@@ -124,20 +124,18 @@ def _candidates(
     model: nn.Module, observation: Observation, distance: Distance
 ) -> Iterator[tuple[Reconstruction, str]]:
     """Yield what closed forms say, with labels, and from where they have it."""
-    for guess in _guesses(model, observation):
-        try:
-            found = fully_connected(agreement=True)(model, guess)
-            if observation.num_images > 1:
-                found = _paired(model, observation, found)
-        except RecoveryError:
-            continue
-        if found.labels is not None:
-            yield found, "from the first layer's gradient"
-    if observation.num_images > 1:
-        return
     with suppress(RecoveryError):
-        yield _scaled(model, observation, distance), "from the direction of the first layer's gradient"
-    if _entries(model, observation) <= _ENTRIES:
+        input_direction(model, observation)  # of no other network is each label tried
+        for guess in _guesses(model, observation):
+            with suppress(RecoveryError):
+                found = fully_connected(agreement=True)(model, guess)
+                if observation.num_images > 1:
+                    found = _paired(model, observation, found)
+                if found.labels is not None:
+                    yield found, "from the first layer's gradient"
+        if observation.num_images == 1:
+            yield _scaled(model, observation, distance), "from the direction of the first layer's gradient"
+    if observation.num_images == 1 and _entries(model, observation) <= _ENTRIES:
         with suppress(RecoveryError):
             yield recursive_inversion()(model, observation), "layer by layer"
 

@@ -113,9 +113,11 @@ def test_best_is_never_worse_than_a_closed_form_that_applies(name):
 
 @pytest.mark.parametrize("protocol", [ONE, SOME], ids=["FedSGD", "FedAvg"])
 @pytest.mark.parametrize("hidden", [True, False])
-def test_a_batch_comes_back_where_units_are_active_for_one_image_alone(protocol, hidden):
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_a_batch_comes_back_where_units_are_active_for_one_image_alone(protocol, hidden, order):
     model = dense(nn.ReLU, True, True, width=256)
-    x, y, seen = see(model, protocol, n=3, hidden=hidden, seed=3)
+    x, y = random_batch(3, seed=3)[0][order], torch.tensor([3, 0, 4])
+    seen = iv.observe(model, x, y, protocol, normalization=iv.CIFAR10, reveal_labels=not hidden)
     found = iv.best(evaluations=50)(model, seen)
     assert found.status == "closed_form"
     report = iv.evaluate(found, x, y)
