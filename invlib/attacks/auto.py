@@ -284,13 +284,15 @@ class Best(Settings):
                 )
                 score = distance(part.images, labels)
                 spent, told = spent + part.evaluations + 1, told + steps
+                if not result.engine:
+                    result = replace(result, engine=part.engine, engine_reason=part.engine_reason)
                 result = joined(result, _scored(part, score, nearest), told - steps, 1)
                 status = part.status
-                if status == "max_steps" and not score < _GAIN * nearest:
+                if status == "max_steps" and not score < _GAIN * nearest and spare - spent >= _POLISH:
                     status = "converged"
                 if status != "max_steps":
                     break
-                nearest = score
+                nearest = min(nearest, score)
         except KeyboardInterrupt:
             status = "interrupted"
         gained = result.images is not start.images

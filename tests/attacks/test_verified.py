@@ -270,6 +270,7 @@ def test_where_nothing_is_left_to_gain_the_status_says_so():
     found = iv.best(evaluations=400)(model, noisy)
     assert found.status == "converged"
     assert found.note.endswith("polished by L-BFGS")
+    assert found.engine
     assert found.evaluations < 400
     assert found.score < closed.result.score
     assert float(iv.metrics.psnr(found.images, x)) > 50
