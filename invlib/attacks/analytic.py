@@ -140,6 +140,11 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
     return layer_input(_sent(observation, f"{layer}.weight"), _sent(observation, f"{layer}.bias"))
 
 
+# Of a batch: rows that are compared with one another, in so many random directions, and the share of their
+# length by which two may differ that say the same.
+_ROWS, _VIEWS, _AGREEING = 4096, 16, 1e-5
+
+
 def _sent(observation: Observation, name: str) -> Tensor:
     """Return one tensor of the update; a frozen layer is not sent."""
     if name not in observation.update:
@@ -150,7 +155,8 @@ def _sent(observation: Observation, name: str) -> Tensor:
 # The slope of an activation from its output alone, which is what a recovered layer input is.
 SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Identity: lambda _, a: torch.ones_like(a),
-    nn.ReLU: lambda _, a: (a > 0).to(a.dtype),
+    # An output that is 0 comes back as 0 but for rounding, and its unit must not count as active.
+    nn.ReLU: lambda _, a: (a > 1e-5 * a.abs().max()).to(a.dtype),
     nn.LeakyReLU: lambda m, a: torch.where(a > 0, torch.ones_like(a), torch.full_like(a, m.negative_slope)),  # type: ignore[arg-type]
     nn.Sigmoid: lambda _, a: a * (1 - a),
     nn.Tanh: lambda _, a: 1 - a.square(),
@@ -167,9 +173,9 @@ class _Stage:
     activation: nn.Module
 
 
-def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
-    """Return the fully connected layers from the image on, in the order in which they run."""
-    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
+def _stages(model: nn.Module, observation: Observation) -> tuple[list[_Stage], bool]:
+    """Return the fully connected layers from the image on, as they run, and whether they are the network."""
+    logits, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
     stages: list[_Stage] = []
     for call in calls:
         module = call.layer
@@ -188,7 +194,8 @@ def _stages(model: nn.Module, observation: Observation) -> list[_Stage]:
             f"{pixels} numbers of the image (use layer_input_of for the input of a later layer, or gradient "
             "matching for the image)"
         )
-    return stages
+    whole = isinstance(calls[-1].layer, nn.Linear) and calls[-1].name == stages[-1].name
+    return stages, whole and torch.equal(calls[-1].output, logits)
 
 
 def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, float]:
@@ -215,8 +222,14 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
     Blaschko 2021 (R-GAP), arXiv 2010.07733.
     """
-    stages = _stages(model, observation)
+    stages, whole = _stages(model, observation)
     biased = [k for k, s in enumerate(stages) if s.layer.bias is not None]
+    if not biased and not whole:
+        raise RecoveryError(
+            f"no layer up to {stages[-1].name!r} has a bias, and it is not the last one of "
+            f"{type(model).__name__}; expected a bias before the first activation other than "
+            f"{', '.join(kind.__name__ for kind in SLOPES)}"
+        )
     top = biased[0] if biased else len(stages) - 1
     weights = {s.name: _sent(observation, f"{s.name}.weight") for s in stages[: top + 1]}
     if biased:
@@ -233,6 +246,33 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
         inputs = layer_input(weights[below.name], delta).inputs
     first = weights[stages[0].name]
     return inputs, _residual(first / delta.abs().max(), delta / delta.abs().max(), inputs)
+
+
+def input_direction(model: nn.Module, observation: Observation) -> Tensor:
+    r"""Return the input of a first fully connected layer up to one number, whatever comes after it.
+
+    Its weight gradient is :math:`\delta x^\top`, and the sum of several local steps is
+    :math:`(\sum_k \delta_k)\, x^\top`, so that its rows are all multiples of the one image.
+
+    Args:
+        model: a model that begins with a fully connected layer on all numbers of the image.
+        observation: what the server saw of *one* image.
+
+    Returns:
+        The normalised input over its length, ``(C * H * W,)``; its sign is arbitrary.
+
+    Raises:
+        RecoveryError: the model begins with something else, or the layer was not sent.
+
+    Source: this project's, of the same equation as `layer_input`.
+    """
+    gradient = _sent(observation, f"{_stages(model, observation)[0][0].name}.weight")
+    matrix = gradient.double() / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
+    direction = matrix[matrix.norm(dim=1).argmax()]
+    for _ in range(20):  # power iterations: noise apart, the first is exact
+        direction = matrix.T @ (matrix @ direction)
+        direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
+    return direction.to(gradient)
 
 
 def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> tuple[Tensor, Tensor]:
@@ -271,7 +311,7 @@ def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> 
     return (alpha * u).to(gradient), (s / alpha * v).to(gradient)
 
 
-def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
+def fully_connected(*, tolerance: float = 1e-2, agreement: bool = False) -> FullyConnected:
     """Return the closed-form attack on networks whose first layers are fully connected.
 
     One image comes back as it was, up to rounding. A batch does not: each row of the first layer gives a
@@ -284,6 +324,8 @@ def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
 
     Args:
         tolerance: the residual up to which a single image is called exact.
+        agreement: of a batch return first what several rows say alike. Units that are active for one image
+            alone do so, and hardly ever two mixtures.
 
     Returns:
         An attack; its score is the share of the first layer's gradient left unexplained.
@@ -292,7 +334,7 @@ def fully_connected(*, tolerance: float = 1e-2) -> FullyConnected:
 
     Taught in: chapter 1
     """
-    return FullyConnected(tolerance=tolerance)
+    return FullyConnected(tolerance=tolerance, agreement=agreement)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -300,6 +342,7 @@ class FullyConnected(Settings):
     """The attack that `fully_connected` returns."""
 
     tolerance: float = 1e-2
+    agreement: bool = False
 
     def __call__(
         self,
@@ -324,10 +367,15 @@ class FullyConnected(Settings):
             what = "exact" if residual <= self.tolerance else "approximate"
             note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
         else:
-            inputs, residual, count = _mixtures(model, observation)
+            inputs, residual, count, agreed = _mixtures(model, observation, self.agreement)
+            shown = (
+                f"several rows agree on {agreed} of the {len(inputs)} shown, the others"
+                if agreed
+                else (f"the {len(inputs)} shown")
+            )
             note = (
                 f"mixtures: {count} rows of the first layer each give a weighted mean of the "
-                f"{observation.num_images} images; the {len(inputs)} shown lie nearest to the range of images"
+                f"{observation.num_images} images; {shown} lie nearest to the range of images"
             )
         labels: Tensor | None = None
         try:
@@ -344,18 +392,23 @@ class FullyConnected(Settings):
         )
 
 
-def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float, int]:
-    first = _stages(model, observation)[0]
+def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tuple[Tensor, float, int, int]:
+    """Return what rows say of a batch, its residual, how many they are, and on how many images some agree."""
+    first = _stages(model, observation)[0][0]
     if first.layer.bias is None:
         raise RecoveryError(
             f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
         )
     weight, bias = _sent(observation, f"{first.name}.weight"), _sent(observation, f"{first.name}.bias")
-    _, rows = row_inputs(weight, bias)
+    numbers, rows = row_inputs(weight, bias)
+    groups = _agreeing(rows, bias[numbers], observation.num_images) if agreement else []
+    agreed = [layer_input(weight[numbers[group]], bias[numbers[group]]).inputs for group in groups]
+    rows = torch.stack([*agreed, *rows])
     images = observation.normalization.decode(rows.view(-1, *observation.image_shape)).flatten(1)
     outside = (images - images.clamp(0, 1)).square().mean(1)
+    outside[: len(agreed)] = -1
     chosen: list[int] = []
-    for k in outside.argsort().tolist():
+    for k in outside.argsort(stable=True).tolist():
         # Two rows of units that are active for one image alone agree to rounding: keep one of them.
         if all((images[k] - images[c]).square().mean() > 1e-6 for c in chosen):
             chosen.append(k)
@@ -363,4 +416,25 @@ def _mixtures(model: nn.Module, observation: Observation) -> tuple[Tensor, float
             break
     while len(chosen) < observation.num_images:
         chosen.append(chosen[-1])
-    return rows[chosen], layer_input(weight, bias).residual, len(rows)
+    return rows[chosen], layer_input(weight, bias).residual, len(numbers), len(agreed)
+
+
+def _agreeing(rows: Tensor, delta: Tensor, count: int) -> list[Tensor]:
+    """Return the largest groups of rows, at most so many, that say the same but for rounding.
+
+    Units that are active for one image alone do so; two mixtures hardly ever do.
+    """
+    kept = delta.abs().argsort(descending=True)[:_ROWS]
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(rows.shape[1], _VIEWS, dtype=torch.float64, generator=generator).to(rows.device)
+    seen = rows[kept].double() @ views
+    near = torch.cdist(seen, seen) <= _AGREEING * seen.norm(dim=1)
+    groups: list[Tensor] = []
+    while len(groups) < count:
+        group = near[near.sum(1).argmax()].nonzero().flatten()
+        if len(group) < 2:
+            break
+        groups.append(kept[group])
+        near[group] = False
+        near[:, group] = False
+    return groups

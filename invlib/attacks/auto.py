@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from invlib.attacks.base import Attack, Settings, known_labels
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.published import preset
-from invlib.attacks.recursive import is_chain, recursive_inversion
-from invlib.attacks.shifts import Shifting, moves
+from invlib.attacks.shifts import Shifting, continuing, joined, moves
+from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
@@ -19,15 +21,20 @@ from invlib.errors import ConfigError
 from invlib.federated import observe
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
+from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
+from invlib.search.halving import rungs
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
-# Distances of directions: below the first there is nothing left to polish, above the second the closed form
-# failed (noise was added, say, or equations are missing) and a start from noise is better.
-_EXACT, _USABLE = 1e-6, 0.1
+# Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
+# search from noise ends nearer; above the second a search found nothing.
+_NEAR, _ASTRAY = 1e-3, 0.1
+_GAIN = 0.99  # a round of the polish that leaves more than this of the distance was the last
+_TINY = 1e-300
+_PLAIN = (objectives.cosine, Layers(), "auto")  # objective, layers and labels of a search that is finished
 _SHARPENINGS = 16  # at most: a factor of two each
 _STAGE = 50  # evaluations at one sharpness: with fewer, line searches use them up
 _SHIFTING = 500  # evaluations from which on shifted copies are compared
@@ -46,9 +53,16 @@ def best(
 ) -> Best:
     """Return the strongest attack that this project has, chosen by what the server saw.
 
-    A single image behind a chain of layers that can be undone, such as LeNetZhu, is computed in closed form
-    by `invlib.recursive_inversion`, and polished by L-BFGS on the squared distance where rounding left an
-    error. Everything else is matched by direction, as in `invlib.inverting_gradients`, but
+    Closed forms come first, the cheapest before the others: `invlib.fully_connected`, for a batch too where
+    units of the first layer are active for one image alone; the direction that the first layer's rows share,
+    with the one number that it leaves open found by trial (no bias is needed, whatever follows the layer and
+    however many local steps there were); `invlib.recursive_inversion`. Each is checked by the client's own
+    step: the update of its images has to be the observed one, of which a factor does not count. Hidden labels
+    of a single image are tried where the inferred one does not fit. An exact closed form is returned at once,
+    with status ``closed_form``; one that rounding left a little inexact is polished by L-BFGS on the squared
+    distance. Where equations are missing, so that many images agree, a search decides among them.
+
+    Everything else is matched by direction, as in `invlib.inverting_gradients`, but
 
     - with a softplus in the place of ReLU (`invlib.Smoothing`), which makes the cost smooth enough for
       L-BFGS. Its initial sharpness is measured: high enough that it changes the update less than another
@@ -64,12 +78,18 @@ def best(
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
       has the lower score. For a single image, and from 500 evaluations on.
 
-    The reconstruction's ``note`` says which of the two it was.
+    Where the cosine stalls before its evaluations are spent, as it does in single precision at small
+    distances, the others go to the squared distance, in the same coordinates and without priors. What that
+    gives is kept if it lowers the cosine, which is then summed in double precision and without cancellation.
+    The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
+    spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
+
+    Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was.
 
     Args:
         evaluations: how many evaluations of the network's gradient one restart may use, those of shifted
             copies among them; a line search may end a few later. The sharpness changes every 50. None
-            takes 1,200.
+            takes 1,200. Checks of closed forms come on top: 2 for one that is exact, otherwise up to 100.
         steps: another name of ``evaluations``.
         restarts: how many starting points. Where copies are shifted, each of them searches for its sixth of
             the evaluations and the best by score goes on, so that ``restarts + 5`` sixths of ``evaluations``
@@ -127,7 +147,7 @@ class Best(Settings):
     """The attack that `best` returns, with settings of the same names.
 
     Args:
-        matching: the search, where there is no closed form.
+        matching: the search, where no closed form is exact.
         evaluations: of each restart.
         tv: in units of the objective of a noise image.
         natural: in the same unit.
@@ -163,12 +183,27 @@ class Best(Settings):
     ) -> Reconstruction:
         """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
         observation.validate(model)
-        if is_chain(model, observation):
-            closed = recursive_inversion()(model, observation)
-            if closed.score <= _EXACT:
-                return closed
-            if closed.score <= _USABLE:
-                return self._polished(closed, model, observation, callback, progress)
+        closed = closest_closed_form(model, observation, self.matching.loss)
+        if closed is not None and closed.determined and closed.share <= EXACT:
+            return closed.result
+        if closed is not None and closed.determined and closed.share <= _NEAR:
+            return self._polished(closed.result, model, observation, self.evaluations, callback, progress)
+        result, spare = self._searched(model, observation, generator, callback, progress)
+        plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
+        if plain and spare >= _STAGE and result.status == "max_steps":
+            told = self.matching.steps
+            result = self._polished(result, model, observation, spare, callback, progress, told)
+        return result if closed is None else self._nearer(closed, result, model, observation)
+
+    def _searched(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        generator: torch.Generator | None,
+        callback: Callback | None,
+        progress: bool,
+    ) -> tuple[Reconstruction, int]:
+        """Match from noise; return the result and how many evaluations it left unused, for one restart."""
         matching = self.matching
         unit, smoothing, asked = _noise(matching, model, observation)
         generator = generator or torch.Generator().manual_seed(0)
@@ -196,45 +231,113 @@ class Best(Settings):
             )
         result = run(model, observation, generator=generator, callback=callback, progress=progress)
         note = f"gradient matching {'without' if search.smoothing is None else 'with'} smoothing"
-        return replace(
+        result = replace(
             result,
             evaluations=result.evaluations + asked,
             note=note + (", and from shifted copies" if places else ""),
         )
+        plan = rungs(search.steps, search.restarts, search.prune)
+        before = (0, *(rung for rung, _ in plan))
+        restarts = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
+        share = restarts / search.steps
+        planned = self.evaluations * ((share + 5) / 6 if places else share)
+        return result, min(self.evaluations, int(planned - result.evaluations))
 
     def _polished(
         self,
-        closed: Reconstruction,
+        start: Reconstruction,
         model: nn.Module,
         observation: Observation,
+        spare: int,
         callback: Callback | None,
         progress: bool,
+        told: int = 0,
     ) -> Reconstruction:
-        """Go on from a closed form that rounding or missing equations left inexact."""
-        polish = GradientMatching(
-            objective=objectives.l2,
-            optimizer=_quasi_newton(min(_POLISH, self.evaluations)),
-            decay=None,
-            init=closed.images,
-            steps=max(1, self.evaluations // _POLISH),
-            loss=self.matching.loss,
-        )
-        polished = polish(model, observation, callback=callback, progress=progress)
-        assert closed.labels is not None  # the closed form always gives them
-        # By direction, as the closed form is scored, whatever the objective of the matching.
-        score = GradientMatching(loss=polish.loss).score(model, observation, polished.images, closed.labels)
-        if not score < closed.score:
-            interrupted = polished.status == "interrupted"
-            return replace(closed, status="interrupted") if interrupted else closed
+        """Lower the squared distance from a result on, until so many evaluations are spent or none helps.
+
+        Each round begins with no memory of curvature, for a line search that failed would fail again. Its
+        cost is 1 at its start: torch forgets curvature that is small in absolute terms.
+        """
+        assert start.labels is not None
+        labels, closed = start.labels, start.status == "closed_form"
+        distance = distance_of(model, observation, self.matching.loss)
+        length = float(sum(part.double().square().sum() for part in observation.update.values()))
+        result, status = start, start.status
+        try:
+            nearest, spent = distance(start.images, labels), 1
+            while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
+                part = GradientMatching(
+                    objective=_relative(2 * nearest * length),
+                    optimizer=_quasi_newton(min(_POLISH, spare)),
+                    decay=None,
+                    init=result.images,
+                    steps=steps,
+                    loss=self.matching.loss,
+                    coordinates=_coordinates(self.matching),
+                    recompute=self.matching.recompute,
+                    record_every=1,
+                )(
+                    model,
+                    replace(observation, labels=labels),
+                    callback=continuing(callback, told, told + steps),
+                    progress=progress,
+                )
+                score = distance(part.images, labels)
+                spent, told = spent + part.evaluations + 1, told + steps
+                if not result.engine:
+                    result = replace(result, engine=part.engine, engine_reason=part.engine_reason)
+                result = joined(result, _scored(part, score, nearest), told - steps, 1)
+                status = part.status
+                if status == "max_steps" and not score < _GAIN * nearest and spare - spent >= _POLISH:
+                    status = "converged"
+                if status != "max_steps":
+                    break
+                nearest = min(nearest, score)
+        except KeyboardInterrupt:
+            status = "interrupted"
+        gained = result.images is not start.images
+        if closed and not gained and status != "interrupted":
+            status = "closed_form"
+        how = ", polished by L-BFGS" if closed else ", then by squared distance"
+        return replace(result, status=status, note=start.note + how if gained else start.note)
+
+    def _nearer(
+        self, closed: Verified, found: Reconstruction, model: nn.Module, observation: Observation
+    ) -> Reconstruction:
+        """Return a closed form or what a search found, whichever agrees better with the observed update.
+
+        Where equations are missing many images agree, and the search's is the most natural of them: there the
+        closed form is for a search that went astray.
+        """
+        form = closed.result
+        least = form.score * (1 if closed.determined else max(1.0, _ASTRAY / max(closed.share, _TINY)))
+        evaluations = form.evaluations + found.evaluations + 1
+        spent: dict[str, Any] = {"evaluations": evaluations, "seconds": form.seconds + found.seconds}
+        try:
+            distance = distance_of(model, observation, self.matching.loss)
+            assert found.labels is not None
+            if distance(found.images, found.labels) <= least:
+                return replace(found, **spent)
+        except KeyboardInterrupt:
+            return replace(found, **spent, status="interrupted")
+        stopped = found.status == "interrupted"
         return replace(
-            polished,
-            score=score,
-            objective=closed.objective,
-            trial_scores=torch.tensor([score]),
-            seconds=closed.seconds + polished.seconds,
-            evaluations=closed.evaluations + polished.evaluations,
-            note="closed form, layer by layer, polished by L-BFGS",
+            form,
+            **spent,
+            status="interrupted" if stopped else "closed_form",
+            note=form.note + "; a search came less near",
         )
+
+
+def _relative(scale: float) -> Objective:
+    """Return the squared distance over a number."""
+    return lambda candidate, target, weights=None: objectives.l2(candidate, target, weights) / scale
+
+
+def _scored(part: Reconstruction, score: float, unit: float) -> Reconstruction:
+    """Return a round of the polish, measured as a search is; infinite where nothing was gained."""
+    history = replace(part.history, cost=unit * part.history.cost, objective=unit * part.history.objective)
+    return replace(part, score=score if score < unit else math.inf, history=history)
 
 
 def _coordinates(matching: GradientMatching) -> NaturalImages:

@@ -90,7 +90,7 @@ class Shifting:
 
         def run(first: float, last: float, steps: int, **settings: object) -> Reconstruction:
             part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
-            watch = None if callback is None else _continuing(callback, round(spent), search.steps)
+            watch = continuing(callback, round(spent), search.steps)
             return part(model, observation, generator=generator, callback=watch, progress=progress)
 
         first = max(2 * stage, round(_SEARCH * search.steps))
@@ -112,14 +112,14 @@ class Shifting:
             starts = torch.stack([result.images, *(others[k] for k in order)])
             compared = run(_FOUND, _SHIFTED, 2 * stage, init=starts, restarts=len(starts), prune=True)
             moved = compared.score < min(result.score, float(compared.trial_scores[0]))
-            result = _joined(result, compared, round(spent), len(others))
+            result = joined(result, compared, round(spent), len(others))
             spent += price
             if not moved:
                 break
         if result.status != "max_steps":
             return result
         rest = run(_REST, 1, int(search.steps - spent), init=result.images, restarts=1)
-        return _joined(result, rest, round(spent), 0)
+        return joined(result, rest, round(spent), 0)
 
 
 def _part(search: GradientMatching, first: float, last: float) -> GradientMatching:
@@ -136,8 +136,10 @@ def _part(search: GradientMatching, first: float, last: float) -> GradientMatchi
     )
 
 
-def _continuing(callback: Callback, spent: int, steps: int) -> Callback:
-    """Return a callback to which a part of a search looks like the whole."""
+def continuing(callback: Callback | None, spent: int, steps: int) -> Callback | None:
+    """Return a callback to which a part of a search looks like the whole; None where there is none."""
+    if callback is None:
+        return None
 
     def watch(progress: Progress) -> bool | None:
         if progress.step == 0 and spent > 0:
@@ -147,7 +149,7 @@ def _continuing(callback: Callback, spent: int, steps: int) -> Callback:
     return watch
 
 
-def _joined(before: Reconstruction, after: Reconstruction, spent: int, asked: int) -> Reconstruction:
+def joined(before: Reconstruction, after: Reconstruction, spent: int, asked: int) -> Reconstruction:
     """Return the restarts of a search, with a later part's result for the best where it is better."""
     scores, trials = before.trial_scores.clone(), before.trials.clone()
     best = index_of_best(scores)
@@ -170,6 +172,8 @@ def _joined(before: Reconstruction, after: Reconstruction, spent: int, asked: in
 
 def _continued(before: History, after: History, spent: int, best: int) -> History:
     """Return a history that goes on with the lowest cost of each later step, in the column of the best."""
+    if not before.steps:
+        return after
 
     def column(first: Tensor, then: Tensor) -> Tensor:
         rows = first.new_full((len(then), first.shape[1]), torch.nan)

@@ -117,6 +117,7 @@ SEARCHES = {
     "masked": (iv.GradientMatching, {"steps": 4, **MASKED}, {}, build_tiny, ONE, "Masked(cosine)"),
     "forward": (iv.ForwardMatching, {"steps": 4}, {"tv": (1.0, 2.0)}, build_tiny, ONE, "cosine by block"),
 }
+BEST = [name for name in SEARCHES if name.startswith("best")]
 ALL = CLOSED | SEARCHES
 
 
@@ -134,7 +135,9 @@ def test_every_attack_takes_the_same_and_gives_the_same(name, capsys):
     result = attack(
         model, seen, generator=torch.Generator().manual_seed(1), callback=told.append, progress=True
     )
-    assert result.status == ("closed_form" if name in CLOSED else "max_steps")
+    # Only the strongest attack goes on where its search stalls, until nothing is left to gain.
+    ends = {"closed_form"} if name in CLOSED else {"max_steps", *(["converged"] if name in BEST else [])}
+    assert result.status in ends
     assert result.objective == ALL[name][-1]
     assert math.isfinite(result.score)
     assert result.score == result.trial_scores.min()
@@ -148,7 +151,7 @@ def test_every_attack_takes_the_same_and_gives_the_same(name, capsys):
     if told:
         assert told[0].step == 0
         # Comparing shifted copies takes a part of a step, which the rest then lacks.
-        assert told[-1].steps - told[-1].step == (name == "best, shifts")
+        assert told[-1].steps - told[-1].step in {0, int(name == "best, shifts")}
         assert result.engine
     # In another process the same attack gives the same, and neither callback nor bar changes anything.
     copy = pickle.loads(pickle.dumps(attack))

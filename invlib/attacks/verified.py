@@ -1,0 +1,237 @@
+"""Closed forms that are checked by the client's own step, since more of them run than are right."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import linear_sum_assignment, minimize_scalar
+from torch import Tensor, nn
+
+from invlib.attacks.analytic import fully_connected, input_direction
+from invlib.attacks.base import closed_form, known_labels
+from invlib.attacks.matching import GradientMatching
+from invlib.attacks.recursive import recursive_inversion
+from invlib.core.network import classifier, in_mode, num_classes, record_layers
+from invlib.core.observation import Loss, Observation
+from invlib.core.reconstruction import Reconstruction
+from invlib.errors import RecoveryError
+
+# Distances from the observed update, as shares of that of a noise image.
+EXACT = 1e-6
+_ENTRIES = 20_000_000  # of a matrix: some gigabytes while it is made
+_SCALES = 24  # of the images in one direction that are tried, a factor of 2 ** (1 / 4) apart
+_CLASSES = 32  # up to so many, a hidden label that is inferred wrong is looked for among all
+
+Distance = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A closed form and how well the client's step on its images agrees with the observed update.
+
+    Args:
+        result: its score is the distance that `distance_of` measures.
+        share: the score as a share of that of a noise image.
+        determined: whether there are equations enough for no other image to agree as well.
+    """
+
+    result: Reconstruction
+    share: float
+    determined: bool
+
+
+def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Distance:
+    r"""Return a function of images in [0, 1] and labels: how far their update is from the observed one.
+
+    It is the cosine distance without its cancellation, which hides in float32 what is below 1e-7:
+
+    .. math:: \tfrac12 \left\| \frac{u}{\|u\|} - \frac{u^\ast}{\|u^\ast\|} \right\|^2
+              = 1 - \cos(u, u^\ast),
+
+    summed in float64. A factor of the update, of clipping say, changes nothing. It is 1 where an update is
+    all zero, and infinite where one is not finite.
+    """
+
+    def distance(images: Tensor, labels: Tensor) -> float:
+        problem = GradientMatching(loss=loss).problem(model, observation, labels)
+        with in_mode(model, training=observation.training_mode):
+            update = problem.update(problem.encode(images.to(problem.like)), labels.to(problem.like.device))
+        length, sent = _length(update), _length(problem.target)
+        if not 0 < length < math.inf or sent == 0:
+            return 1.0 if length == 0 or sent == 0 else math.inf
+        gap = _length(
+            [torch.sub(t, c, alpha=sent / length) for c, t in zip(update, problem.target, strict=True)]
+        )
+        return (gap / sent) ** 2 / 2
+
+    return distance
+
+
+def _length(update: list[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in update))
+
+
+def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) -> Verified | None:
+    """Return the closed form whose update is nearest to the observed one; None where none applies.
+
+    They are computed one by one, the cheapest first, up to one that is `EXACT`. Of a batch no other counts:
+    they are mixtures of its images.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw, known to fit the model.
+        loss: the client's.
+    """
+    began, asked = time.perf_counter(), 0
+    distance = distance_of(model, observation, loss)
+    nearest, noise = None, math.nan
+    for form, note in _candidates(model, observation, distance):
+        assert form.labels is not None
+        if math.isnan(noise):
+            generator = torch.Generator().manual_seed(0)
+            noise = distance(torch.rand(form.images.shape, generator=generator), form.labels)
+            asked += 1
+        score = distance(form.images, form.labels)
+        asked += 1 + form.evaluations
+        share = score / max(noise, torch.finfo(torch.float64).tiny)
+        if observation.num_images > 1 and share > EXACT:
+            continue  # mixtures
+        if nearest is None or score < nearest.result.score:
+            note = f"closed form, {note}: its update is {score:.1e} from the observed one in direction"
+            checked = replace(
+                form, score=score, objective="cosine", trial_scores=torch.tensor([score]), note=note
+            )
+            nearest = Verified(
+                result=checked,
+                share=share,
+                determined=_determined(model, observation, form.images),
+            )
+        if share <= EXACT:
+            break
+    if nearest is None:
+        return None
+    seconds = time.perf_counter() - began
+    return replace(nearest, result=replace(nearest.result, seconds=seconds, evaluations=asked))
+
+
+def _candidates(
+    model: nn.Module, observation: Observation, distance: Distance
+) -> Iterator[tuple[Reconstruction, str]]:
+    """Yield what closed forms say, with labels, and from where they have it."""
+    with suppress(RecoveryError):
+        input_direction(model, observation)  # of no other network is each label tried
+        for guess in _guesses(model, observation):
+            with suppress(RecoveryError):
+                found = fully_connected(agreement=True)(model, guess)
+                if observation.num_images > 1:
+                    found = _paired(model, observation, found)
+                if found.labels is not None:
+                    yield found, "from the first layer's gradient"
+        if observation.num_images == 1:
+            yield _scaled(model, observation, distance), "from the direction of the first layer's gradient"
+    if observation.num_images == 1 and _entries(model, observation) <= _ENTRIES:
+        with suppress(RecoveryError):
+            yield recursive_inversion()(model, observation), "layer by layer"
+
+
+def _entries(model: nn.Module, observation: Observation) -> int:
+    """Return the most products in a convolution of one image: entries of the matrix that is to be undone."""
+    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
+    sizes = [c.output.numel() * c.layer.weight[0].numel() for c in calls if isinstance(c.layer, nn.Conv2d)]
+    return max(sizes, default=0)
+
+
+def _determined(model: nn.Module, observation: Observation, images: Tensor) -> bool:
+    """Say whether the equations of a first convolution are as many as the image's pixels.
+
+    Its outputs give one each, but for inactive units of ReLU, and its weight's gradient one for each of its
+    numbers. The gradient of a fully connected layer always suffices.
+    """
+    _, calls = record_layers(model, observation.normalization.encode(images))
+    for call, after in itertools.pairwise(calls):
+        if isinstance(call.layer, nn.Conv2d):
+            active = after.output.count_nonzero() if isinstance(after.layer, nn.ReLU) else call.output.numel()
+            return int(active) + call.layer.weight.numel() >= images.numel()
+    return True
+
+
+def _guesses(model: nn.Module, observation: Observation) -> Iterator[Observation]:
+    """Yield the observation, and if its one label is hidden, again with each label that it may be."""
+    yield observation
+    classes = num_classes(model, observation.image_shape)
+    if observation.labels is None and observation.num_images == 1 and classes <= _CLASSES:
+        for label in range(classes):
+            yield replace(observation, labels=torch.tensor([label]))
+
+
+def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> Reconstruction:
+    """Look for the one number that `input_direction` leaves open, by the client's step.
+
+    Raises:
+        RecoveryError: the model does not begin with a fully connected layer, or labels cannot be inferred.
+    """
+    began, asked = time.perf_counter(), 0
+    shape = (1, *observation.image_shape)
+    direction, labels = input_direction(model, observation).view(shape), known_labels(model, observation)
+    low, high = observation.normalization.box(dtype=direction.dtype, device=direction.device)
+
+    def images(number: float) -> Tensor:
+        return observation.normalization.decode(number * direction)
+
+    def cost(number: float) -> float:
+        nonlocal asked
+        asked += 1
+        return distance(images(number), labels)
+
+    # The largest numbers of both signs at which all pixels are in the box, and smaller ones.
+    ends = [
+        float(torch.where(direction * sign > 0, high, -low).div(direction.abs()).min()) for sign in (1, -1)
+    ]
+    grid = [
+        [sign * end * 2 ** (-k / 4) for k in range(_SCALES)] for sign, end in zip((1, -1), ends, strict=True)
+    ]
+    costs = {number: cost(number) for side in grid for number in side}
+    near = min(costs, key=costs.__getitem__)
+    found = minimize_scalar(
+        lambda log: cost(math.copysign(math.exp(log), near)),
+        bounds=(math.log(abs(near)) - 0.18, math.log(abs(near)) + 0.18),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    number = math.copysign(math.exp(found.x), near)
+    form = closed_form(images(number).clamp(0, 1), labels, found.fun, objective="", note="", began=began)
+    return replace(form, evaluations=asked)
+
+
+def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -> Reconstruction:
+    r"""Give the images of a batch their labels: in an update neither comes with an order.
+
+    The gradient of the last layer's weight is :math:`(P - Y)^\top H / N` with the predictions, the labels and
+    the layer's inputs of all images. Images give :math:`P` and :math:`H`, and so :math:`Y`.
+
+    Raises:
+        RecoveryError: the last fully connected layer was not sent or does not give the logits.
+    """
+    name = classifier(model)[0]
+    if name not in observation.update:
+        raise RecoveryError(f"the update lacks {name!r}")
+    inputs = observation.normalization.encode(found.images)
+    logits, calls = record_layers(model, inputs, nn.Linear, training=observation.training_mode)
+    last = calls[-1]
+    if f"{last.name}.weight".lstrip(".") != name or not torch.equal(last.output, logits):
+        raise RecoveryError(f"{name!r} does not give the logits")
+    count = observation.num_images
+    gradient = observation.protocol.mean_gradient(observation.update[name], count).to(logits).double()
+    hot = logits.double().softmax(-1) - count * (gradient @ torch.linalg.pinv(last.given.double())).T
+    if observation.labels is None:
+        return replace(found, labels=hot.argmax(-1))
+    labels = observation.labels.to(hot.device)
+    _, order = linear_sum_assignment(-hot[:, labels].T.cpu().numpy())
+    images = found.images[torch.as_tensor(order, device=hot.device)]
+    return replace(found, images=images, trials=images[None], labels=labels)
