@@ -25,7 +25,6 @@ from invlib.core.network import record_layers
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
-from invlib.federated import FedAvg, FedSGD
 
 _Array = NDArray[np.float64]
 
@@ -123,20 +122,6 @@ class RecursiveInversion(Settings):
         note = f"{what}: the update of this image is {score:.1e} from the observed one in direction"
         result = closed_form(images, labels, score, objective="cosine", note=note, began=began)
         return replace(result, evaluations=1)
-
-
-def is_chain(model: nn.Module, observation: Observation) -> bool:
-    """Return whether `recursive_inversion` applies: one image, one gradient, a chain that can be undone."""
-    protocol = observation.protocol
-    once = isinstance(protocol, FedSGD) or (isinstance(protocol, FedAvg) and len(protocol.batches(1)) == 1)
-    if observation.num_images != 1 or not once:
-        return False
-    try:
-        stages = _chain(model, observation)
-    except RecoveryError:
-        return False
-    # Where half of the units are inactive, equations may be missing, and matching does better from noise.
-    return not any(isinstance(stage.activation, nn.ReLU) for stage in stages)
 
 
 def _chain(model: nn.Module, observation: Observation) -> list[_Stage]:
