@@ -70,7 +70,8 @@ def test_a_polish_is_told_like_any_search_and_can_be_interrupted():
     stopped = iv.best(steps=60)(net, rough, callback=interrupt)
     assert stopped.status == "interrupted"
     closed = iv.recursive_inversion()(net, rough)
-    assert torch.equal(stopped.images, closed.images)
+    # The start of the polish has passed through its coordinates.
+    torch.testing.assert_close(stopped.images, closed.images)
     assert stopped.score == pytest.approx(closed.score, rel=1e-6)
 
 
