@@ -30,8 +30,8 @@ _Array = NDArray[np.float64]
 
 # Rounding may leave an output at an end of the activation's range, where the inverse is infinite.
 _EDGE = 1e-7
-_DENSE = 4096  # unknowns: up to here normal equations are factored, beyond they take too much memory and time
-_SHIFT = 1e-12  # of their diagonal, which is all ones
+_DENSE = 3072  # unknowns: up to here normal equations are factored, beyond they take too much memory and time
+_SHIFT = 1e-8  # of their diagonal, which is all ones; from 1e-10 to 1e-6 the images are the same
 # What went into an activation, from what came out.
 _INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     nn.Identity: lambda _, a: a,
@@ -227,9 +227,9 @@ def _undo(
 def _least_squares(matrix: Any, known: _Array, iterations: int) -> _Array:
     """Return the solution of least norm, in units of the columns' lengths, among those of least squares.
 
-    The iteration runs in the coordinates of the Cholesky factor of the normal equations, where two steps do
-    for thousands. A shift in the size of their rounding makes the factor exist where equations are missing,
-    and the solution of least norm stays the shortest.
+    The iteration runs in the coordinates of the Cholesky factor of the normal equations, where a few steps do
+    for thousands. They are shifted, so that the factor exists where equations are missing, and directions
+    that the equations hardly tell are left as they are instead of fitted to errors.
     """
     length = np.sqrt(np.asarray(matrix.multiply(matrix).sum(0)).ravel())
     length[length == 0] = 1.0

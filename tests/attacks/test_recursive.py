@@ -115,3 +115,21 @@ def test_a_gradient_that_dies_on_the_way_is_named():
     _, seen = see(model)
     with pytest.raises(RecoveryError, match="zero"):
         recursive_inversion()(model, seen)
+
+
+def test_equations_that_say_nearly_the_same_are_not_fitted_to_rounding(monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = ((1, 2), (6, 2), (6, 1))
+        convolutions = [nn.Conv2d(n, 6, 5, stride=stride, padding=2) for n, stride in sizes]
+        for layer in convolutions:
+            nn.init.xavier_normal_(layer.weight, gain=5 / 3)
+        layers = [part for layer in convolutions for part in (layer, nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 49, 10))
+    x = iv.data.samples("fashion")[0][:1]
+    seen = iv.observe(model, x, torch.tensor([1]), iv.FedSGD(), normalization=iv.FASHION_MNIST)
+    factored = recursive_inversion()(model, seen).images
+    monkeypatch.setattr("invlib.attacks.recursive._DENSE", 0)  # the same equations without a factor
+    plain = recursive_inversion()(model, seen).images
+    torch.testing.assert_close(factored, plain, rtol=0, atol=1e-3)
+    assert float(iv.metrics.psnr(factored, x)) > 15
