@@ -126,7 +126,7 @@ def test_equations_that_say_nearly_the_same_are_not_fitted_to_rounding(monkeypat
             nn.init.xavier_normal_(layer.weight, gain=5 / 3)
         layers = [part for layer in convolutions for part in (layer, nn.Tanh())]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 49, 10))
-    x = iv.data.samples("fashion")[0][:1]
+    x = nn.functional.interpolate(iv.data.samples("fashion")[0][:1], (28, 28), mode="bilinear").clamp(0, 1)
     seen = iv.observe(model, x, torch.tensor([1]), iv.FedSGD(), normalization=iv.FASHION_MNIST)
     factored = recursive_inversion()(model, seen).images
     monkeypatch.setattr("invlib.attacks.recursive._DENSE", 0)  # the same equations without a factor
