@@ -74,7 +74,7 @@ class Identified:
 
     @property
     def share(self) -> float:
-        """The share of them: image identifiability precision."""
+        """The share of them, which papers call image identifiability precision."""
         return self.hits / len(self.ranks)
 
     @property
