@@ -13,7 +13,7 @@ import invlib as iv
 
 
 def attack(
-    model: nn.Module, seen: iv.Observation, starts: Tensor, steps: int, tv: float = 1e-2
+    model: nn.Module, seen: iv.Observation, starts: Tensor, steps: int, tv: float = 0.1
 ) -> tuple[Tensor, float]:
     """Return the best images of all restarts in [0, 1], and their cost.
 

@@ -1,17 +1,61 @@
-"""What a call costs besides its steps: checks, the last measurement, the score, and closed forms."""
+"""Whole calls on one thread, with what they cost besides their steps, and calls that have none."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import invlib as iv
 from tests.benchmarks import baseline
+from tests.benchmarks.bench_steps import share_of_convolutions
 from tests.benchmarks.conftest import DEVICE, wait
+
+# Model, restarts, steps, and the aim.
+CALLS = [
+    ("LeNetZhu", 1, 200, 1.3),
+    ("LeNetZhu", 8, 40, None),
+    ("LeNetZhu", 16, 40, 6),
+    ("LeNetZhu", 16, 400, 6),
+    ("LeNetZhu", 32, 40, None),
+    ("ConvNet8", 1, 30, None),
+    ("ConvNet8", 8, 10, None),
+    ("ConvNet64", 1, 4, 1.3),
+    ("ResNet20", 1, 40, 1.3),
+    ("ResNet20", 8, 6, 2.5),
+    ("ResNet20", 8, 40, 2.5),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("model", "restarts", "steps", "aim"), CALLS)
+def test_call(race, benchmark, model, restarts, steps, aim) -> None:
+    net, seen, x = _case(model)
+    attack = iv.inverting_gradients(steps=steps, restarts=restarts)
+    starts = torch.randn(restarts, *x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def reference() -> float:
+        # One restart is enough to know what many take: they run one after another.
+        return float(iv.metrics.psnr(baseline.attack(net, seen, starts[:1], steps)[0], x).mean())
+
+    def ours() -> float:
+        found = attack(net, seen, generator=torch.Generator().manual_seed(0))
+        return float(iv.metrics.psnr(found.trials[0], x).mean())
+
+    words = "1 restart" if restarts == 1 else f"{restarts} restarts"
+    name = f"{model}, {words}, {steps} steps"
+    race(name, reference, ours, work=restarts, target=aim, rounds=3 if steps * restarts > 300 else 5)
+    benchmark.extra_info["convolutions"] = share_of_convolutions(ours)
 
 
 def test_constant_cost(benchmark) -> None:

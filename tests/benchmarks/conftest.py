@@ -12,7 +12,7 @@ import pytest
 import torch
 
 DEVICE = torch.device(os.environ.get("INVLIB_BENCH_DEVICE", "cpu"))
-THREADS = int(os.environ.get("INVLIB_BENCH_THREADS", "1"))
+THREADS = int(os.environ.get("INVLIB_BENCH_THREADS", "2"))
 
 
 @pytest.fixture(scope="session", autouse=True)
