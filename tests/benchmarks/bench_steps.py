@@ -121,6 +121,6 @@ def share_of_convolutions(work: Callable[[], object]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    library = ("convolution", "aten::bmm", "aten::mm", "aten::addmm", "aten::col2im")
+    library = ("conv", "aten::bmm", "aten::mm", "aten::addmm", "aten::col2im", "aten::im2col")
     within = sum(time for name, time in times.items() if any(part in name for part in library))
     return within / sum(times.values())
