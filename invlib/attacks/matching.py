@@ -25,7 +25,7 @@ from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
-from invlib.optim.priors import AnyPrior, bound
+from invlib.optim.priors import AnyPrior, Unbound, bound
 from invlib.optim.schedules import StepDecay
 from invlib.search.checkpoint import Checkpoint
 from invlib.search.engines import selection
@@ -446,7 +446,7 @@ def attack_many(
         )
     pairs = list(zip(observations, chosen, strict=True))
     early = (attack.tolerance, attack.patience) != (None, None)
-    own_priors = any(hasattr(prior, "of") for _, prior in attack.priors)
+    own_priors = any(isinstance(prior, Unbound) for _, prior in attack.priors)
     if early or own_priors or not (attack.optimizer.together and stackable(observations[0].protocol)):
         return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
     for observation in observations:

@@ -29,7 +29,7 @@ which attack:
   On trained weights this project's strongest attack is taken, for the published one finds next to nothing
   there. It compares directions (--cost_fn sim) of all tensors (--indices def); an option that asks for
   something else brings the published attack back, and so does --optim ours.
-  The command above takes about three minutes on one core.
+  The command above takes about four minutes on one core.
 
 what is written:
   Each run adds a row to TABLE_PATH/table_exp_NAME.csv, separated by tabs: what was asked for, rec_loss (the

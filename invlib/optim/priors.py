@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ from invlib.errors import ConfigError
 Prior = Callable[[Tensor], Tensor]
 
 
-class Unbound(Protocol):
+class Unbound:
     """A prior that depends on what is attacked, and is made when an attack begins."""
 
     def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
         """Return the prior of a model and an observation; labels are None where they are optimised."""
-        ...
+        raise NotImplementedError
 
 
 AnyPrior = Prior | Unbound
@@ -31,8 +31,7 @@ AnyPrior = Prior | Unbound
 
 def bound(prior: AnyPrior, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
     """Return a prior as a function of images alone, arguments as for `Unbound.of`."""
-    made: Prior = prior.of(model, observation, labels) if hasattr(prior, "of") else prior
-    return made
+    return prior.of(model, observation, labels) if isinstance(prior, Unbound) else prior
 
 
 def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -181,7 +180,7 @@ def batch_norm_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | N
 
 
 @dataclass(frozen=True)
-class BatchNormStatistics:
+class BatchNormStatistics(Unbound):
     """`batch_norm_statistics` of whichever model is attacked, by the buffers that the client sent, if any.
 
     Where the client sent none, the model's own running statistics are the known ones.
@@ -196,7 +195,7 @@ class BatchNormStatistics:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Unbound):
     r"""How far the network's predictions are from the labels, :math:`\frac1N\sum\|p(x) - e_y\|^2`.
 
     It suits a network that has learned: one that is fresh predicts no label, of no image.
@@ -222,7 +221,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class LastLayerInput:
+class LastLayerInput(Unbound):
     r"""How far what enters the last fully connected layer is from what the update says of it.
 
     The update of row :math:`y` of the weights over that of its bias is the mean of the layer's inputs over

@@ -214,6 +214,17 @@ def test_some_of_what_is_free_is_left_to_others(monkeypatch, tiny, seen):
     assert 0.6 * free < most * need + places + best + means < 0.9 * free
 
 
+@pytest.mark.parametrize(("times", "measured"), [(20, False), (2, True)])
+def test_an_estimate_is_taken_where_there_is_room_for_much_more(monkeypatch, tiny, seen, times, measured):
+    attack = iv.GradientMatching(restarts=10)
+    problem = attack.problem(tiny, seen)
+    starts = attack.starts(problem, seen, torch.Generator().manual_seed(0))
+    _, estimate = memory.largest(problem, starts, part_of_many(problem), None)
+    monkeypatch.setattr(memory, "available", lambda device: times * 10 * estimate)
+    _, need = memory.largest(problem, starts, part_of_many(problem), None)
+    assert (need < estimate) is measured
+
+
 def test_a_chunk_that_is_given_is_taken(monkeypatch, tiny, seen):
     monkeypatch.setattr(memory, "peak", None)
     ran = sized(monkeypatch)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from invlib.search.problem import Measure, Problem
 
 MARGIN = 0.8  # of what is free: allocators leave gaps, and libraries take room of their own to work in
+_SURE = 1 / 8  # of what is free: functions that are no layers put out more than the estimate knows of
 _STEP = 8  # times the bytes of the client's passes: on the networks of the zoo a step takes 1.4 to 4
 _KEPT = 4  # tensors like its start that every restart keeps throughout: place, best, and Adam's two means
 
@@ -40,7 +41,7 @@ def largest(
     room = int(MARGIN * available(device)) - kept
     if problem.activations is not None:
         bound = _STEP * problem.activations
-        if bound * len(starts[0]) <= room:
+        if bound * len(starts[0]) <= _SURE * room:
             return len(starts[0]), bound
     first = [start[:1] for start in starts]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
