@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, words
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.fingerprint import describe
@@ -150,6 +151,7 @@ class GradientMatching(Settings):
                 "expected 'randn', 'rand', 'zeros' or a tensor of images"
             )
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -179,15 +181,18 @@ class GradientMatching(Settings):
                 tell this run from another one (a setting is a lambda, say).
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         problem = self.problem(model, observation)
         starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
         hooks = hooks_of(callback, progress)
         if checkpoint is not None:
             hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
-        with in_mode(model, training=observation.training_mode):
+        generator = generator or torch.Generator().manual_seed(0)
+        with in_mode(model, training=observation.training_mode, seed=generator.initial_seed()):
+            doubts = [*doubts_of(model, observation), *length_doubts(problem, observation)]
             [result] = run(problem, starts, self.search, hooks)
-            return reconstruction(problem, result, observation, words(self.objective), began)
+            found = reconstruction(problem, result, observation, words(self.objective), began)
+        return doubted(found, doubts)
 
     @property
     def search(self) -> SearchSettings:
@@ -214,7 +219,7 @@ class GradientMatching(Settings):
             labels = known_labels(model, observation) if labels is None else labels.to(some.device)
         if isinstance(self.objective, objectives.Masked):
             self.objective.check([target[i] for i in indices])
-        names = list(own)
+        names, masks = list(own), [observation.sent.get(name) for name in own]
         protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
         def update(
@@ -225,15 +230,23 @@ class GradientMatching(Settings):
         ) -> list[Tensor]:
             settings: dict[str, Any] = {
                 "params": own if params is None else params,
-                "buffers": {name: b.detach() for name, b in model.named_buffers()},
+                # What a forward pass writes into, in training mode, begins anew at each evaluation.
+                "buffers": {
+                    name: b.detach().clone() if observation.training_mode else b.detach()
+                    for name, b in model.named_buffers()
+                },
                 "loss": self.loss,
             }
             if understands:
                 sent = protocol(model, inputs, targets, **settings, mode=mode)
             else:
-                with rounded(mode.sharpness):
+                settings["params"] = {
+                    name: p if p.requires_grad else p.detach().requires_grad_()
+                    for name, p in settings["params"].items()
+                }
+                with rounded(mode.sharpness), torch.enable_grad():
                     sent = protocol(model, inputs, targets, **settings)
-            return [sent[names[i]] for i in indices]
+            return [_sent_part(sent, names[i], masks[i]) for i in indices]
 
         def inputs(place: Tensor) -> Tensor:
             if self.coordinates is None:
@@ -308,7 +321,7 @@ class GradientMatching(Settings):
         Raises:
             ObservationError: the observation does not fit the model.
         """
-        observation.validate(model)
+        model = observation.validate(model)
         return self.scorer(model, observation, labels)(images)
 
     def scorer(self, model: nn.Module, observation: Observation, labels: Tensor) -> Callable[[Tensor], float]:
@@ -316,10 +329,16 @@ class GradientMatching(Settings):
         problem = self.problem(model, observation, labels)
 
         def score(images: Tensor) -> float:
-            with in_mode(model, training=observation.training_mode):
+            with in_mode(model, training=observation.training_mode, seed=0):
                 return float(selection.scores(problem, problem.encode(images)[None]))
 
         return score
+
+
+def _sent_part(update: Mapping[str, Tensor], name: str, mask: Tensor | None) -> Tensor:
+    if name not in update:
+        raise ConfigError(f"the client's step gives no {name!r}; expected each trainable parameter")
+    return update[name] if mask is None else update[name] * mask.to(update[name])
 
 
 def _identity(
@@ -450,7 +469,7 @@ def attack_many(
     if early or own_priors or not (attack.optimizer.together and stackable(observations[0].protocol)):
         return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
     for observation in observations:
-        observation.validate(model)
+        model = observation.validate(model)
     parts = [attack.problem(model, o) for o in observations]
     starts = [attack.starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
     common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}

@@ -135,6 +135,7 @@ def num_classes(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
 # What each model that is still in use gave, by image and by the shapes of its parameters.
 _PROBED: WeakKeyDictionary[nn.Module, dict[object, tuple[int, int]]] = WeakKeyDictionary()
+_RANDOM: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
 
 
 def probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -178,6 +179,25 @@ def like(model: nn.Module) -> Tensor:
     return next(
         (p for p in floating if p.requires_grad), floating[0] if floating else torch.empty(0)
     ).detach()
+
+
+def is_random(model: nn.Module, shape: tuple[int, int, int], *, training: bool, count: int = 2) -> bool:
+    """Say whether the model gives something else each time for the same images ``(count, *shape)``."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(like(model))
+
+    def logits() -> Tensor:
+        return forward(model, params, {name: b.clone() for name, b in model.named_buffers()}, images)
+
+    known = _RANDOM.setdefault(model, {}) if isinstance(model, Hashable) else {}
+    key = (tuple(shape), training, count)
+    if key not in known:
+        try:
+            with torch.no_grad(), in_mode(model, training=training, seed=0):
+                known[key] = not torch.allclose(logits(), logits(), rtol=1e-3, atol=0, equal_nan=True)
+        except (RuntimeError, ValueError):  # batch norm does not run on one value a channel
+            known[key] = False
+    return known[key]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, descend, gradient
-from invlib.core.network import forward, in_mode, num_classes, trainable_parameters
+from invlib.core.convert import as_images, as_labels
+from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, ObservationError
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
+CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,39 +161,48 @@ def _loss_of(model: nn.Module, buffers: Mapping[str, Tensor] | None, loss: Loss)
     return lambda params, inputs, labels: loss(forward(model, params, buffers, inputs), labels)
 
 
+@torch.inference_mode(mode=False)
 def observe(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any,
     protocol: ClientStep,
     *,
     normalization: Normalization,
     reveal_labels: bool = True,
     training_mode: bool = False,
     loss: Loss = F.cross_entropy,
+    generator: torch.Generator | None = None,
 ) -> Observation:
     """Run the client's step on its private images and return what the server sees of it.
 
-    The model, its mode and its ``.grad`` are left as they were.
+    The model, its mode and its ``.grad`` are left as they were, and so is torch's global generator.
 
     Args:
-        model: any `torch.nn.Module` that gives logits ``(N, classes)``.
-        images: ``(N, C, H, W)`` in [0, 1].
-        labels: int64 ``(N,)``.
-        protocol: `FedSGD` or `FedAvg`.
+        model: any `torch.nn.Module` that gives logits ``(N, classes)``, or a tuple, dict or object with them.
+        images: ``(N, C, H, W)`` in [0, 1], or bytes; taken to the model's type.
+        labels: int64 ``(N,)``, or whatever the loss takes, ``(N, ...)``.
+        protocol: `FedSGD`, `FedAvg` or a function with the same arguments.
         normalization: how the client encodes its images.
         reveal_labels: whether the server is told the labels.
         training_mode: whether the client runs the model in training mode; batch norm then uses the
             statistics of the batch, and the updated running statistics are sent as buffers.
         loss: the client's loss ``(logits, labels) -> scalar``.
+        generator: its seed is that of the client's dropout; None takes one that no attack draws.
 
     Raises:
-        ObservationError: images or labels have the wrong shape, type or range, or the model has no
-            trainable parameter.
+        ObservationError: images or labels have the wrong shape, type or range, the loss does not take the
+            labels, or the model has no trainable parameter.
 
     Taught in: chapter 1
     """
-    _check_batch(model, images, labels)
+    model, normalization = unwrapped(model), Normalization.of(normalization)
+    trainable_parameters(model)
+    images = as_images(images, like(model))
+    labels = as_labels(labels, classes_only=loss is F.cross_entropy).to(images.device)
+    if labels.is_floating_point():
+        labels = labels.to(images)
+    _check_batch(model, images, labels, loss)
     inputs = normalization.encode(images)
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
@@ -198,7 +210,8 @@ def observe(
         with torch.no_grad(), in_mode(model, training=True, track_statistics=True):
             forward(model, params, buffers, batch)
 
-    with in_mode(model, training=training_mode):
+    seed = CLIENT_SEED if generator is None else generator.initial_seed()
+    with in_mode(model, training=training_mode, seed=seed):
         update = protocol(
             model,
             inputs,
@@ -216,26 +229,25 @@ def observe(
         normalization=normalization,
         buffers=buffers,
         training_mode=training_mode,
+        loss=loss,
     )
 
 
-def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    if images.ndim != 4 or not images.is_floating_point() or images.shape[0] == 0:
+def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -> None:
+    if labels.shape[0] != images.shape[0]:
         raise ObservationError(
-            f"images have shape {tuple(images.shape)} and type {images.dtype}; "
-            "expected floating point (N, C, H, W) with N at least 1"
+            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; expected one for each"
         )
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ObservationError(
-            f"images lie in [{low:.4g}, {high:.4g}]; expected [0, 1] (do not normalise them)"
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ObservationError(
-            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; "
-            f"expected int64 ({images.shape[0]},)"
-        )
-    trainable_parameters(model)
     classes = num_classes(model, (images.shape[1], images.shape[2], images.shape[3]))
-    if not ((labels >= 0) & (labels < classes)).all():
+    indices = labels.ndim == 1 and not labels.is_floating_point() and loss is F.cross_entropy
+    if indices and not ((labels >= 0) & (labels < classes)).all():
         raise ObservationError(f"labels {labels.tolist()} are out of range; expected 0 to {classes - 1}")
+    try:
+        value = loss(images.new_zeros(images.shape[0], classes), labels)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ObservationError(
+            f"the loss does not take logits ({images.shape[0]}, {classes}) and labels of shape "
+            f"{tuple(labels.shape)} and type {labels.dtype}: {error}"
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ObservationError(f"the loss gives {getattr(value, 'shape', value)}; expected one number")

@@ -67,7 +67,7 @@ def test_training_mode_needs_no_statistics_and_statistics_that_moved_need_it():
     x, y = random_batch(2)
     good = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10, training_mode=True)
     assert iv.GradientMatching().score(net, replace(good, buffers={}), x, y) < 1e-6
-    with pytest.raises(ObservationError, match="'1.running_mean'.*expected training_mode=True"):
+    with pytest.raises(ObservationError, match=r"'1.running_mean'.*expected training_mode=True"):
         replace(good, training_mode=False).validate(net)
 
 
