@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +204,8 @@ def trace(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
-        torch.compiler.set_stance("force_eager"),
+        # Where nothing is compiled, asking for it would load the compiler.
+        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
         in_mode(model, training=training),
         recorder,
     ):
