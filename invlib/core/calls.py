@@ -334,7 +334,7 @@ def _logits_layer(model: nn.Module, ran: Trace) -> tuple[LogitsLayer, Call]:
             name = ran.name_of(added)
             if call.op == "sub" and call.args[0] is not call.given:
                 raise no("the logits are the negative of a layer's output")
-            if name is not None and call.op == "add" and not call.kwargs and _along(added, call, axis):
+            if name is not None and call.op == "add" and not call.kwargs and along(added, call, axis):
                 bias = name
             else:
                 after.append("plus a constant")
@@ -375,7 +375,7 @@ def _logits_layer(model: nn.Module, ran: Trace) -> tuple[LogitsLayer, Call]:
     return LogitsLayer(weight=weight, bias=bias, how=how, transposed=transposed), call
 
 
-def _along(added: Any, call: Call, axis: int) -> bool:
+def along(added: Any, call: Call, axis: int) -> bool:
     """Say whether what is added to the logits is one number for each class."""
     shape = [1] * (call.output.ndim - added.ndim) + list(added.shape)
     return shape == [side if k == axis else 1 for k, side in enumerate(call.output.shape)]
