@@ -313,6 +313,7 @@ class FullyConnected(Settings):
     tolerance: float = 1e-2
     agreement: bool = False
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -329,7 +330,7 @@ class FullyConnected(Settings):
             RecoveryError: the closed form does not apply to this model or gradient.
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         if observation.num_images == 1:
             flat, residual = network_input(model, observation)
             inputs = flat[None]

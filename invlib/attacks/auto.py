@@ -172,6 +172,7 @@ class Best(Settings):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"best {name} is {getattr(self, name)}; expected at least {least}")
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -182,7 +183,7 @@ class Best(Settings):
         progress: bool = False,
     ) -> Reconstruction:
         """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
-        observation.validate(model)
+        model = observation.validate(model)
         closed = closest_closed_form(model, observation, self.matching.loss)
         if closed is not None and closed.determined and closed.share <= EXACT:
             return closed.result

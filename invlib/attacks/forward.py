@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
 from invlib.attacks.base import Settings
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching, hooks_of, reconstruction
 from invlib.core.network import forward, in_mode, trainable_parameters
 from invlib.core.observation import Observation
@@ -71,6 +72,7 @@ class ForwardMatching(Settings):
         if not all(weight > 0 for weight in self.tv):
             raise ConfigError(f"ForwardMatching tv is {self.tv}; expected two positive numbers")
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -87,7 +89,7 @@ class ForwardMatching(Settings):
             ConfigError: it is not of a FedSGD step in evaluation mode.
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         if type(observation.protocol) is not FedSGD or observation.training_mode:
             mode = "training" if observation.training_mode else "evaluation"
             kind = type(observation.protocol).__name__
@@ -112,7 +114,8 @@ class ForwardMatching(Settings):
         )
         with in_mode(model, training=False):
             [result] = run(problem, [starts], settings, hooks_of(callback, progress), engine=engine)
-            return reconstruction(problem, result, observation, "cosine by block", began)
+            found = reconstruction(problem, result, observation, "cosine by block", began)
+        return doubted(found, doubts_of(model, observation))
 
 
 class _QuarterCosine:

@@ -70,6 +70,7 @@ class RecursiveInversion(Settings):
     tolerance: float = 1e-6
     iterations: int = 5000
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -87,7 +88,7 @@ class RecursiveInversion(Settings):
                 one of the layers.
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         if observation.num_images != 1:
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
         inputs = _image(_chain(model, observation), observation, self.iterations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,24 @@ class Normalization:
             )
         if any(not s > 0 for s in self.std):
             raise ConfigError(f"normalization: std is {self.std}; expected positive numbers")
+
+    @classmethod
+    def of(cls, value: Any) -> Normalization:
+        """Return a normalization that is given as one, or as a pair of tuples, mean and std.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            with suppress(TypeError, ValueError):
+                mean, std = (tuple(float(n) for n in part) for part in value)
+                return cls(mean=mean, std=std)
+        raise ConfigError(
+            f"normalization is {value!r}; expected a Normalization such as invlib.CIFAR10, or a pair of "
+            "tuples, mean and std"
+        )
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], default: Normalization | None = None) -> Normalization:
