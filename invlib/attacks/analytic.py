@@ -13,7 +13,8 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, closed_form, known_labels
-from invlib.attacks.chain import Chain, Stage, chain, mean_gradient, outside, undo
+from invlib.attacks.chain import Chain, Stage, chain, outside, precise, sent, undo
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -137,20 +138,12 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
             f"{layer!r} is {type(module).__name__}; "
             f"expected a fully connected layer with a bias, one of {known}"
         )
-    return layer_input(_sent(observation, f"{layer}.weight"), _sent(observation, f"{layer}.bias"))
+    return layer_input(sent(observation, f"{layer}.weight"), sent(observation, f"{layer}.bias"))
 
 
 # Of a batch: rows that are compared with one another, in so many random directions, and the share of their
 # length by which two may differ that say the same.
 _ROWS, _VIEWS, _AGREEING = 4096, 16, 1e-5
-
-
-def _sent(observation: Observation, name: str) -> Tensor:
-    """Return one tensor of the update; a frozen layer is not sent."""
-    if name not in observation.update:
-        raise RecoveryError(f"the update lacks {name!r}; expected it, since the input follows from it")
-    sent = observation.update[name]
-    return sent.to(torch.promote_types(sent.dtype, torch.float32))  # half precision would overflow in sums
 
 
 def _stages(model: nn.Module, observation: Observation) -> Chain:
@@ -201,9 +194,9 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
             f"{type(model).__name__}{why}; expected a bias before what cannot be undone"
         )
     top = biased[0][0] if biased else len(stages) - 1
-    weights = [stage.gradient(_sent(observation, stage.weight_name)) for stage in stages[: top + 1]]
+    weights = [stage.gradient(sent(observation, stage.weight_name)) for stage in stages[: top + 1]]
     if biased:
-        delta = _sent(observation, biased[0][1])
+        delta = sent(observation, biased[0][1])
         inputs = layer_input(weights[top], delta.flatten()).inputs
     else:
         delta, inputs = _unbiased_head(model, observation, stages[-1])
@@ -237,7 +230,7 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
     Source: this project's, of the same equation as `layer_input`.
     """
     found = _stages(model, observation)
-    gradient = found.stages[0].gradient(_sent(observation, found.stages[0].weight_name))
+    gradient = found.stages[0].gradient(sent(observation, found.stages[0].weight_name))
     matrix = gradient.double() / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
     direction = matrix[matrix.norm(dim=1).argmax()]
     for _ in range(20):  # power iterations: noise apart, the first is exact
@@ -248,7 +241,7 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
 
 def _unbiased_head(model: nn.Module, observation: Observation, head: Stage) -> tuple[Tensor, Tensor]:
     """Return delta and input of a last layer without bias, from its weight gradient and the softmax."""
-    gradient = mean_gradient(observation, head.gradient(_sent(observation, head.weight_name)))
+    gradient = head.gradient(precise(observation.mean_gradient(head.weight_name)))
     label = int(known_labels(model, observation)[0])
     columns, sizes, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
     u, s, v = columns[:, 0], sizes[0], rows[0]
@@ -331,13 +324,16 @@ class FullyConnected(Settings):
         """
         began = time.perf_counter()
         model = observation.validate(model)
+        doubts = doubts_of(model, observation)
         if observation.num_images == 1:
             flat, residual = network_input(model, observation)
             inputs = flat[None]
-            cut = outside(observation.normalization.decode(inputs.view(1, *observation.image_shape)))
-            what = "exact" if residual <= self.tolerance and not cut else "approximate"
+            fits = residual <= self.tolerance
+            images = observation.normalization.decode(inputs.view(1, *observation.image_shape))
+            cut = outside(images, fits=fits)
+            doubts += [cut] if cut else []
+            what = "exact" if fits and not cut else "approximate"
             note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
-            note += f"; {cut}" if cut else ""
         else:
             inputs, residual, count, agreed = _mixtures(model, observation, self.agreement)
             shown = (
@@ -354,7 +350,7 @@ class FullyConnected(Settings):
             labels = known_labels(model, observation)
         except RecoveryError as error:
             note += f"; the labels are unknown: {error}"
-        return closed_form(
+        result = closed_form(
             observation.normalization.decode(inputs.view(-1, *observation.image_shape)).clamp(0, 1),
             labels,
             residual,
@@ -362,6 +358,7 @@ class FullyConnected(Settings):
             note=note,
             began=began,
         )
+        return doubted(result, doubts)
 
 
 def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tuple[Tensor, float, int, int]:
@@ -372,8 +369,8 @@ def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tu
         raise RecoveryError(
             f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
         )
-    weight = first.gradient(_sent(observation, first.weight_name))
-    bias = _sent(observation, first.bias_name).flatten()
+    weight = first.gradient(sent(observation, first.weight_name))
+    bias = sent(observation, first.bias_name).flatten()
     numbers, rows = row_inputs(weight, bias)
     groups = _agreeing(rows, bias[numbers], observation.num_images) if agreement else []
     agreed = [layer_input(weight[numbers[group]], bias[numbers[group]]).inputs for group in groups]

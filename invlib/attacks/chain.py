@@ -31,6 +31,7 @@ class Stage:
         shape: of one input: ``(features,)``, or of a convolution ``(C, H, W)``.
         window: stride and dilation of a convolution, and its padding left, right, above and below; None for
             a fully connected layer.
+        output: the shape of its output, one image.
         after: the operations on its output, in order.
     """
 
@@ -41,6 +42,7 @@ class Stage:
     bias: Tensor | None
     bias_name: str | None
     shape: tuple[int, ...]
+    output: tuple[int, ...]
     window: tuple[list[int], list[int], list[int]] | None = None
     after: tuple[Call, ...] = ()
 
@@ -169,6 +171,7 @@ def _stage(ran: Trace, call: Call, where: str, pad: list[int] | None) -> Stage:
         bias=None if bias is None else bias.detach().flatten(),
         bias_name=bias_name,
         shape=tuple(shape),
+        output=tuple(call.output.shape[1:]),
         window=window,
     )
 
@@ -336,26 +339,35 @@ def undo(calls: Sequence[Call], a: Tensor) -> tuple[Tensor, Callable[[Tensor], T
     return a, gradient, slopes
 
 
-def mean_gradient(observation: Observation, sent: Tensor) -> Tensor:
-    """Return one tensor of an update as a gradient averaged over the local steps.
+def sent(observation: Observation, name: str) -> Tensor:
+    """Return one tensor of an update, which has to be there as a whole, at least in single precision.
 
     Raises:
-        RecoveryError: the protocol does not tell.
+        RecoveryError: it was not sent, or only in part.
     """
-    turn = getattr(observation.protocol, "mean_gradient", None)
-    if turn is None:
-        kind = type(observation.protocol).__name__
-        raise RecoveryError(f"{kind} has no mean_gradient; expected it, to tell the size of a step")
-    mean: Tensor = turn(sent, observation.num_images)
-    return mean
+    if name not in observation.update:
+        raise RecoveryError(f"the update lacks {name!r}; expected it, since the input follows from it")
+    if name in observation.sent and not observation.sent[name].all():
+        share = float(observation.sent[name].double().mean())
+        raise RecoveryError(f"only {share:.1%} of the numbers of {name!r} were sent; expected all of them")
+    return precise(observation.update[name])
 
 
-def outside(images: Tensor) -> str:
-    """Say what share of recovered numbers is no image's; empty where all are in [0, 1] but for 1e-3."""
-    share = float(((images < -1e-3) | (images > 1 + 1e-3)).double().mean())
+def precise(tensor: Tensor) -> Tensor:
+    """Return a tensor in single precision at least: sums of half precision overflow."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def outside(images: Tensor, *, fits: bool) -> str:
+    """Say what share of recovered numbers is no image's; empty where all are in [0, 1] but for 1e-3.
+
+    Args:
+        images: before they are cut off.
+        fits: they explain the update, so that only what they were decoded with can be wrong.
+    """
+    share = 100 * float(((images < -1e-3) | (images > 1 + 1e-3)).double().mean())
     if not share:
         return ""
-    return (
-        f"{100 * share:.2g} % of the numbers were outside [0, 1] and cut off: is the normalization the "
-        "client's?"
-    )
+    said = f"{share:.0f}" if share >= 1 else f"{share:.1g}"
+    question = ": is the normalization the client's?" if fits else ""
+    return f"{said} % of the numbers were outside [0, 1] and cut off{question}"

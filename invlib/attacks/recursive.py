@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from invlib.attacks.analytic import layer_input
 from invlib.attacks.base import Settings, closed_form, known_labels
-from invlib.attacks.chain import Stage, chain, mean_gradient, outside, undo
+from invlib.attacks.chain import Stage, chain, outside, sent, undo
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching
 from invlib.core.calls import Call
 from invlib.core.observation import Observation
@@ -93,16 +94,20 @@ class RecursiveInversion(Settings):
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
         inputs = _image(_chain(model, observation), observation, self.iterations)
         inputs = inputs.reshape(1, *observation.image_shape).to(next(model.parameters()))
-        images = observation.normalization.decode(inputs)
-        cut, images = outside(images), images.clamp(0, 1)
-        labels = known_labels(model, observation)
+        found, labels = observation.normalization.decode(inputs), known_labels(model, observation)
+        images, measure = found.clamp(0, 1), GradientMatching().scorer(model, observation, labels)
         # rounding may leave the cosine a little above one
-        score = max(0.0, GradientMatching().score(model, observation, images, labels))
+        score = max(0.0, measure(images))
+        cut = outside(found, fits=score <= self.tolerance)
+        evaluations = 1
+        if cut and score > self.tolerance:
+            cut, evaluations = outside(found, fits=measure(found) <= self.tolerance), 2
         what = "exact" if score <= self.tolerance and not cut else "approximate"
         note = f"{what}: the update of this image is {score:.1e} from the observed one in direction"
-        note += f"; {cut}" if cut else ""
         result = closed_form(images, labels, score, objective="cosine", note=note, began=began)
-        return replace(result, evaluations=1)
+        return doubted(
+            replace(result, evaluations=evaluations), [*doubts_of(model, observation), *filter(None, [cut])]
+        )
 
 
 def _chain(model: nn.Module, observation: Observation) -> tuple[tuple[Call, ...], list[Stage]]:
@@ -124,21 +129,17 @@ def _chain(model: nn.Module, observation: Observation) -> tuple[tuple[Call, ...]
 def _image(parts: tuple[tuple[Call, ...], list[Stage]], observation: Observation, iterations: int) -> Tensor:
     """Return the normalised input of the network, flat, float64, layer by layer from the last."""
     first, stages = parts
-    for name in [stages[-1].bias_name, *(stage.weight_name for stage in stages)]:
-        if name not in observation.update:
-            raise RecoveryError(f"the update lacks {name!r}; expected it, since the input follows from it")
-    gradients = {name: _double(tensor) for name, tensor in observation.update.items()}
     head = stages[-1]
-    sent = gradients[head.bias_name or ""].flatten()
-    delta = mean_gradient(observation, sent)
-    a = layer_input(head.gradient(gradients[head.weight_name]), sent).inputs
+    sizes = _double(sent(observation, head.bias_name or "")).flatten()
+    delta = _double(observation.mean_gradient(head.bias_name or "")).flatten()
+    a = layer_input(head.gradient(_double(sent(observation, head.weight_name))), sizes).inputs
     behind = _double(head.weight).T @ delta
     for stage in reversed(stages[:-1]):
         z, back, slope = undo(stage.after, a)
         delta = back(behind.flatten())
         if not delta.any():
             raise RecoveryError(f"the gradient behind {stage.name!r} is all zero; expected an active unit")
-        gradient = mean_gradient(observation, stage.gradient(gradients[stage.weight_name]))
+        gradient = stage.gradient(_double(observation.mean_gradient(stage.weight_name)))
         weight = _double(stage.weight)
         if stage.bias is not None:
             bias = _double(stage.bias)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from invlib.core.network import forward, in_mode
+from invlib.core.network import forward, in_mode, like, unwrapped
 from invlib.errors import RecoveryError
 
 # Operations that give the same numbers in the same order.
@@ -196,16 +194,13 @@ def trace(
         params: parameters in place of the network's own.
         training: run in training mode, without writing batch-norm statistics.
     """
-    some = next(model.parameters(), None)
-    inputs = (inputs if some is None else inputs.to(some)).detach().clone()
+    model = unwrapped(model)
+    inputs = inputs.to(like(model)).detach().clone()
     recorder = _Recorder(inputs)
     own = {name: p.detach() for name, p in model.named_parameters()}
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-        # Where nothing is compiled, asking for it would load the compiler.
-        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
         in_mode(model, training=training),
         recorder,
     ):
