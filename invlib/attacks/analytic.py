@@ -199,6 +199,8 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
         delta = sent(observation, biased[0][1])
         inputs = layer_input(weights[top], delta.flatten()).inputs
     else:
+        # The head's delta is one of the mean gradient, and so have to be the weights below it.
+        weights = [stage.gradient(precise(observation.mean_gradient(stage.weight_name))) for stage in stages]
         delta, inputs = _unbiased_head(model, observation, stages[-1])
     for k in range(top, 0, -1):
         below = stages[k - 1]
