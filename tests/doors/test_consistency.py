@@ -88,7 +88,7 @@ class Noisy(nn.Module):
         self.net = build_tiny()
 
     def forward(self, x):
-        return self.net(x + 0.1 * torch.randn_like(x))
+        return self.net(x + 0.5 * torch.randn_like(x))
 
 
 def dropped():
