@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib.attacks.base import Attack, Settings, known_labels
-from invlib.attacks.matching import GradientMatching
+from invlib.attacks.matching import GradientMatching, checked_starts
 from invlib.attacks.published import preset
 from invlib.attacks.shifts import Shifting, continuing, joined, moves
 from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
@@ -24,6 +24,7 @@ from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
 from invlib.search.halving import rungs
+from invlib.settings import Count, FromZero, NotNegative, checked
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
@@ -119,6 +120,7 @@ def best(
             "names of the same setting"
         )
     budget = next((given for given in (evaluations, steps) if given is not None), STEPS)
+    budget = checked("Best evaluations" if steps is None else "Best steps", budget, Count)
     # An optimiser that evaluates once a step can have another sharpness at each.
     stages = max(1, budget if "optimizer" in settings else budget // _STAGE)
     matching = GradientMatching(
@@ -160,17 +162,12 @@ class Best(Settings):
     """
 
     matching: GradientMatching
-    evaluations: int = STEPS
-    tv: float = TV
-    natural: float = NATURAL
-    shifts: int = SHIFTS
+    evaluations: Count = STEPS
+    tv: NotNegative = TV
+    natural: NotNegative = NATURAL
+    shifts: FromZero = SHIFTS
     near_grey: bool = True
     measured_smoothing: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("evaluations", 1), ("tv", 0), ("natural", 0), ("shifts", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"best {name} is {getattr(self, name)}; expected at least {least}")
 
     def __call__(
         self,
@@ -346,8 +343,9 @@ def _coordinates(matching: GradientMatching) -> NaturalImages:
 
 def _faint(matching: GradientMatching, observation: Observation, generator: torch.Generator) -> Tensor:
     """Draw starts near plain grey."""
-    shape = (matching.restarts, observation.num_images, *observation.image_shape)
-    return _coordinates(matching).images(_FAINT * torch.randn(shape, generator=generator))
+    generator = checked("generator", generator, torch.Generator)
+    noise = torch.randn(checked_starts(matching.restarts, observation), generator=generator)
+    return _coordinates(matching).images(_FAINT * noise).clamp(0, 1)
 
 
 def _noise(

@@ -19,7 +19,9 @@ from invlib.errors import ConfigError
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import Tiles
 from invlib.optim.optimizers import LBFGS, Adam
+from invlib.optim.priors import AnyPrior
 from invlib.optim.schedules import CosineDecay
+from invlib.settings import NotNegative, checked
 
 
 def inverting_gradients(
@@ -43,7 +45,9 @@ def inverting_gradients(
     """
     return preset(
         GradientMatching(
-            steps=steps, restarts=restarts, priors=((tv, priors.total_variation),) if tv else ()
+            priors=_weighted("inverting_gradients", tv=(tv, priors.total_variation)),
+            steps=steps,
+            restarts=restarts,
         ),
         settings,
     )
@@ -106,7 +110,7 @@ def beyond_inferring(
     return preset(
         GradientMatching(
             objective=objectives.l2,
-            priors=((tv, smooth),) if tv else (),
+            priors=_weighted("beyond_inferring", tv=(tv, smooth)),
             optimizer=LBFGS(),
             decay=None,
             steps=steps,
@@ -138,7 +142,7 @@ def client_privacy_leakage(
     return preset(
         GradientMatching(
             objective=objectives.l2,
-            priors=((label_weight, priors.Prediction()),) if label_weight else (),
+            priors=_weighted("client_privacy_leakage", label_weight=(label_weight, priors.Prediction())),
             optimizer=LBFGS(line_search="strong_wolfe"),
             decay=None,
             init=Tiles(side=16),
@@ -177,15 +181,16 @@ def see_through_gradients(
 
     Source: Yin et al. 2021, arXiv 2104.07586 ("See through Gradients").
     """
-    weighted = (
-        (tv, priors.total_variation),
-        (norm, priors.l2_norm),
-        (batch_norm, priors.BatchNormStatistics()),
+    weighted = _weighted(
+        "see_through_gradients",
+        tv=(tv, priors.total_variation),
+        norm=(norm, priors.l2_norm),
+        batch_norm=(batch_norm, priors.BatchNormStatistics()),
     )
     return preset(
         GradientMatching(
             objective=objectives.l2,
-            priors=tuple((weight, prior) for weight, prior in weighted if weight),
+            priors=weighted,
             optimizer=Adam(lr=0.1),
             decay=CosineDecay(warmup=50),
             steps=steps,
@@ -217,13 +222,14 @@ def modern(
     Source: Geiping et al., breaching 0.1.2, attack "modern"; its parts are Geiping et al. 2020,
     arXiv 2003.14053, and Wei et al. 2020, arXiv 2004.10397.
     """
-    weighted = (
-        (tv, priors.SmoothTotalVariation(power=0.5, opponents=True)),
-        (features, priors.LastLayerInput()),
+    weighted = _weighted(
+        "modern",
+        tv=(tv, priors.SmoothTotalVariation(power=0.5, opponents=True)),
+        features=(features, priors.LastLayerInput()),
     )
     return preset(
         GradientMatching(
-            priors=tuple((weight, prior) for weight, prior in weighted if weight),
+            priors=weighted,
             optimizer=Adam(lr=0.1),
             decay=CosineDecay(warmup=50),
             init=Tiles(side=4),
@@ -232,6 +238,15 @@ def modern(
         ),
         settings,
     )
+
+
+def _weighted(attack: str, **weighted: tuple[float, AnyPrior]) -> tuple[tuple[float, AnyPrior], ...]:
+    """Return the priors whose weights are not 0, by the names that the attack has for them."""
+    known = [
+        (checked(f"{attack} {name}", weight, NotNegative), prior)
+        for name, (weight, prior) in weighted.items()
+    ]
+    return tuple((weight, prior) for weight, prior in known if weight)
 
 
 def preset(attack: GradientMatching, settings: Mapping[str, object]) -> GradientMatching:

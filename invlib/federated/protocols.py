@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,10 @@ from invlib.core.network import forward, in_mode, num_classes, trainable_paramet
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, ObservationError
+from invlib.settings import Checked, Count, Positive, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
+_Passes = Annotated[int, whole("a whole number from 1 to 1,000,000", lambda n: 1 <= n <= 1_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class FedSGD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg:
+class FedAvg(Checked):
     r"""One client trains for some steps and sends :math:`\theta_K - \theta_0`, its weight difference.
 
     Each local step is plain SGD,
@@ -86,24 +89,19 @@ class FedAvg:
     Taught in: chapter 4
     """
 
-    lr: float
-    local_steps: int | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
+    lr: Positive
+    local_steps: _Passes | None = None
+    epochs: _Passes | None = None
+    batch_size: Count | None = None
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"FedAvg lr is {self.lr}; expected a positive number")
+        super().__post_init__()
         if (self.local_steps is None) == (self.epochs is None):
             raise ConfigError(
                 f"FedAvg has local_steps={self.local_steps} and epochs={self.epochs}; "
                 "expected exactly one of them"
             )
-        for name in ("local_steps", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"FedAvg {name} is {value}; expected at least 1")
 
     @property
     def stackable(self) -> bool:
