@@ -7,15 +7,19 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import Tensor
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type, checker_lookup_functions
 
 from invlib.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,13 @@ def real(words: str, holds: Callable[[float], bool] = lambda x: True) -> Rule:
     )
 
 
-def taking(words: str, *counts: int) -> Rule:
+def taking(words: str, count: int) -> Rule:
     """Return the rule of a function that takes so many arguments by position."""
 
     def holds(function: Any) -> bool:
         try:
-            signature = inspect.signature(function)
-            for count in counts:
-                signature.bind(*range(count))
-        except TypeError:
-            return False
-        except ValueError:  # a function of torch's that does not say what it takes
+            inspect.signature(function).bind(*range(count))
+        except ValueError:  # one of torch's that does not say what it takes
             return callable(function)
         return True
 
@@ -72,8 +72,7 @@ Factor = Annotated[float, real("a number in (0, 1]", lambda x: 0 < x <= 1)]
 class Checked:
     """A frozen dataclass whose fields are checked against their annotations when it is made.
 
-    NumPy's numbers become Python's, and lists tuples. A class that adds what relates two fields calls
-    ``super().__post_init__()`` first.
+    A class that adds what relates two fields calls ``super().__post_init__()`` first.
     """
 
     def __post_init__(self) -> None:
@@ -84,8 +83,23 @@ class Checked:
             object.__setattr__(self, name, value)
 
 
+def checks(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function whose arguments are checked against their annotations when it is called."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given, hints = signature.bind(*args, **kwargs), _hints(function)
+        for name in given.arguments.keys() & hints.keys():
+            value = checked(f"{function.__name__} {name}", given.arguments[name], hints[name])
+            given.arguments[name] = value
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """Return a setting, numbers of NumPy as Python's and lists as tuples.
+    """Return a setting: as it is, or as a number of Python for one of NumPy and a tuple for a list.
 
     Args:
         name: what it is called in an error.
@@ -160,12 +174,12 @@ def _class_in(value: object) -> type | None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    """Return the types of a class's fields; of one that cannot be looked up, its bases'."""
+def _hints(thing: Any) -> dict[str, Any]:
+    """Return the types of arguments or fields; of a class that names unknown types, those of its bases."""
     try:
-        return get_type_hints(cls, include_extras=True)
+        return get_type_hints(thing, include_extras=True)
     except NameError:
-        return {name: hint for base in reversed(cls.__bases__) for name, hint in _hints(base).items()}
+        return {name: hint for base in thing.__bases__[::-1] for name, hint in _hints(base).items()}
 
 
 def _rule_checker(_: Any, __: Any, extras: tuple[Any, ...]) -> Any:
@@ -173,12 +187,10 @@ def _rule_checker(_: Any, __: Any, extras: tuple[Any, ...]) -> Any:
     rules = [extra for extra in extras if isinstance(extra, Rule)]
 
     def check(value: Any, *_: Any) -> None:
-        try:
-            kept = all(rule.holds(value) for rule in rules)
-        except TypeError:  # what cannot be compared
-            kept = False
-        if not kept:
-            raise TypeCheckError(f"is not {rules[0].words}")
+        with suppress(TypeError):  # what cannot be compared or called
+            if all(rule.holds(value) for rule in rules):
+                return
+        raise TypeCheckError("")
 
     return check if rules else None
 

@@ -24,7 +24,7 @@ from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
 from invlib.search.halving import rungs
-from invlib.settings import Count, FromZero, NotNegative, checked
+from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
@@ -42,14 +42,15 @@ _SHIFTING = 500  # evaluations from which on shifted copies are compared
 _POLISH = 20  # iterations of the polish between two projections to the box
 
 
+@checks
 def best(
     *,
-    evaluations: int | None = None,
-    steps: int | None = None,
-    restarts: int = 1,
-    tv: float = TV,
-    natural: float = NATURAL,
-    shifts: int = SHIFTS,
+    evaluations: Count | None = None,
+    steps: Count | None = None,
+    restarts: Count = 1,
+    tv: NotNegative = TV,
+    natural: NotNegative = NATURAL,
+    shifts: FromZero = SHIFTS,
     **settings: object,
 ) -> Best:
     """Return the strongest attack that this project has, chosen by what the server saw.
@@ -120,7 +121,6 @@ def best(
             "names of the same setting"
         )
     budget = next((given for given in (evaluations, steps) if given is not None), STEPS)
-    budget = checked("Best evaluations" if steps is None else "Best steps", budget, Count)
     # An optimiser that evaluates once a step can have another sharpness at each.
     stages = max(1, budget if "optimizer" in settings else budget // _STAGE)
     matching = GradientMatching(
