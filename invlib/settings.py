@@ -6,7 +6,7 @@ import collections.abc
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
@@ -20,6 +20,7 @@ from invlib.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_MOST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,27 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-def whole(words: str, holds: Callable[[int], bool]) -> Rule:
-    """Return the rule of a whole number; True and False are none."""
-    return Rule(words, lambda n: isinstance(n, int) and not isinstance(n, bool) and holds(n))
-
-
 def real(words: str, holds: Callable[[float], bool] = lambda x: True) -> Rule:
-    """Return the rule of a finite number, which may be a whole one."""
-    most = sys.float_info.max
-    kinds = (int, float)
-    return Rule(
-        words,
-        lambda x: isinstance(x, kinds) and not isinstance(x, bool) and -most <= x <= most and holds(x),
-    )
+    """Return the rule of a finite number, which may be a whole one; True and False are none."""
+
+    def fits(x: Any) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= _MOST and holds(x)
+
+    return Rule(words, fits)
+
+
+def whole(words: str, holds: Callable[[int], bool]) -> Rule:
+    """Return the rule of a whole number of 64 bits at most."""
+    return real(words, lambda n: isinstance(n, int) and n.bit_length() <= 64 and holds(n))
 
 
 def taking(words: str, count: int) -> Rule:
-    """Return the rule of a function that takes so many arguments by position."""
+    """Return the rule of a function, or a network, that takes so many arguments by position."""
 
     def holds(function: Any) -> bool:
-        try:
-            inspect.signature(function).bind(*range(count))
-        except ValueError:  # one of torch's that does not say what it takes
-            return callable(function)
-        return True
+        with suppress(ValueError):  # some of torch's do not say what they take
+            inspect.signature(getattr(function, "forward", function)).bind(*range(count))
+        return callable(function)
 
     return Rule(words, holds)
 
@@ -77,9 +75,8 @@ class Checked:
 
     def __post_init__(self) -> None:
         assert is_dataclass(self)
-        hints = _hints(type(self))
-        for name in (field.name for field in fields(self) if field.name in hints):
-            value = checked(f"{type(self).__name__} {name}", getattr(self, name), hints[name])
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in _each(type(self), given):
             object.__setattr__(self, name, value)
 
 
@@ -89,10 +86,11 @@ def checks(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given, hints = signature.bind(*args, **kwargs), _hints(function)
-        for name in given.arguments.keys() & hints.keys():
-            value = checked(f"{function.__name__} {name}", given.arguments[name], hints[name])
-            given.arguments[name] = value
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python says what is missing or too much
+        given.arguments |= dict(_each(function, given.arguments))
         return function(*given.args, **given.kwargs)
 
     return call
@@ -132,7 +130,7 @@ def shown(value: object) -> str:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, tuple):
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
-    words = str(getattr(value, "__name__", "")) or repr(value)
+    words = " ".join(str(getattr(value, "__name__", "") or repr(value)).split())
     return words if len(words) <= 120 else words[:117] + "..."
 
 
@@ -150,15 +148,19 @@ def expected(kind: Any) -> str:
         *most, last = map(repr if origin is Literal else expected, parts)
         return f"{', '.join(most)} or {last}" if most else last
     if origin is tuple:
-        each = ... in parts
-        return (
-            f"a tuple, each {expected(parts[0])}"
-            if each
-            else f"a tuple of {' and '.join(map(expected, parts))}"
-        )
+        each = f", each {expected(parts[0])}" if ... in parts else " of " + " and ".join(map(expected, parts))
+        return "a tuple" + each
     if origin is collections.abc.Callable:
         return "a function" if parts[0] is ... else f"a function of {len(parts[0])} argument(s)"
     return {NoneType: "None", bool: "True or False", str: "a string"}.get(kind) or str(kind.__name__)
+
+
+def _each(thing: Any, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of what a class or a function was given, checked where it says a type."""
+    hints = _hints(thing)
+    for name in given:
+        if name in hints:
+            yield name, checked(f"{thing.__name__} {name}", given[name], hints[name])
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
-from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked
+from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
 
 _SLACK = 1e-3  # how far rounding may take given images beyond black and white
 MANY_LOCAL_STEPS = 10  # from here on they are computed anew in the backward pass
@@ -118,7 +118,7 @@ class GradientMatching(Settings):
     box: bool = True
     layers: Layers = Layers()
     labels: Literal["auto", "optimize", "optimize_shared"] = "auto"
-    loss: Loss = F.cross_entropy
+    loss: Annotated[Loss, taking("a function (logits, labels) -> scalar", 2)] = F.cross_entropy
     smoothing: Smoothing | None = None
     fading: Factor = 1.0
     coordinates: NaturalImages | None = None

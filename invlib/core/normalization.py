@@ -36,7 +36,7 @@ class Normalization(Checked):
         super().__post_init__()
         if len(self.mean) != len(self.std) or not self.mean:
             raise ConfigError(
-                f"normalization: mean has {len(self.mean)} channels and std has {len(self.std)}; "
+                f"Normalization mean has {len(self.mean)} channels and std has {len(self.std)}; "
                 "expected the same number, at least one"
             )
 

@@ -133,9 +133,7 @@ def build(
         model = _construct(make, given, seed)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{name} cannot be built with {given}: {reason}; expected a smaller one"
-        ) from error
+        raise ConfigError(f"{name} cannot be built with {given}: {reason}; expected a smaller one") from error
     if settings.get("batch_norm") is False and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise ConfigError(f"batch_norm is False; expected True for {name}, which has no form without it")
     if tensors is not None:

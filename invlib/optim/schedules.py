@@ -9,7 +9,8 @@ from typing import Annotated
 from invlib.settings import Checked, Factor, FromZero, Rule
 
 _ASCENDING = Rule(
-    "ascending numbers in (0, 1)", lambda at: all(0 < a < 1 for a in at) and list(at) == sorted(at)
+    "ascending numbers in (0, 1)",
+    lambda at: isinstance(at, tuple) and all(0 < a < 1 for a in at) and list(at) == sorted(at),
 )
 
 
