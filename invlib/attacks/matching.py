@@ -30,6 +30,7 @@ from invlib.optim.schedules import StepDecay
 from invlib.search.checkpoint import Checkpoint
 from invlib.search.engines import selection
 from invlib.search.hooks import Bar, Hook, Told
+from invlib.search.interrupt import held
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
@@ -374,10 +375,17 @@ def reconstruction(
     images = problem.decode(problem.inputs(result.values[0])).clamp(0, 1)
     logits = result.values[1] if len(result.values) > 1 else None
     together = 1 if result.engine in ("eager", "forward") else max(result.chunks)
-    measured = selection.scores(problem, problem.encode(images), logits, together=together)
-    measured = torch.where(result.ran.to(measured.device), measured, torch.nan)
+    status, scores = result.status, list[Tensor]()
+    try:
+        with held():
+            scores.append(selection.scores(problem, problem.encode(images), logits, together=together))
+    except KeyboardInterrupt:
+        if not scores:
+            raise
+        status = "interrupted"
+    measured = torch.where(result.ran.to(scores[0].device), scores[0], torch.nan)
     best = index_of_best(measured)
-    failed = result.status != "interrupted" and not torch.isfinite(measured).any()
+    failed = status != "interrupted" and not torch.isfinite(measured).any()
     labels = problem.labels if logits is None else logits[best].argmax(-1).expand(observation.num_images)
     return Reconstruction(
         images=images[best],
@@ -386,7 +394,7 @@ def reconstruction(
         objective=objective,
         trial_scores=measured,
         trials=images,
-        status="non_finite" if failed else result.status,
+        status="non_finite" if failed else status,
         seconds=time.perf_counter() - began,
         evaluations=result.evaluations + images.shape[0],
         history=result.history,

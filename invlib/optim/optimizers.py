@@ -97,6 +97,11 @@ def select(optimizer: Optimizer, state: State, index: Tensor) -> State:
     return state | {name: rows(state[name]) for name in per_restart(optimizer)}
 
 
+def evaluates_first(optimizer: Optimizer) -> bool:
+    """Say whether a step evaluates once, before it moves anything, so that an error there changes nothing."""
+    return getattr(type(optimizer), "step", None) in (Adam.step, SGD.step)
+
+
 def _check_lr(name: str, lr: float) -> None:
     if not lr > 0:
         raise ConfigError(f"{name} lr is {lr}; expected a positive number")
