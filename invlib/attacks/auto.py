@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from invlib.attacks.base import Attack, Settings, known_labels
-from invlib.attacks.matching import GradientMatching
+from invlib.attacks.base import Settings, known_labels
+from invlib.attacks.matching import GradientMatching, identity
+from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
-from invlib.attacks.shifts import Shifting, continuing, joined, moves
+from invlib.attacks.shifts import Shifting, joined, moves
 from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.observation import Observation
@@ -23,6 +26,7 @@ from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
+from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.halving import rungs
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
@@ -180,33 +184,57 @@ class Best(Settings):
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        checkpoint: str | Path | None = None,
     ) -> Reconstruction:
-        """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
+        """Attack an observation; arguments and errors as for `invlib.GradientMatching`.
+
+        A run that goes on from a checkpoint computes closed forms anew, and has the results of all other
+        parts: the search, shifted copies, each round of the polish.
+        """
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None:
+            try_writing(path)
         observation.validate(model)
+        generator = generator or torch.Generator().manual_seed(0)
+        saved = None
+        if path is not None:
+            saved = Checkpoint(path, identity(self, model, observation, [generator.get_state()]))
+            saved.open(next(model.parameters()).device)
+        with tqdm(
+            disable=not progress, desc="closed forms", unit="evaluation", total=self.evaluations
+        ) as bar:
+            parts = Parts(model, generator=generator, callback=callback, bar=bar, saved=saved)
+            found = self._found(model, observation, parts)
+        if saved is not None and found.status != "interrupted":
+            saved.remove()
+        return found
+
+    def _found(self, model: nn.Module, observation: Observation, parts: Parts) -> Reconstruction:
         closed = closest_closed_form(model, observation, self.matching.loss)
+        if closed is not None:
+            parts.bar.total += closed.result.evaluations
+            parts.bar.update(closed.result.evaluations)
         if closed is not None and closed.determined and closed.share <= EXACT:
             return closed.result
         if closed is not None and closed.determined and closed.share <= _NEAR:
-            return self._polished(closed.result, model, observation, self.evaluations, callback, progress)
-        result, spare = self._searched(model, observation, generator, callback, progress)
+            return self._polished(closed.result, model, observation, self.evaluations, parts)
+        try:
+            result, spare = self._searched(model, observation, parts)
+        except KeyboardInterrupt:  # before the first step
+            if closed is None:
+                raise
+            return replace(closed.result, status="interrupted")
         plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
         if plain and spare >= _STAGE and result.status == "max_steps":
-            told = self.matching.steps
-            result = self._polished(result, model, observation, spare, callback, progress, told)
+            result = self._polished(result, model, observation, spare, parts, self.matching.steps)
         return result if closed is None else self._nearer(closed, result, model, observation)
 
     def _searched(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        generator: torch.Generator | None,
-        callback: Callback | None,
-        progress: bool,
+        self, model: nn.Module, observation: Observation, parts: Parts
     ) -> tuple[Reconstruction, int]:
         """Match from noise; return the result and how many evaluations it left unused, for one restart."""
         matching = self.matching
         unit, smoothing, asked = _noise(matching, model, observation)
-        generator = generator or torch.Generator().manual_seed(0)
         search = replace(
             matching,
             priors=(
@@ -214,33 +242,35 @@ class Best(Settings):
                 (self.natural * unit, _coordinates(matching).prior(observation.normalization)),
                 (self.tv * unit, priors.rounded_total_variation),
             ),
-            init=_faint(matching, observation, generator) if self.near_grey else matching.init,
+            init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
         copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
         places = moves(model, observation) if self.evaluations >= _SHIFTING and copies else []
-        run: Attack = search
+        plan = rungs(search.steps, search.restarts, search.prune)
+        before = (0, *(rung for rung, _ in plan))
+        restarts = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
+        share = restarts / search.steps
+        planned = self.evaluations * ((share + 5) / 6 if places else share)
+        parts.bar.total += round(planned) - self.evaluations
+        parts.bar.update(asked)
         if places:
-            run = Shifting(
+            result = Shifting(
                 search=search,
                 places=tuple(places),
                 copies=copies,
                 stage=max(1, _STAGE * search.steps // self.evaluations),
                 per_step=max(1, self.evaluations // search.steps),
-            )
-        result = run(model, observation, generator=generator, callback=callback, progress=progress)
+            ).run(model, observation, parts)
+        else:
+            result = parts.run(search, observation, spent=0, steps=search.steps, name="gradient matching")
         note = f"gradient matching {'without' if search.smoothing is None else 'with'} smoothing"
         result = replace(
             result,
             evaluations=result.evaluations + asked,
             note=note + (", and from shifted copies" if places else ""),
         )
-        plan = rungs(search.steps, search.restarts, search.prune)
-        before = (0, *(rung for rung, _ in plan))
-        restarts = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
-        share = restarts / search.steps
-        planned = self.evaluations * ((share + 5) / 6 if places else share)
         return result, min(self.evaluations, int(planned - result.evaluations))
 
     def _polished(
@@ -249,8 +279,7 @@ class Best(Settings):
         model: nn.Module,
         observation: Observation,
         spare: int,
-        callback: Callback | None,
-        progress: bool,
+        parts: Parts,
         told: int = 0,
     ) -> Reconstruction:
         """Lower the squared distance from a result on, until so many evaluations are spent or none helps.
@@ -266,7 +295,7 @@ class Best(Settings):
         try:
             nearest, spent = distance(start.images, labels), 1
             while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
-                part = GradientMatching(
+                polish = GradientMatching(
                     objective=_relative(2 * nearest * length),
                     optimizer=_quasi_newton(min(_POLISH, spare)),
                     decay=None,
@@ -276,11 +305,13 @@ class Best(Settings):
                     coordinates=_coordinates(self.matching),
                     recompute=self.matching.recompute,
                     record_every=1,
-                )(
-                    model,
+                )
+                part = parts.run(
+                    polish,
                     replace(observation, labels=labels),
-                    callback=continuing(callback, told, told + steps),
-                    progress=progress,
+                    spent=told,
+                    steps=told + steps,
+                    name="squared distance",
                 )
                 score = distance(part.images, labels)
                 spent, told = spent + part.evaluations + 1, told + steps

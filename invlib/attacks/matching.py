@@ -27,7 +27,7 @@ from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
 from invlib.optim.priors import AnyPrior, Unbound, bound
 from invlib.optim.schedules import StepDecay
-from invlib.search.checkpoint import Checkpoint
+from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.engines import selection
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.interrupt import held
@@ -172,20 +172,41 @@ class GradientMatching(Settings):
             callback: called with `invlib.Progress` after each step; returning True stops the run.
             progress: show a progress bar.
             checkpoint: a file to which the state is written every 30 s, and from which an unfinished run
-                with the same settings goes on; it is removed when the run is complete.
+                with the same settings goes on; it is removed when the run is complete. Its owner alone may
+                read it, for it holds the images so far. Where a later write fails, that is warned of, and
+                the attack goes on.
 
         Raises:
             ObservationError: the observation does not fit the model.
             ConfigError: the init tensor has the wrong shape; the checkpoint is of another run, or could not
                 tell this run from another one (a setting is a lambda, say).
+            DataError: the checkpoint cannot be written where it is wanted.
         """
         began = time.perf_counter()
+        if checkpoint is not None:
+            try_writing(Path(checkpoint))
         observation.validate(model)
         problem = self.problem(model, observation)
         starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
         hooks = hooks_of(callback, progress)
-        if checkpoint is not None:
-            hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
+        if checkpoint is None:
+            return self.searched(model, observation, problem, starts, hooks, began)
+        saved = Checkpoint(Path(checkpoint), identity(self, model, observation, starts))
+        saved.open(problem.like.device)
+        found = self.searched(model, observation, problem, starts, [saved, *hooks], began)
+        saved.keep() if found.status == "interrupted" else saved.remove()
+        return found
+
+    def searched(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        problem: Problem,
+        starts: list[Tensor],
+        hooks: Sequence[Hook],
+        began: float,
+    ) -> Reconstruction:
+        """Run the search of a problem from its starting points, and choose among the restarts."""
         with in_mode(model, training=observation.training_mode):
             [result] = run(problem, starts, self.search, hooks)
             return reconstruction(problem, result, observation, words(self.objective), began)
@@ -323,8 +344,8 @@ class GradientMatching(Settings):
         return score
 
 
-def _identity(
-    attack: GradientMatching, model: nn.Module, observation: Observation, starts: list[Tensor]
+def identity(
+    attack: Settings, model: nn.Module, observation: Observation, starts: list[Tensor]
 ) -> dict[str, Any]:
     """Return what a run that goes on from a checkpoint has to share with the run that wrote it."""
     parts = {"attack": attack, "observation": observation, "model": model, "starts": starts}
