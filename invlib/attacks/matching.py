@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -377,7 +378,7 @@ def _weighted(
 ) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     if weights is None:
         return objective
-    return lambda candidate, target: objective(candidate, target, weights)
+    return functools.partial(objective, weights=weights)
 
 
 def hooks_of(callback: Callback | None, progress: bool) -> list[Hook]:

@@ -58,6 +58,8 @@ def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean
 def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
     r"""Return total variation that is smooth at zero, for optimisers that need a smooth cost.
 
+    A side of one pixel has no neighbours, and its direction does not count.
+
     .. math:: \frac{1}{n_h}\sum \sqrt{(x_{i,j+1} - x_{i,j})^2 + \epsilon^2}
               + \frac{1}{n_v}\sum \sqrt{(x_{i+1,j} - x_{i,j})^2 + \epsilon^2}
 
@@ -74,7 +76,8 @@ def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
         raise ConfigError(f"rounded_total_variation width is {width}; expected a positive number")
     across = inputs[..., 1:] - inputs[..., :-1]
     down = inputs[..., 1:, :] - inputs[..., :-1, :]
-    return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), inputs.new_zeros(()))
+    parts = ((d.square() + width**2).sqrt().mean() for d in (across, down) if d.numel())
+    return sum(parts, inputs.new_zeros(()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +274,8 @@ def _norm(x: Tensor) -> Tensor:
 def median_filter(images: Tensor, size: int = 3) -> Tensor:
     """Return every pixel replaced by the median of the square around it, reflected at the border.
 
+    The square is no higher and wider than reflection of so small an image allows; of one pixel it is one.
+
     Args:
         images: ``(N, C, H, W)``.
         size: the side of the square, odd.
@@ -282,7 +287,7 @@ def median_filter(images: Tensor, size: int = 3) -> Tensor:
     """
     if size < 1 or size % 2 == 0:
         raise ConfigError(f"median filter size is {size}; expected an odd positive number")
-    half = size // 2
-    padded = F.pad(images, (half, half, half, half), mode="reflect")
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+    down, across = (min(size // 2, side - 1) for side in images.shape[-2:])
+    padded = F.pad(images, (across, across, down, down), mode="reflect")
+    windows = padded.unfold(2, 2 * down + 1, 1).unfold(3, 2 * across + 1, 1)
     return windows.flatten(-2).median(-1).values

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from invlib.core.reconstruction import History, Status
+from invlib.errors import InvlibError
 from invlib.optim.optimizers import evaluates_first
 from invlib.search import engines
 from invlib.search.engines import batched, selection
@@ -144,6 +145,8 @@ def _advance(problem: Problem, settings: SearchSettings, measure: Measure, state
     """Take restarts one step, or leave them as they were where an error comes between."""
     after = state.copy(deep=not evaluates_first(settings.optimizer))
     step(problem, settings, measure, after)
+    if after.optimizer.get("ended"):
+        after.ended = "non_finite"
     _take(settings, state, after, check=after.step < settings.steps)
 
 
@@ -155,7 +158,7 @@ def _finish(settings: SearchSettings, measure: Measure, state: RestartState) -> 
 
 
 def _take(settings: SearchSettings, state: RestartState, after: RestartState, *, check: bool) -> None:
-    if check and after.step % CHECK_EVERY == 0:
+    if check and after.ended is None and after.step % CHECK_EVERY == 0:
         after.ended = terminate(settings, after)
     vars(state).update(vars(after))  # in one call, which no signal can cut in two
 
@@ -194,19 +197,29 @@ def _chunks(
     """Return which restarts run together, and a clause on it where free memory decided that."""
     count, unit = len(starts[0]), settings.restarts
     size = 1 if not settings.optimizer.together else (settings.chunk or count)
-    if engine.name == "eager" or size == 1 or settings.chunk is not None:
-        # A chunk holds some observations, or a part of one.
-        size, block = (size - size % unit, count) if size > unit else (size, unit)
-        return [
-            range(a, min(a + size, first + block))
-            for first in range(0, count, block)
-            for a in range(first, first + block, size)
-        ], ""
-    most, need = engines.memory.largest(problem, starts, batched.part_of_many(problem), settings.sharpness(0))
-    chunks = engines.memory.split(count, most, unit=unit)
-    if len(chunks) == 1:
-        return chunks, ""
-    return chunks, f", in chunks, because each restart needs about {engines.memory.words(need)}"
+    if engine.name != "eager" and size > 1 and settings.chunk is None:
+        try:
+            most, need = engines.memory.largest(
+                problem, starts, batched.part_of_many(problem), settings.sharpness(0)
+            )
+        except InvlibError:
+            raise
+        except Exception as error:  # the network cannot be mapped
+            if engine.guard is None:
+                raise
+            engine.guard.refuse(error)
+        else:
+            chunks = engines.memory.split(count, most, unit=unit)
+            if len(chunks) == 1:
+                return chunks, ""
+            return chunks, f", in chunks, because each restart needs about {engines.memory.words(need)}"
+    # A chunk holds some observations, or a part of one.
+    size, block = (size - size % unit, count) if size > unit else (size, unit)
+    return [
+        range(a, min(a + size, first + block))
+        for first in range(0, count, block)
+        for a in range(first, first + block, size)
+    ], ""
 
 
 def _result(
@@ -240,7 +253,7 @@ def _result(
     if recorded and max(state.step for state in states) == settings.steps:
         steps[-1] = settings.steps
     running = [state for state in search.states if any(state is other for other in states)]
-    ended: Status = "converged" if any(state.ended for state in running) else "max_steps"
+    ended: Status = "converged" if any(state.ended == "converged" for state in running) else "max_steps"
     history = History(steps=steps, cost=table[0], objective=table[1]) if recorded else History()
     return SearchResult(
         values=values,
