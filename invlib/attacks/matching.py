@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -32,9 +33,10 @@ from invlib.optim.objectives import Compared, Layers, Objective
 from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
 from invlib.optim.priors import AnyPrior, Unbound, bound
 from invlib.optim.schedules import StepDecay
-from invlib.search.checkpoint import Checkpoint
+from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.engines import memory, selection
 from invlib.search.hooks import Bar, Hook, Told
+from invlib.search.interrupt import held
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
@@ -171,26 +173,50 @@ class GradientMatching(Settings):
             callback: called with `invlib.Progress` after each step; returning True stops the run.
             progress: show a progress bar.
             checkpoint: a file to which the state is written every 30 s, and from which an unfinished run
-                with the same settings goes on; it is removed when the run is complete.
+                with the same settings goes on; it is removed when the run is complete. Its owner alone may
+                read it, for it holds the images so far. Where a later write fails, that is warned of, and
+                the attack goes on.
 
         Raises:
             ObservationError: the observation does not fit the model.
             ConfigError: the init tensor has the wrong shape; the checkpoint is of another run, or could not
                 tell this run from another one (a setting is a lambda, say).
+            DataError: the checkpoint cannot be written where it is wanted.
         """
         began = time.perf_counter()
+        if checkpoint is not None:
+            try_writing(Path(checkpoint))
         model = observation.validate(model)
         problem = self.problem(model, observation)
-        starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
-        hooks = hooks_of(callback, progress)
-        if checkpoint is not None:
-            hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
         generator = generator or torch.Generator().manual_seed(0)
-        with in_mode(model, training=observation.training_mode, seed=generator.initial_seed()):
-            doubts = [*doubts_of(model, observation), *length_doubts(problem, observation)]
+        starts = self.starts(problem, observation, generator)
+        hooks = hooks_of(callback, progress)
+        saved = None
+        if checkpoint is not None:
+            saved = Checkpoint(Path(checkpoint), identity(self, model, observation, starts))
+            saved.open(problem.like.device)
+            hooks.insert(0, saved)
+        seed = generator.initial_seed()
+        found = self.searched(model, observation, problem, starts, hooks, began, seed=seed)
+        if saved is not None:
+            saved.keep() if found.status == "interrupted" else saved.remove()
+        return doubted(found, [*doubts_of(model, observation), *length_doubts(model, observation, problem)])
+
+    def searched(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        problem: Problem,
+        starts: list[Tensor],
+        hooks: Sequence[Hook],
+        began: float,
+        *,
+        seed: int,
+    ) -> Reconstruction:
+        """Run the search of a problem from its starting points, and choose among the restarts."""
+        with in_mode(model, training=observation.training_mode, seed=seed):
             [result] = run(problem, starts, self.search, hooks)
-            found = reconstruction(problem, result, observation, words(self.objective), began)
-        return doubted(found, doubts)
+            return reconstruction(problem, result, observation, words(self.objective), began)
 
     @property
     def search(self) -> SearchSettings:
@@ -357,8 +383,8 @@ def _sent_part(update: Mapping[str, Tensor], name: str, mask: Tensor | None) -> 
     return update[name] if mask is None else update[name] * mask.to(update[name])
 
 
-def _identity(
-    attack: GradientMatching, model: nn.Module, observation: Observation, starts: list[Tensor]
+def identity(
+    attack: Settings, model: nn.Module, observation: Observation, starts: list[Tensor]
 ) -> dict[str, Any]:
     """Return what a run that goes on from a checkpoint has to share with the run that wrote it."""
     parts = {"attack": attack, "observation": observation, "model": model, "starts": starts}
@@ -398,7 +424,7 @@ def _weighted(
 ) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     if weights is None:
         return objective
-    return lambda candidate, target: objective(candidate, target, weights)
+    return functools.partial(objective, weights=weights)
 
 
 def hooks_of(callback: Callback | None, progress: bool) -> list[Hook]:
@@ -418,10 +444,17 @@ def reconstruction(
     images = problem.decode(problem.inputs(result.values[0])).clamp(0, 1)
     logits = result.values[1] if len(result.values) > 1 else None
     together = 1 if result.engine in ("eager", "forward") else max(result.chunks)
-    measured = selection.scores(problem, problem.encode(images), logits, together=together)
-    measured = torch.where(result.ran.to(measured.device), measured, torch.nan)
+    status, scores = result.status, list[Tensor]()
+    try:
+        with held():
+            scores.append(selection.scores(problem, problem.encode(images), logits, together=together))
+    except KeyboardInterrupt:
+        if not scores:
+            raise
+        status = "interrupted"
+    measured = torch.where(result.ran.to(scores[0].device), scores[0], torch.nan)
     best = index_of_best(measured)
-    failed = result.status != "interrupted" and not torch.isfinite(measured).any()
+    failed = status != "interrupted" and not torch.isfinite(measured).any()
     labels = problem.labels if logits is None else logits[best].argmax(-1).expand(observation.num_images)
     return Reconstruction(
         images=images[best],
@@ -430,7 +463,7 @@ def reconstruction(
         objective=objective,
         trial_scores=measured,
         trials=images,
-        status="non_finite" if failed else result.status,
+        status="non_finite" if failed else status,
         seconds=time.perf_counter() - began,
         evaluations=result.evaluations + images.shape[0],
         history=result.history,

@@ -23,6 +23,7 @@ from invlib.attacks.chain import Stage, chain, outside, sent, undo
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching
 from invlib.core.calls import Call
+from invlib.core.network import like
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -94,7 +95,7 @@ class RecursiveInversion(Settings):
         if observation.num_images != 1:
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
         inputs = _image(_chain(model, observation), observation, self.iterations)
-        inputs = inputs.reshape(1, *observation.image_shape).to(next(model.parameters()))
+        inputs = inputs.reshape(1, *observation.image_shape).to(like(model))
         found, labels = observation.normalization.decode(inputs), known_labels(model, observation)
         images, measure = found.clamp(0, 1), GradientMatching().scorer(model, observation, labels)
         # rounding may leave the cosine a little above one

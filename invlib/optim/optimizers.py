@@ -45,7 +45,8 @@ class Optimizer(Protocol):
     """An optimiser; ``together`` says whether restarts may share one call.
 
     One that shares calls also says, in ``per_restart``, which entries of its state are tensors, or lists of
-    tensors, whose first dimension is that of the restarts. Those alone are cut when restarts are pruned.
+    tensors, whose first dimension is that of the restarts. Those alone are cut when restarts are pruned. An
+    entry ``ended`` that is true ends the restarts.
     """
 
     @property
@@ -96,6 +97,11 @@ def select(optimizer: Optimizer, state: State, index: Tensor) -> State:
         return [v[index] for v in value] if isinstance(value, list) else value[index]
 
     return state | {name: rows(state[name]) for name in per_restart(optimizer)}
+
+
+def evaluates_first(optimizer: Optimizer) -> bool:
+    """Say whether a step evaluates once, before it moves anything, so that an error there changes nothing."""
+    return getattr(type(optimizer), "step", None) in (Adam.step, SGD.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +206,7 @@ class LBFGS(Checked):
     """The limited-memory quasi-Newton method of torch, one restart at a time.
 
     One step of the attack is up to ``max_iter`` iterations, each with one evaluation or, with a line
-    search, a few.
+    search, a few. A cost that is NaN ends the restart where its last step began.
 
     Args:
         lr: the step size; 1 is the quasi-Newton step.
@@ -252,17 +258,30 @@ class LBFGS(Checked):
         if "lbfgs" in state:
             optimizer.state[values[0]].update(state["lbfgs"])
 
+        before = [value.clone() for value in values]
+
         def closure() -> Tensor:
             cost, gradients = evaluate(values)
+            if cost.isnan().any():
+                raise _NotANumberError  # torch's line search would fail on it
             for value, gradient, variable in zip(values, gradients, variables, strict=True):
                 value.grad = gradient.sign() if self.signed and variable.signed else gradient
             return cost.sum()
 
-        optimizer.step(closure)
-        state["lbfgs"] = dict(optimizer.state[values[0]])
+        try:
+            optimizer.step(closure)
+            state["lbfgs"] = dict(optimizer.state[values[0]])
+        except _NotANumberError:
+            state["ended"] = True
+            for value, start in zip(values, before, strict=True):
+                value.copy_(start)
         for value, variable in zip(values, variables, strict=True):
             value.grad = None
             project_(value, variable)
+
+
+class _NotANumberError(Exception):
+    """A cost is NaN."""
 
 
 def project_(value: Tensor, variable: Variable) -> None:

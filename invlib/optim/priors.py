@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib import kernels
-from invlib.core.network import classifier, forward, in_mode, trainable_parameters
+from invlib.core.network import classifier, forward, in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.errors import ConfigError
 from invlib.settings import Checked, Positive, checked, whole
@@ -60,6 +60,8 @@ def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean
 def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
     r"""Return total variation that is smooth at zero, for optimisers that need a smooth cost.
 
+    A side of one pixel has no neighbours, and its direction does not count.
+
     .. math:: \frac{1}{n_h}\sum \sqrt{(x_{i,j+1} - x_{i,j})^2 + \epsilon^2}
               + \frac{1}{n_v}\sum \sqrt{(x_{i+1,j} - x_{i,j})^2 + \epsilon^2}
 
@@ -75,7 +77,8 @@ def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
     checked("rounded_total_variation width", width, Positive)
     across = inputs[..., 1:] - inputs[..., :-1]
     down = inputs[..., 1:, :] - inputs[..., :-1, :]
-    return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), inputs.new_zeros(()))
+    parts = ((d.square() + width**2).sqrt().mean() for d in (across, down) if d.numel())
+    return sum(parts, inputs.new_zeros(()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ class BatchNormStatistics(Unbound):
 
     def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
         """Return the prior; raises what `batch_norm_statistics` raises."""
-        some = next(model.parameters())
+        some = like(model)
         return batch_norm_statistics(model, {n: b.to(some.device) for n, b in observation.buffers.items()})
 
 
@@ -268,6 +271,8 @@ def _norm(x: Tensor) -> Tensor:
 def median_filter(images: Tensor, size: int = 3) -> Tensor:
     """Return every pixel replaced by the median of the square around it, reflected at the border.
 
+    The square is no higher and wider than reflection of so small an image allows; of one pixel it is one.
+
     Args:
         images: ``(N, C, H, W)``.
         size: the side of the square, odd.
@@ -278,6 +283,7 @@ def median_filter(images: Tensor, size: int = 3) -> Tensor:
     Taught in: chapter 2
     """
     half = checked("median_filter size", size, _Odd) // 2
-    padded = F.pad(images, (half, half, half, half), mode="reflect")
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+    down, across = (min(half, side - 1) for side in images.shape[-2:])
+    padded = F.pad(images, (across, across, down, down), mode="reflect")
+    windows = padded.unfold(2, 2 * down + 1, 1).unfold(3, 2 * across + 1, 1)
     return windows.flatten(-2).median(-1).values
