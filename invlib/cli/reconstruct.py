@@ -17,6 +17,7 @@ from invlib.cli.options import Request, add_arguments
 from invlib.cli.session import Result, Session, Subject
 from invlib.cli.status import INTERRUPTED, exit_status
 from invlib.cli.tables import append_row, check_table, save_image
+from invlib.core.reconstruction import in_digits
 
 DESCRIPTION = "Reconstruct the private images of a client from the update that it sends."
 EPILOG = """\
@@ -74,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
     announce(session, subject)
     result = session.attack(subject)
     reconstruction = result.reconstruction
-    print(
-        f"matching cost {reconstruction.score:.4g} ({reconstruction.status}, {reconstruction.seconds:.0f} s)"
-    )
+    cost, seconds = in_digits(reconstruction.score), f"{reconstruction.seconds:.0f} s"
+    print(f"matching cost {cost} ({reconstruction.status}, {seconds})")
     print(result.report)
     if request.dryrun:
         print(f"dry run: nothing written to {table}")

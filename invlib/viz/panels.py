@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Frames, Progress, Reconstruction
+from invlib.core.reconstruction import Frames, Progress, Reconstruction, in_digits
 from invlib.errors import ConfigError
 from invlib.viz.figure import as_images, same_length
 from invlib.viz.pictures import decibels
@@ -133,7 +133,9 @@ def panel(
             generator = torch.Generator().manual_seed(0)
             result = attack(*numbers)(net, send(net, n), generator=generator, callback=watch)
             quality = ", ".join(decibels(as_images(result.images), truth))
-            message.value = f"score {result.score:.3g}, {quality}, {result.status}, {result.seconds:.1f} s"
+            message.value = (
+                f"score {in_digits(result.score)}, {quality}, {result.status}, {result.seconds:.1f} s"
+            )
             if len(frames.images) > 1:
                 last = min(len(frames.images), MAX_FRAMES) - 1
                 shown = scrubber(frames, label=label, alt=alt, original=original, start=last)
