@@ -43,8 +43,11 @@ def resource(name: str) -> Path:
         name: path relative to that folder, such as ``"samples.npz"``.
 
     Raises:
-        DataError: where no such file exists; the message names the places that were looked at.
+        DataError: where no such file exists or the path leaves that folder; the message names the places
+            that were looked at.
     """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{name!r} leaves the data folder; expected a path inside it")
     places = [_PACKAGE / "_data" / name, _PACKAGE.parent / "data" / name]
     for place in places:
         if place.exists():

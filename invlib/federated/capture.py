@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,10 +18,11 @@ from invlib.core.files import atomic_write
 from invlib.core.network import trainable_parameters
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Observation
-from invlib.errors import DataError, ObservationError
+from invlib.errors import DataError, InvlibError, ObservationError
 from invlib.federated.protocols import FedAvg, FedSGD
 
 FORMAT = "invlib-observation-1"
+_MOST = 1_000_000  # images, pixels a side, local steps: more is a broken header, which would take hours
 
 
 def from_gradients(
@@ -158,7 +160,7 @@ def save_observation(observation: Observation, path: str | Path) -> None:
 
     Args:
         observation: what the server saw; its protocol is `invlib.FedSGD` or `invlib.FedAvg`.
-        path: where to; written beside and then renamed.
+        path: where to; written beside and then renamed; only its owner can read it.
 
     Raises:
         ObservationError: the protocol is another one.
@@ -185,11 +187,15 @@ def save_observation(observation: Observation, path: str | Path) -> None:
     tensors |= {f"buffers/{name}": value.contiguous() for name, value in observation.buffers.items()}
     if observation.labels is not None:
         tensors["labels"] = observation.labels
+    # a tensor under two names is kept twice: the file format knows no shared memory
+    shared: set[int] = set()
+    for name, value in tensors.items():
+        tensors[name] = value.clone() if value.data_ptr() in shared else value
+        shared.add(value.data_ptr())
     metadata = {"invlib": json.dumps(header)}
-    try:
-        atomic_write(Path(path), lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"the observation cannot be written to {path}: {error}") from error
+    atomic_write(
+        Path(path), lambda beside: safetensors.torch.save_file(tensors, beside, metadata), private=True
+    )
 
 
 def load_observation(path: str | Path) -> Observation:
@@ -207,18 +213,51 @@ def load_observation(path: str | Path) -> Observation:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("invlib", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError, MemoryError) as error:
         raise DataError(f"{path} is corrupt or no observation: {error}") from error
-    if header.get("format") != FORMAT:
-        raise DataError(f"{path} has format {header.get('format')!r}; expected {FORMAT!r}")
+    found = header.get("format") if isinstance(header, dict) else header
+    if found != FORMAT:
+        raise DataError(f"{path} has format {found!r:.60}; expected {FORMAT!r}")
+    try:
+        return _observation(header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, InvlibError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} holds no whole observation: {reason}") from error
+
+
+def _observation(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Observation:
+    """Build an observation of the header and the tensors of a file; what is wrong raises."""
     kind = {"FedSGD": FedSGD, "FedAvg": FedAvg}[header["protocol"]]
+    count, shape, mode = header["num_images"], header["image_shape"], header["training_mode"]
+    if type(count) is not int or not 1 <= count <= _MOST:
+        raise ValueError(f"num_images is {count!r}; expected a whole number from 1 to {_MOST:,}")
+    sides = shape if isinstance(shape, list) and len(shape) == 3 else [0]
+    if not all(type(side) is int and 0 < side < _MOST for side in sides):
+        raise ValueError(f"image_shape is {shape!r}; expected three positive whole numbers")
+    if type(mode) is not bool:
+        raise ValueError(f"training_mode is {mode!r}; expected true or false")
+    settings = header["protocol_settings"]
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not value < _MOST:
+            raise ValueError(f"{kind.__name__} {name} is {value!r}; expected less than {_MOST:,}")
+    normalization = Normalization.from_card(header)
+    if not all(map(math.isfinite, (*normalization.mean, *normalization.std))):
+        raise ValueError(f"{normalization} has numbers that are not finite")
+    if len(normalization.mean) not in (1, shape[0]):
+        raise ValueError(f"{normalization} has another number of channels than image_shape {shape}")
+    update = {name: tensors[f"update/{name}"] for name in header["order"]}
+    if len(update) != sum(name.startswith("update/") for name in tensors):
+        raise ValueError(f"'order' names {len(update)} tensors of the update, which has others too")
+    labels = tensors.get("labels")
+    if labels is not None and (labels.dtype != torch.int64 or tuple(labels.shape) != (count,)):
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({count},)")
     return Observation(
-        update={name: tensors[f"update/{name}"] for name in header["order"]},
-        protocol=kind(**header["protocol_settings"]),
-        num_images=header["num_images"],
-        image_shape=tuple(header["image_shape"]),
-        normalization=Normalization.from_card(header),
-        labels=tensors.get("labels"),
+        update=update,
+        protocol=kind(**settings),
+        num_images=count,
+        image_shape=(shape[0], shape[1], shape[2]),
+        normalization=normalization,
+        labels=labels,
         buffers={n.removeprefix("buffers/"): t for n, t in tensors.items() if n.startswith("buffers/")},
-        training_mode=header["training_mode"],
+        training_mode=mode,
     )

@@ -542,7 +542,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DataError, match=r"t\.csv cannot be written: disk full"):
         append_row(tmp_path / "t.csv", {"a": 2})
     with pytest.raises(DataError, match=r"x\.png cannot be written: disk full"):
