@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ _APPENDED = os.O_RDWR | os.O_CREAT | os.O_APPEND
 # what Pillow raises for a file that is no image, or a damaged one
 BROKEN_PICTURE = (
     *(OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, MemoryError),
-    Image.DecompressionBombError,
+    *(struct.error, Image.DecompressionBombError),
 )
 
 
