@@ -398,7 +398,7 @@ def test_deterministic_holds_during_the_attack_only(monkeypatch: pytest.MonkeyPa
         (["--num_images", "11"], "--num_images is 11; expected at most 10, an image of each class"),
         (["--accumulation", "-1"], "--accumulation is -1; expected at least 0"),
         (["--chunk", "0"], "--chunk is 0; expected at least 1"),
-        (["--restarts", "0"], "config 'restarts' is 0"),
+        (["--restarts", "0"], "--restarts is 0; expected at least 1"),
         (["--accumulation", "2", "--batch_size", "5"], "FedAvg batch_size is 5; expected at most the 1"),
     ],
 )
@@ -451,6 +451,7 @@ def test_ctrl_c_saves_what_is_there(
             raise KeyboardInterrupt
         step(problem, settings, measure, state)
 
+    began: list[int] = []
     monkeypatch.setattr(run, "step", interrupted)
     argv = ["--model", "LeNetZhu", "--iterations", "9", "--device", "cpu", "--target_id", "-1"]
     assert reconstruct.main([*argv, "--save_image"]) == 130
@@ -458,6 +459,14 @@ def test_ctrl_c_saves_what_is_there(
     (row,) = rows("tables/table_exp_iv.csv")
     assert Path("images", row["rec_img"]).exists()
 
+    assert series.main([*argv, "--num_exp", "3"]) == 130
+    assert not Path("results").exists()  # the client that was cut short is in no table
+
+    def later(*args: Any) -> None:
+        began.append(args[-1].step == 0)
+        (interrupted if sum(began) > 1 else step)(*args)
+
+    monkeypatch.setattr(run, "step", later)
     assert series.main([*argv, "--num_exp", "3"]) == 130
     (folder,) = [path for path in Path("results").iterdir() if path.is_dir()]
     assert len(rows(f"{folder}/table_psnrs.csv")) == 1
