@@ -12,6 +12,7 @@ from typing import IO, Any
 from invlib.core.files import Row, append, appending, encode, lock, regular
 from invlib.errors import DataError
 
+_BEGINNING = b'{"experiment": "'  # of every row
 _NUMBER = (int, float)
 # What every row has, and of which type; "one for each image" are lists of one length.
 _KINDS: dict[str, Any] = {
@@ -73,6 +74,9 @@ def opened(path: Path, *, fresh: bool = False, private: bool = False) -> Iterato
         text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         rows = _parse(whole, path)
+        torn = text[len(whole) :]
+        if not _BEGINNING.startswith(torn[: len(_BEGINNING)]):
+            raise DataError(f"record {path} ends in {torn[:20]!r}; expected rows of a record")
         if len(whole) < len(text):
             os.ftruncate(file.fileno(), len(whole))
         yield Record(path, file, rows)

@@ -24,7 +24,7 @@ SETTINGS = ("num_classes", "in_channels", "image_size", "activation", "batch_nor
 # What torch.load and load_state_dict raise for a file that they cannot use.
 BROKEN = (
     *(OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, AssertionError),
-    *(OverflowError, MemoryError, struct.error, pickle.UnpicklingError),
+    *(OverflowError, MemoryError, struct.error, pickle.UnpicklingError, SafetensorError),
 )
 _TORCH = (".pth", ".pt", ".th")
 # Class: how the 2020 code called its tensors, which stand in the same order here.
@@ -157,11 +157,10 @@ def read(path: Path) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         else:
             tensors = load_file(path)
-    except SafetensorError as error:
-        raise DataError(f"weights file {str(path)!r} cannot be read: {error}") from error
     except BROKEN as error:
         # torch's own message advises to read the file unsafely
-        raise DataError(f"weights file {str(path)!r} cannot be read ({type(error).__name__})") from error
+        reason = error if isinstance(error, SafetensorError) else type(error).__name__
+        raise DataError(f"weights file {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):

@@ -168,6 +168,15 @@ def _umask():
     return now
 
 
+@pytest.mark.parametrize("text", [b"hello", b'{"a": 1', b"\x00" * 99])
+def test_a_file_that_is_no_record_is_not_cut_off(tmp_path, text):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match="expected rows of a record"), _record.opened(path):
+        pass
+    assert path.read_bytes() == text
+
+
 def test_two_writers_are_refused_and_the_lock_ends_with_the_first(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "r.jsonl"
