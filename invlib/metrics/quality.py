@@ -144,7 +144,10 @@ def lpips(images: Tensor, truth: Tensor) -> Tensor:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
-        distance = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True, reduction="mean")
+        with torch.random.fork_rng(devices=[]):  # torchvision draws weights before it loads others
+            distance = LearnedPerceptualImagePatchSimilarity(
+                net_type="alex", normalize=True, reduction="mean"
+            )
     except (OSError, ModuleNotFoundError) as error:
         raise DataError(
             f"LPIPS needs torchvision's AlexNet weights, which cannot be fetched here: {error}"
