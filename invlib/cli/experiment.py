@@ -82,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     begin = files.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on where the record ends (the default)")
-    begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
+    begin.add_argument(
+        "--fresh", action="store_true", help="begin anew; the old record becomes NAME.old, or NAME.old.2"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -474,6 +474,40 @@ def test_ctrl_c_saves_what_is_there(
     assert not Path("results/table_configs.csv").exists()
 
 
+def test_a_row_is_kept_where_its_pictures_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise DataError("images/x.png cannot be written: disk full")
+
+    monkeypatch.setattr(reconstruct, "save_image", full)
+    assert reconstruct.main([*SMALL, "--target_id", "-1", "--save_image"]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert len(rows("tables/table_exp_iv.csv")) == 1
+
+
+def test_pictures_are_their_owners_alone() -> None:
+    assert reconstruct.main([*SMALL, "--target_id", "-1", "--save_image"]) == 0
+    assert {path.stat().st_mode & 0o777 for path in Path("images").iterdir()} == {0o600}
+
+
+def test_a_second_run_of_a_series_says_whose_rows_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*SMALL, "--target_id", "-1", "--num_exp", "2"]
+    assert series.main(argv) == 0
+    assert "earlier runs" not in capsys.readouterr().out
+    assert series.main(argv) == 0
+    assert "has 2 rows of earlier runs with these settings" in capsys.readouterr().out
+    (table,) = Path("results").glob("*/table_mul_exp_iv.csv")
+    assert [row["target_id"] for row in rows(str(table))] == ["patches32-0", "patches32-1"] * 2
+
+
+def test_a_series_with_too_few_images_ends_before_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert series.main([*SMALL, "--target_id", "-1", "--num_exp", "61"]) == 2
+    said = capsys.readouterr()
+    assert "index 60 of patches32 is out of range" in said.err
+    assert "attack" not in said.out
+
+
 # A series.
 
 
