@@ -6,6 +6,7 @@ Images are ``(N, C, H, W)`` in [0, 1] everywhere; the client's normalisation tra
 from importlib import import_module
 from typing import Any
 
+import invlib.core.interrupt  # noqa: F401 - first of all, before the imports that take seconds
 from invlib import errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected

@@ -7,8 +7,10 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from invlib.core.optional import device_of
-from invlib.errors import DataError
+from invlib.cli.status import check_ranges
+from invlib.core.files import atomic_write, check_writable
+from invlib.core.optional import device_of, package
+from invlib.errors import ConfigError
 from invlib.experiments import EXPERIMENTS, executors, figure, runner, table
 from invlib.experiments import plan as _plan
 
@@ -32,6 +34,16 @@ them in turn; more than one GPU is not yet measured.
 exit status:
   0; 2 where an option, the record, data or weights do not fit, or a worker died; 130 after Ctrl-C.
 """
+
+
+_RANGES = {
+    "images": (1, 10**6),
+    "steps": (1, 10**9),
+    "restarts": (1, 10**4),
+    "first": (0, 10**9),
+    "seed": (0, 2**63),  # an image's number is added
+    "workers": (1, 1024),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     begin = files.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on where the record ends (the default)")
-    begin.add_argument("--fresh", action="store_true", help="begin anew; the old record becomes NAME.old")
+    begin.add_argument(
+        "--fresh", action="store_true", help="begin anew; the old record becomes NAME.old, or NAME.old.2"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: an option, the record, data or weights do not fit.
     """
+    check_ranges(args, _RANGES)
+    if args.figure is not None:
+        check_figure(args.figure)
     plan = _plan.plan(_request(args))
     path = args.out or Path("results") / f"{args.name}.jsonl"
     form = "reduced" if plan.request.reduced else "full"
@@ -97,12 +114,32 @@ def run(args: argparse.Namespace) -> int:
     print(f"{path}: {made} attacks made, {len(plan.tasks()) - made} were there\n")
     print(table(path))
     if args.figure is not None:
-        try:
-            figure(path).savefig(args.figure, bbox_inches="tight")
-        except (OSError, ValueError) as error:  # no such folder; no such format
-            raise DataError(f"{args.figure} cannot be written: {error}") from error
+        drawn, form = figure(path), args.figure.suffix.removeprefix(".").lower()
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(
+            args.figure,
+            lambda beside: drawn.savefig(beside, format=form, bbox_inches="tight"),
+            private=True,
+        )
         print(args.figure)
     return 0
+
+
+def check_figure(path: Path) -> None:
+    """See before the work that a figure can be drawn and written.
+
+    Raises:
+        InvlibError: matplotlib is not installed, does not know the suffix, or the file cannot be written.
+    """
+    package("matplotlib", "viz")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(
+            f"--figure is {str(path)!r}; expected a name that ends in one of .{', .'.join(known)}"
+        )
+    check_writable(path)
 
 
 def _executor(args: argparse.Namespace, request: _plan.Request) -> AbstractContextManager[Executor | None]:

@@ -6,12 +6,14 @@ import argparse
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from invlib.attacks import auto
 from invlib.cli import since2020
+from invlib.cli.status import POSITIVE, SEED, check_ranges
 from invlib.core.normalization import NORMALIZATIONS
 from invlib.core.optional import device_of
 from invlib.errors import ConfigError
@@ -53,6 +55,20 @@ _CHOSEN: dict[str, Any] = {
     "init": None,
     "filter": "none",
     "scoring_choice": "loss",
+}
+_RANGES = {
+    "num_images": (1, 10**6),
+    "accumulation": (0, 10**6),
+    "local_lr": (POSITIVE, 1e6),
+    "batch_size": (0, 10**7),
+    "restarts": (1, 10**4),
+    "iterations": (1, 10**9),
+    "lr": (POSITIVE, 1e6),
+    "tv": (0, 1e6),
+    "chunk": (1, 10**7),
+    "epochs": (0, 10**9),
+    "seed": SEED,
+    "target_id": (-(10**9), 10**9),
 }
 # Config key → the name of its flag.
 _FLAGS = {key: key for key in DEFAULT_CONFIG if key != "lr_decay"} | {
@@ -238,10 +254,9 @@ class Request:
                 raise ConfigError(
                     f"--{flag} is {getattr(args, flag)!r}; expected one of {', '.join(choices)}"
                 )
-        for flag, least in (("num_images", 1), ("accumulation", 0), ("batch_size", 0), ("chunk", 1)):
-            value = getattr(args, flag)
-            if value is not None and value < least:
-                raise ConfigError(f"--{flag} is {value}; expected at least {least}")
+        check_ranges(args, _RANGES)
+        if Path(args.name).name != args.name:
+            raise ConfigError(f"--name is {args.name!r}; expected a part of a file's name, without a folder")
         given = vars(args) | {"optim": optim, "reason": reason, "config": checked(config)}
 
         def part(kind: type[Any]) -> Any:

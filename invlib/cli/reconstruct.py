@@ -17,6 +17,8 @@ from invlib.cli.options import Request, add_arguments
 from invlib.cli.session import Result, Session, Subject
 from invlib.cli.status import INTERRUPTED, exit_status
 from invlib.cli.tables import append_row, check_table, save_image
+from invlib.core.files import check_writable
+from invlib.core.reconstruction import in_digits
 
 DESCRIPTION = "Reconstruct the private images of a client from the update that it sends."
 EPILOG = """\
@@ -69,22 +71,27 @@ def run(args: argparse.Namespace) -> int:
     subject = session.images.subject(session.images.first)
     table = Path(request.files.table_path) / f"table_exp_{request.files.name}.csv"
     check_table(table, COLUMNS)
+    if not request.dryrun:
+        check_writable(table)
+        if request.files.save_image:
+            check_writable(Path(request.files.image_path) / "picture.png")
     for note in request.notes:
         print(note)
     announce(session, subject)
     result = session.attack(subject)
     reconstruction = result.reconstruction
-    print(
-        f"matching cost {reconstruction.score:.4g} ({reconstruction.status}, {reconstruction.seconds:.0f} s)"
-    )
+    cost, seconds = in_digits(reconstruction.score), f"{reconstruction.seconds:.0f} s"
+    print(f"matching cost {cost} ({reconstruction.status}, {seconds})")
     print(result.report)
     if request.dryrun:
         print(f"dry run: nothing written to {table}")
         return 0
     row = facts(session, subject, result)
-    if request.files.save_image:
-        row |= _save_pictures(Path(request.files.image_path), row, subject, result)
-    append_row(table, {name: row[name] for name in COLUMNS})
+    try:
+        if request.files.save_image:
+            row |= _save_pictures(Path(request.files.image_path), row, subject, result)
+    finally:  # the row is kept where its pictures cannot be
+        append_row(table, {name: row[name] for name in COLUMNS})
     print(f"{table} (psnr and test_mse of images in [0, 1]; in 2020 of normalised ones, not clamped)")
     return INTERRUPTED if reconstruction.status == "interrupted" else 0
 

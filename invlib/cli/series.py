@@ -20,9 +20,9 @@ from typing import Any
 from invlib.cli import options, reconstruct
 from invlib.cli.options import Request
 from invlib.cli.session import Session
-from invlib.cli.status import INTERRUPTED, exit_status
+from invlib.cli.status import INTERRUPTED, check_ranges, exit_status
 from invlib.cli.tables import append_row, check_table, column, save_image
-from invlib.errors import ConfigError
+from invlib.core.files import check_writable
 
 DESCRIPTION = "Reconstruct the private images of several clients in a row, and say how well that went."
 EPILOG = """\
@@ -37,7 +37,8 @@ what is written:
   same numbers go to RESULT_PATH/table_configs.csv, once for each HASH. All are separated by tabs.
 
 exit status:
-  0; 2 where an option, data or weights do not fit; 130 after Ctrl-C, which keeps what is there so far.
+  0; 2 where an option, data or weights do not fit; 130 after Ctrl-C, which keeps the clients before the one
+  that it cuts short. A second run with the same settings does not go on: its rows follow those of the first.
 """
 
 
@@ -69,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: an option does not fit, or data or weights are missing.
     """
-    if args.num_exp < 1:
-        raise ConfigError(f"--num_exp is {args.num_exp}; expected at least 1")
+    check_ranges(args, {"num_exp": (1, 10**6)})
     return series(Request.parse(args), clients=args.num_exp, results=Path(args.result_path))
 
 
@@ -94,15 +94,23 @@ def series(request: Request, *, clients: int, results: Path) -> int:
     folder = results / tag
     table = folder / f"table_mul_exp_{request.files.name}.csv"
     check_table(table, COLUMNS)
+    subjects = session.images.subjects(clients)
+    if not request.dryrun:
+        check_writable(table)
     for note in request.notes:
         print(note)
+    if earlier := len(column(table, "psnr")):
+        print(f"{table} has {earlier} rows of earlier runs with these settings; those of this run come after")
     psnrs: list[float] = []
     status = 0
-    for index in range(clients):
-        subject = session.images.subject(session.images.first + index * request.images.num_images)
+    for index, subject in enumerate(subjects):
         reconstruct.announce(session, subject)
         result = session.attack(subject)
         print(result.report)
+        if result.reconstruction.status == "interrupted":
+            print("interrupted: this client was cut short and is in no table")
+            status = INTERRUPTED
+            break
         row = {"config_hash": tag, **reconstruct.facts(session, subject, result)}
         psnrs.append(row["psnr"])
         if not request.dryrun:
@@ -110,9 +118,8 @@ def series(request: Request, *, clients: int, results: Path) -> int:
                 save_image(folder / f"{index * request.images.num_images + j}.png", image)
             append_row(table, {name: row[name] for name in COLUMNS})
             append_row(folder / "table_psnrs.csv", {name: row[name] for name in ("target_id", "psnr")})
-        if result.reconstruction.status == "interrupted":
-            status = INTERRUPTED
-            break
+    if not psnrs:
+        return status
     summary = _summary(psnrs, time.perf_counter() - began)
     print(", ".join(f"{key} {value}" for key, value in summary.items()))
     if request.dryrun:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +104,18 @@ class PrivateImages:
         if self.source.startswith("photos") and row == _PHOTOGRAPH:
             return image, _CAT.get(self.options.dataset, int(label))
         return image, int(label)
+
+    def subjects(self, clients: int) -> Iterable[Subject]:
+        """Return the images of clients in a row; that there are enough is checked before the first.
+
+        Raises:
+            ConfigError: there are fewer.
+        """
+        firsts = [self.first + k * self.options.num_images for k in range(clients)]
+        if self.all is None:  # read from their files one by one, when their turn comes
+            check_indices([firsts[-1] + self.options.num_images - 1], _IMAGENET_IMAGES, self.source)
+            return map(self.subject, firsts)
+        return [self.subject(first) for first in firsts]
 
     def subject(self, first: int) -> Subject:
         """Return the images of one client from a number on, each of another class."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from invlib.core.files import atomic_write, png_bytes
+from invlib.core.files import append, appending, atomic_write, png_bytes, regular
 from invlib.errors import DataError
 
 
@@ -20,19 +20,25 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     Raises:
         DataError: the table has other columns, or cannot be read or written.
     """
-    check_table(path, row)
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    if not path.exists():
-        writer.writerow(row)
-    writer.writerow(row.values())
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    _write(path, lambda beside: beside.write_text(before + text.getvalue(), encoding="utf-8"))
+    with appending(path, "table", wait=True) as file:
+        before = file.read()
+        _check(_parsed(before, path), path, row)
+        if not before:
+            writer.writerow(row)
+        elif not before.endswith(b"\n"):
+            text.write("\n")
+        writer.writerow(row.values())
+        append(file, text.getvalue().encode(), f"table {path}")
 
 
 def check_table(path: Path, columns: Iterable[str]) -> None:
-    """Raise DataError where a table is there that has other columns."""
-    rows = _rows(path)
+    """Raise DataError where a table is there that has other columns, or cannot be read."""
+    _check(_rows(path), path, columns)
+
+
+def _check(rows: list[list[str]], path: Path, columns: Iterable[str]) -> None:
     if rows and rows[0] != list(columns):
         raise DataError(
             f"table {path} has columns {' '.join(rows[0])}; expected {' '.join(columns)} "
@@ -47,27 +53,28 @@ def column(path: Path, name: str) -> list[str]:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    if not path.exists():
-        return []
+    regular(path, "table")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.reader(file, delimiter="\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return _parsed(path.read_bytes(), path) if path.exists() else []
+    except OSError as error:
+        raise DataError(f"table {path} cannot be read: {error}") from error
+
+
+def _parsed(text: bytes, path: Path) -> list[list[str]]:
+    try:
+        return list(csv.reader(io.StringIO(text.decode(), newline=""), delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"table {path} cannot be read: {error}") from error
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """Save one image ``(C, H, W)`` in [0, 1] as PNG.
+    """Save one image ``(C, H, W)`` in [0, 1] as PNG, which only its owner can read.
 
     Raises:
         DataError: the file cannot be written.
     """
-    _write(path, lambda beside: beside.write_bytes(png_bytes(image[None])))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, write)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
+    atomic_write(path, lambda beside: beside.write_bytes(png_bytes(image[None])), private=True)

@@ -8,12 +8,21 @@ import sys
 from pathlib import Path
 
 from invlib import data
+from invlib.cli.status import POSITIVE, SEED, check_ranges
+from invlib.core.files import check_writable
 from invlib.core.normalization import NORMALIZATIONS
+from invlib.core.optional import device_of
 from invlib.errors import ConfigError
 from invlib.models.cards import Trained, save
 from invlib.models.training import train
 
 DESCRIPTION = EPILOG = None
+_RANGES = {
+    "epochs": (1, 10**6),
+    "batch_size": (1, 10**7),
+    "lr": (POSITIVE, 1e6),
+    "seed": SEED,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +54,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InvlibError: as `train`, `save` and `invlib.data.load` do.
     """
-    if args.out.suffix != ".safetensors":  # before training, which may take hours
+    # all that can be said before training, which may take hours
+    check_ranges(args, _RANGES)
+    device = device_of(args.device)
+    if args.out.suffix != ".safetensors":
         raise ConfigError(f"--out is {str(args.out)!r}; expected a name that ends in '.safetensors'")
+    for path in (args.out, args.out.with_suffix(".json"), args.resume):
+        if path is not None:
+            check_writable(path)
     images, labels = data.load(args.dataset, split="train")
     val_images, val_labels = data.load(args.dataset, split="test")
     trained = train(
@@ -66,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         batch_norm=not args.no_batch_norm,
         augment=not args.no_augment,
         precision=args.precision,
-        device=args.device,
+        device=device,
         resume=args.resume,
     )
     copy = f" ({args.note})" if args.note else ""

@@ -51,6 +51,8 @@ def device_of(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device is {name!r}; expected 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is {name!r}; expected 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"--device is {name!r}, but torch finds {torch.cuda.device_count()} GPUs; expected 'cpu'"

@@ -73,10 +73,16 @@ class Reconstruction:
     def __repr__(self) -> str:
         shape = "×".join(str(n) for n in self.images.shape)
         measured = f" ({self.objective})" if self.objective else ""
+        score = in_digits(self.score)
         return (
-            f"Reconstruction(images {shape}, score {self.score:.4g}{measured}, status {self.status!r}, "
+            f"Reconstruction(images {shape}, score {score}{measured}, status {self.status!r}, "
             f"{len(self.trial_scores)} restart(s), {self.evaluations} evaluations, {self.seconds:.1f} s)"
         )
+
+
+def in_digits(score: float) -> str:
+    """Return a score in four digits; what rounding brings below zero, such as a cosine over 1, is zero."""
+    return f"{0.0 if -1e-6 < score < 0 else score:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,11 @@ def resource(name: str) -> Path:
         name: path relative to that folder, such as ``"samples.npz"``.
 
     Raises:
-        DataError: where no such file exists; the message names the places that were looked at.
+        DataError: where no such file exists or the path leaves that folder; the message names the places
+            that were looked at.
     """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{name!r} leaves the data folder; expected a path inside it")
     places = [_PACKAGE / "_data" / name, _PACKAGE.parent / "data" / name]
     for place in places:
         if place.exists():
@@ -190,15 +193,15 @@ def folder(
     Args:
         path: image files, all of them labelled 0, or one subfolder of image files for each class, numbered in
             the order of their names.
-        size: sides in pixels: the shorter side is scaled to it and the middle is cut out. Where it is
-            None, all images must have one size.
+        size: sides in pixels, 1 to 10,000: the shorter side is scaled to it and the middle is cut out. Where
+            it is None, all images must have one size.
         indices: which images to read, in this order; all where None.
 
     Returns:
         RGB images (N, 3, H, W) in [0, 1] and labels (N,).
 
     Raises:
-        ConfigError: where an index is out of range.
+        ConfigError: where an index or the size is out of range.
         DataError: where the folder has no images, one cannot be read, or their sizes differ.
     """
     size = checked("folder size", size, _Side | None)
@@ -273,10 +276,15 @@ def _on_disk(
         raise DataError(f"{place}: no such folder (from {'root' if root else 'INVLIB_DATA'})")
     file = place / f"{short}_{split}.npz"
     if file.exists():
+        classes = len(names.CLASSES[name]) if name in names.CLASSES else 1000
         x = _files.read_array(file, "x", "uint8 (N, H, W, C) or (N, H, W)")
         y = _files.read_array(file, "y", "integers (N,)")
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             raise DataError(f"{file}: x is {x.dtype} {x.shape} and y {y.dtype} {y.shape}, expected {_NPZ}")
+        if 0 in x.shape or (x.ndim == 4 and x.shape[3] not in (1, 3)):
+            raise DataError(f"{file}: x has shape {x.shape}; expected {_NPZ}, N at least 1 and C 1 or 3")
+        if y.min() < 0 or y.max() >= classes:
+            raise DataError(f"{file}: y goes from {y.min()} to {y.max()}; expected 0 to {classes - 1}")
         return _files.to_tensors(x, y, indices, file.name)
     if (place / short / split).is_dir():
         files = _files.list_images(place / short / split)

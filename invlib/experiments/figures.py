@@ -158,7 +158,9 @@ def _curve(axes: Any, rows: Sequence[Row], experiment: Experiment) -> None:
             continue
         values = [float(v) for v in row["psnr"] if v not in ("inf", "-inf")]
         series.setdefault(row["series"], {}).setdefault(row["sweep"], []).extend(values)
-        floor.setdefault(row["sweep"], []).extend(f["grey"] for f in row["floors"])
+        floor.setdefault(row["sweep"], []).extend(
+            float(f["grey"]) for f in row["floors"] if f["grey"] not in (None, "inf", "-inf")
+        )
     for index, (name, points) in enumerate(series.items()):
         places = sorted(place for place, values in points.items() if values)
         axes.plot(

@@ -112,7 +112,13 @@ def load(name: str, split: str, first: int | None, count: int, device: torch.dev
     else:
         start = first // CANDIDATES * CANDIDATES
         stop = -(-(first + count) // CANDIDATES) * CANDIDATES
-        images, labels = data.load(name, split=split, indices=range(start, stop))
+        try:
+            images, labels = data.load(name, split=split, indices=range(start, stop))
+        except ConfigError as error:
+            raise ConfigError(
+                f"images {first} to {first + count - 1} are wanted (--first, --images) and those of the same "
+                f"hundreds to tell them from, {start} to {stop - 1}: {error}"
+            ) from error
     here = Gallery(name=name, split=split, start=start, images=images.to(device), labels=labels.to(device))
     return here, first
 

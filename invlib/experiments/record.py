@@ -5,17 +5,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from invlib.core.files import Row, encode
+from invlib.core.files import Row, append, appending, encode, lock, regular
 from invlib.errors import DataError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+_BEGINNING = b'{"experiment": "'  # of every row
+_NUMBER = (int, float)
+# What every row has, and of which type; "one for each image" are lists of one length.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("experiment", "case", "key", "device"), str),
+    **dict.fromkeys(("image", "evaluations", "candidates"), int),
+    **dict.fromkeys(("settings", "columns"), dict),
+    **dict.fromkeys(("psnr", "ssim", "floors", "rank_ssim", "rank_features"), list),
+    **dict.fromkeys(("paper", "truth", "reconstruction"), (str, type(None))),
+    "series": str,
+    "sweep": (*_NUMBER, type(None)),
+    "labels_right": (int, type(None)),
+}
+_SETTINGS = {
+    **dict.fromkeys(("dataset", "split", "labels"), str),
+    **dict.fromkeys(("steps", "restarts", "seed"), int),
+    "reduced": bool,
+}
 
 
 class Record:
@@ -37,49 +51,52 @@ class Record:
         Raises:
             DataError: the disk is full, or the file cannot be written; nothing of the row is left then.
         """
-        end = self._file.seek(0, os.SEEK_END)
-        line = encode(row)
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError("the disk is full")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._file.fileno(), end)
-            raise DataError(f"record {self.path} cannot be written: {error}") from error
+        append(self._file, encode(row), f"record {self.path}")
         self.rows.append(row)
 
 
 @contextmanager
-def opened(path: Path, *, fresh: bool = False) -> Iterator[Record]:
+def opened(path: Path, *, fresh: bool = False, private: bool = False) -> Iterator[Record]:
     """Open a record for writing, with a lock on it, and cut off what a killed process left half written.
 
     Args:
-        path: the file; made where it is missing.
-        fresh: begin anew; what is there is kept as ``NAME.old``.
+        path: the file; made where it is missing, and removed again where it stays empty.
+        fresh: begin anew; what is there is kept as ``NAME.old``, or ``NAME.old.2`` and so on.
+        private: whether a file that is made can be read by its owner alone.
 
     Raises:
         DataError: another process has it open, or a line of it is no row of a record.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh and path.exists():
-            with path.open("rb") as before:
-                _lock(before, path)  # not from under a process that writes to it
-                os.replace(path, path.with_name(f"{path.name}.old"))
-        # Unbuffered: a row is one write to the system, and nothing is left to be written after an error.
-        file = path.open("a+b", buffering=0)
-    except OSError as error:
-        raise DataError(f"record {path} cannot be opened: {error}") from error
-    with file:
-        _lock(file, path)
+    if fresh:
+        _put_aside(path)
+    with appending(path, "record", wait=False, private=private) as file:
         file.seek(0)
         text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
+        rows = _parse(whole, path)
+        torn = text[len(whole) :]
+        if not _BEGINNING.startswith(torn[: len(_BEGINNING)]):
+            raise DataError(f"record {path} ends in {torn[:20]!r}; expected rows of a record")
         if len(whole) < len(text):
             os.ftruncate(file.fileno(), len(whole))
-        yield Record(path, file, _parse(whole, path))
+        yield Record(path, file, rows)
+
+
+def _put_aside(path: Path) -> None:
+    regular(path, "record")
+    try:
+        if not path.exists() or not path.stat().st_size:
+            return
+        with path.open("rb") as before:
+            if not lock(before, path):  # not from under a process that writes to it
+                raise DataError(f"record {path} is being written by another process; wait for its end")
+            number, old = 1, path.with_name(f"{path.name}.old")
+            while old.exists():
+                number += 1
+                old = path.with_name(f"{path.name}.old.{number}")
+            os.replace(path, old)
+    except OSError as error:
+        raise DataError(f"record {path} cannot be put aside: {error}") from error
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
@@ -88,6 +105,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     Raises:
         DataError: the file cannot be read, or a line of it is no row of a record.
     """
+    regular(Path(path), "record")
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -100,24 +118,40 @@ def _parse(text: bytes, path: Path) -> list[Row]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"record {path}, line {number}: not JSON ({error}); expected a row") from error
-        if not isinstance(row, dict) or not {"experiment", "case", "image", "key"} <= row.keys():
-            raise DataError(f"record {path}, line {number}: not a row of an experiment's record")
+        fault = _fault(row) if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        if fault:
+            raise DataError(f"record {path}, line {number}: not a row of an experiment's record: {fault}")
         rows.append(row)
     return rows
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another process may have begun anew between opening and locking: this file is then its .old.
-        mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except BlockingIOError:
-        mine = False
-    if not mine:
-        raise DataError(
-            f"record {path} is being written by another process; wait for its end, or give another --out"
-        )
+def _fault(row: Row) -> str:
+    """Return why a row is not one that a table or figure can be made of; nothing where it is."""
+    for where, kinds in ((row, _KINDS), (row.get("settings"), _SETTINGS)):
+        for name, kind in kinds.items():
+            if not isinstance(where, dict) or name not in where:
+                return f"it has no {name!r}"
+            if not isinstance(where[name], kind):
+                return f"{name!r} is {str(where[name])[:40]!r}"
+    count = len(row["psnr"])
+    same = ("floors", "rank_ssim", "rank_features")
+    if not count or any(len(row[name]) != count for name in same) or len(row["ssim"]) not in (0, count):
+        return "its lists are not of one length"
+    if not all(_is_number(value) for name in ("psnr", "ssim") for value in row[name]):
+        return "'psnr' or 'ssim' holds what is no number"
+    if not all(isinstance(rank, int | None) for name in same[1:] for rank in row[name]):
+        return "a rank is no number"
+    if not all(isinstance(word, str) for word in row["columns"].values()):
+        return "'columns' holds what is no word"
+    for floors in row["floors"]:
+        if not isinstance(floors, dict) or not {"grey", "mean", "class"} <= floors.keys():
+            return "'floors' lacks grey, mean or class"
+        if not all(value is None or _is_number(value) for value in floors.values()):
+            return "'floors' holds what is no number"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBER) or value in ("inf", "-inf", "nan")

@@ -79,7 +79,10 @@ def read(record: str | os.PathLike[str]) -> list[Row]:
 
     Several processes write rows as they come; older records have no places.
     """
-    return sorted(_record.read(locate(record)), key=lambda row: int(row.get("place", 0)))
+    rows = _record.read(locate(record))
+    if not rows:
+        raise DataError(f"record {record} has no rows; expected at least one attack")
+    return sorted(rows, key=lambda row: int(row.get("place", 0)))
 
 
 def table(record: str | os.PathLike[str]) -> Table:
@@ -92,8 +95,6 @@ def table(record: str | os.PathLike[str]) -> Table:
         DataError: the record is missing, broken or empty.
     """
     rows = read(record)
-    if not rows:
-        raise DataError(f"record {record} has no rows; expected at least one attack")
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(row["case"], []).append(row)

@@ -60,8 +60,9 @@ def run(
             are the same, each once, but in the order in which the attacks end. Each process makes the plan
             anew and has to find the same images, weights and settings; this process alone writes.
         fresh: begin a new record; the old one is kept beside it.
-        pictures: keep the originals and what became of them in the record, for the figure. An image that may
-            not be passed on must not be kept, and no exact reconstruction of it either.
+        pictures: keep the originals and what became of them in the record, for the figure; only its owner can
+            read a record that is made with them. An image that may not be passed on must not be kept, and no
+            exact reconstruction of it either.
         progress: show a progress bar.
         options: as the command has them: images, steps, restarts, reduced, dataset, split, first, only (a
             tuple), seed, weights (a Path) and device (a torch.device).
@@ -101,7 +102,7 @@ def carry_out(
 ) -> int:
     """Run what the record of a plan lacks, as `run` says, and return how many attacks that were."""
     with ExitStack() as stack:
-        record = stack.enter_context(_record.opened(path, fresh=fresh))
+        record = stack.enter_context(_record.opened(path, fresh=fresh, private=pictures))
         settings = {name: plan.case_settings(case) for name, case in plan.known.items()}
         done = _done(record, plan, settings)
         tasks = [(case, first) for case, first in plan.tasks() if (case.name, first) not in done]

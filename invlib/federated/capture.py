@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from invlib.core.files import atomic_write
 from invlib.core.network import trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
-from invlib.errors import DataError, DoubtWarning, ObservationError
+from invlib.errors import DataError, DoubtWarning, InvlibError, ObservationError
 from invlib.federated.protocols import FedAvg, FedSGD
 
 FORMAT = "invlib-observation-1"
@@ -377,7 +378,7 @@ def save_observation(observation: Observation, path: str | Path) -> None:
 
     Args:
         observation: what the server saw; its protocol is `invlib.FedSGD` or `invlib.FedAvg`.
-        path: where to; written beside and then renamed.
+        path: where to; written beside and then renamed; only its owner can read it.
 
     Raises:
         ObservationError: the protocol is another one.
@@ -399,16 +400,35 @@ def save_observation(observation: Observation, path: str | Path) -> None:
         "normalization": asdict(observation.normalization),
         "training_mode": observation.training_mode,
         "order": list(observation.update),
+        "loss": _loss_name(observation.loss),
+        "notes": observation.notes,
     }
     tensors = {f"update/{name}": value.contiguous() for name, value in observation.update.items()}
     tensors |= {f"buffers/{name}": value.contiguous() for name, value in observation.buffers.items()}
+    tensors |= {f"sent/{name}": mask.contiguous() for name, mask in observation.sent.items()}
     if observation.labels is not None:
         tensors["labels"] = observation.labels
+    # a tensor under two names is kept twice: the file format knows no shared memory
+    shared: set[int] = set()
+    for name, value in tensors.items():
+        tensors[name] = value.clone() if value.data_ptr() in shared else value
+        shared.add(value.data_ptr())
     metadata = {"invlib": json.dumps(header)}
-    try:
-        atomic_write(Path(path), lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"the observation cannot be written to {path}: {error}") from error
+    atomic_write(
+        Path(path), lambda beside: safetensors.torch.save_file(tensors, beside, metadata), private=True
+    )
+
+
+def _loss_name(loss: Loss | None) -> str | None:
+    name = getattr(loss, "__name__", "")
+    if loss is None or getattr(F, name, None) is loss:
+        return name or None
+    warnings.warn(
+        f"the loss {name or loss!r} is not saved: it is no function of torch.nn.functional; tell the attack",
+        DoubtWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 def load_observation(path: str | Path) -> Observation:
@@ -426,18 +446,37 @@ def load_observation(path: str | Path) -> Observation:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("invlib", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError, MemoryError) as error:
         raise DataError(f"{path} is corrupt or no observation: {error}") from error
-    if header.get("format") != FORMAT:
-        raise DataError(f"{path} has format {header.get('format')!r}; expected {FORMAT!r}")
+    found = header.get("format") if isinstance(header, dict) else header
+    if found != FORMAT:
+        raise DataError(f"{path} has format {found!r:.60}; expected {FORMAT!r}")
+    try:
+        return _observation(header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, InvlibError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} holds no whole observation: {reason}") from error
+
+
+def _observation(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Observation:
+    """Build an observation of the header and the tensors of a file; what is wrong raises."""
     kind = {"FedSGD": FedSGD, "FedAvg": FedAvg}[header["protocol"]]
+    update = {name: tensors[f"update/{name}"] for name in header["order"]}
+    if len(update) != sum(name.startswith("update/") for name in tensors):
+        raise ValueError(f"'order' names {len(update)} tensors of the update, which has others too")
+    loss = header.get("loss")
+    if loss is not None and not (str(loss).isidentifier() and callable(getattr(F, str(loss), None))):
+        raise ValueError(f"loss is {loss!r}; expected the name of a function of torch.nn.functional")
     return Observation(
-        update={name: tensors[f"update/{name}"] for name in header["order"]},
+        update=update,
         protocol=kind(**header["protocol_settings"]),
         num_images=header["num_images"],
-        image_shape=tuple(header["image_shape"]),
+        image_shape=header["image_shape"],
         normalization=Normalization.from_card(header),
         labels=tensors.get("labels"),
         buffers={n.removeprefix("buffers/"): t for n, t in tensors.items() if n.startswith("buffers/")},
         training_mode=header["training_mode"],
+        sent={n.removeprefix("sent/"): t for n, t in tensors.items() if n.startswith("sent/")},
+        loss=None if loss is None else getattr(F, loss),
+        notes=tuple(str(note) for note in header.get("notes", ())),
     )

@@ -9,8 +9,8 @@ import torch.nn as tnn
 from torch import Tensor
 from torch.func import functional_call
 
-from invlib import models
 from invlib.legacy.utils import set_random_seed
+from invlib.models import zoo
 from invlib.models.weights import from_2020
 
 
@@ -49,7 +49,7 @@ def construct_model(
         network = _beyond_inferring(1 if model.endswith("MNIST") else 3, num_classes)
     else:
         name = "ConvNet64" if model == "ConvNet" else model
-        network = models.build(name, num_classes=num_classes, in_channels=num_channels)
+        network = zoo.assemble(name, num_classes=num_classes, in_channels=num_channels)
     if model.startswith("ConvNet"):
         set_random_seed(key)
         for name, module in network.named_children():

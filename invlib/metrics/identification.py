@@ -130,7 +130,8 @@ def identifiability(
             or ``Features(...).similarity`` of a trained network.
 
     Raises:
-        ConfigError: the shapes do not fit, there is no image, or only one candidate.
+        ConfigError: the shapes do not fit, there is no image, or only one candidate, or truth or pool do not
+            lie in [0, 1].
 
     Example:
         >>> pool = torch.eye(4).reshape(4, 1, 2, 2)
@@ -139,11 +140,12 @@ def identifiability(
 
     Source: Yin et al. 2021, arXiv 2104.07586, "image identifiability precision".
     """
-    quality._check(images, truth)
-    if not len(images) or pool.ndim != 4 or pool.shape[1:] != truth.shape[1:]:
+    images, truth = (part.float() for part in quality.pair(images, truth))
+    pool = quality.originals(pool, "the pool").to(truth)
+    if pool.shape[1:] != truth.shape[1:]:
         raise ConfigError(
             f"the truth has shape {tuple(truth.shape)} and the pool {tuple(pool.shape)}; expected "
-            "(N, C, H, W) with N of at least 1 and (M, C, H, W)"
+            "(N, C, H, W) and (M, C, H, W)"
         )
     candidates, own = pool, []
     for original in truth:

@@ -1,10 +1,15 @@
-"""How close images are to the truth, which is the second argument of all that measures."""
+"""How close images are to the truth, which is the second argument of all that measures.
+
+Every measure is computed in double precision on [0, 1], whatever type the images have: NumPy arrays are
+taken, and bytes are divided by 255.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +19,60 @@ from invlib.errors import ConfigError, DataError, DeviceError
 SSIM_SIDE = 11  # pixels, the side of its window
 
 
-def _check(images: Tensor, truth: Tensor) -> None:
-    if images.ndim != 4 or images.shape != truth.shape:
+_ROUNDING = 1e-3  # closed forms overshoot [0, 1] by so much; more is another scale
+
+
+def unit_images(images: Any, name: str) -> Tensor:
+    """Return images ``(N, C, H, W)`` in double precision, bytes divided by 255.
+
+    Raises:
+        ConfigError: they are no array of numbers, integers other than bytes, or of another shape.
+    """
+    try:
+        tensor = torch.as_tensor(images if isinstance(images, Tensor) else np.asarray(images))
+    except (TypeError, ValueError) as error:
+        what = type(images).__name__
         raise ConfigError(
-            f"images have shape {tuple(images.shape)} and the truth {tuple(truth.shape)}; "
-            "expected the same (N, C, H, W)"
+            f"{name} is a {what}; expected a tensor or array (N, C, H, W) of numbers"
+        ) from error
+    if tensor.ndim != 4 or not tensor.numel():
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; expected (N, C, H, W), none of them zero")
+    if tensor.dtype == torch.uint8:
+        return tensor.double() / 255
+    if not tensor.is_floating_point():
+        raise ConfigError(f"{name} has type {tensor.dtype}; expected floating point in [0, 1], or uint8")
+    return tensor.double()
+
+
+def originals(truth: Any, name: str = "the truth") -> Tensor:
+    """Return private images as `unit_images` does, once they were seen to lie in [0, 1].
+
+    Raises:
+        ConfigError: they do not, or are not finite.
+    """
+    tensor = unit_images(truth, name)
+    low, high = tensor.min().item(), tensor.max().item()
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # so written that NaN fails too
+        raise ConfigError(
+            f"{name} lies in [{low:.4g}, {high:.4g}]; expected [0, 1] (decode normalised images, "
+            "divide those of 0 to 255)"
         )
+    return tensor
+
+
+def pair(images: Any, truth: Any) -> tuple[Tensor, Tensor]:
+    """Return images and their originals in double precision on one device.
+
+    Raises:
+        ConfigError: the shapes differ, a type is wrong, or the truth does not lie in [0, 1].
+    """
+    shapes = [tuple(getattr(given, "shape", ())) for given in (images, truth)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"images have shape {shapes[0]} and the truth {shapes[1]}; expected the same (N, C, H, W)"
+        )
+    found = unit_images(images, "images")
+    return found, originals(truth).to(found.device)
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
@@ -33,9 +86,9 @@ def mse(images: Tensor, truth: Tensor) -> Tensor:
         ``(N,)``.
 
     Raises:
-        ConfigError: the shapes differ.
+        ConfigError: the shapes differ, or the truth does not lie in [0, 1].
     """
-    _check(images, truth)
+    images, truth = pair(images, truth)
     return (images - truth).square().flatten(1).mean(1)
 
 
@@ -60,11 +113,11 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     reflected.
 
     Raises:
-        ConfigError: the shapes differ, or a side is under 11 pixels.
+        ConfigError: as for `mse`, or a side is under 11 pixels.
 
     Source: Wang et al. 2004, computed by torchmetrics.
     """
-    _check(images, truth)
+    images, truth = pair(images, truth)
     if min(images.shape[2:]) < SSIM_SIDE:
         got = tuple(images.shape[2:])
         raise ConfigError(f"ssim needs images of {SSIM_SIDE} pixels a side or more, got {got}")
@@ -76,20 +129,25 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 def lpips(images: Tensor, truth: Tensor) -> Tensor:
     """Return the learned perceptual distance of each image (AlexNet), 0 for a perfect one.
 
-    Arguments as for `mse`; one-channel images are repeated to three.
+    Arguments as for `mse`; one-channel images are repeated to three, and numbers outside [0, 1] are cut off.
 
     Raises:
-        ConfigError: the shapes differ.
+        ConfigError: as for `mse`, or the images have neither one channel nor three.
         DataError: the AlexNet weights are not at hand and cannot be fetched.
 
     Source: Zhang et al. 2018, arXiv 1801.03924, computed by torchmetrics.
     """
-    _check(images, truth)
+    images, truth = (part.float().clamp(0, 1) for part in pair(images, truth))
+    if images.shape[1] not in (1, 3):
+        raise ConfigError(f"lpips was given images of {images.shape[1]} channels; expected 1 or 3")
     _torchmetrics()
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
-        distance = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True, reduction="mean")
+        with torch.random.fork_rng(devices=[]):  # torchvision draws weights before it loads others
+            distance = LearnedPerceptualImagePatchSimilarity(
+                net_type="alex", normalize=True, reduction="mean"
+            )
     except (OSError, ModuleNotFoundError) as error:
         raise DataError(
             f"LPIPS needs torchvision's AlexNet weights, which cannot be fetched here: {error}"

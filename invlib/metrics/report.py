@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from invlib.core.reconstruction import Reconstruction
-from invlib.metrics.quality import SSIM_SIDE, _check, mse, psnr, ssim
+from invlib.errors import ConfigError
+from invlib.metrics.quality import SSIM_SIDE, mse, pair, psnr, ssim
+
+_SHIFT = 8  # pixels: trained networks give copies moved by the product of their strides
+_MUCH = 3.0  # dB, from which on another PSNR is worth a line
+_LINES = 3  # of each kind
 
 
 def matching_order(images: Tensor, truth: Tensor) -> Tensor:
@@ -27,12 +33,12 @@ def matching_order(images: Tensor, truth: Tensor) -> Tensor:
         int64 ``(N,)``: ``images[order]`` is in the truth's order.
 
     Raises:
-        ConfigError: the shapes differ.
+        ConfigError: the shapes differ, or the truth does not lie in [0, 1].
 
     Taught in: chapter 4
     """
-    _check(images, truth)
-    cost = torch.cdist(truth.flatten(1).double(), images.flatten(1).double()).square()
+    images, truth = pair(images, truth)
+    cost = torch.cdist(truth.flatten(1), images.flatten(1)).square()
     # A broken image is as far from every true one as can be; a larger number would drown the others.
     furthest = 4.0 * truth[0].numel()
     finite = torch.nan_to_num(cost, nan=furthest, posinf=furthest)
@@ -55,6 +61,12 @@ class Report:
         num_images: how many images there are.
         grey_psnr: the PSNR of a plain mid-grey image against each true one.
         mean_image_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
+        shifts: by how many pixels (down, right) each image lies off its original where the two agree best, at
+            most 8 and a quarter of the side; ``(0, 0)`` where they agree best in place.
+        aligned_psnr: the PSNR there, of the pixels that both have; beside `psnr`, never in its place.
+        matched_psnr: the PSNR once each channel has the mean and the standard deviation (contrast) of the
+            original's; likewise. Far above `psnr`, the image is right and its brightness is not, as after a
+            wrong normalisation.
     """
 
     images: Tensor = field(repr=False, compare=False)
@@ -66,6 +78,9 @@ class Report:
     num_images: int
     grey_psnr: tuple[float, ...]
     mean_image_psnr: tuple[float, ...]
+    shifts: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    aligned_psnr: tuple[float, ...] = field(default=(), repr=False)
+    matched_psnr: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def mean_psnr(self) -> float:
@@ -82,6 +97,15 @@ class Report:
         """The mean of `ssim` over the images; NaN where their sides are under 11 pixels."""
         return _mean(self.ssim)
 
+    def _far_above(self, values: tuple[float, ...]) -> list[int]:
+        """Return the images whose PSNR of another kind tells what the plain one and the floors do not."""
+        plain = zip(self.psnr, self.grey_psnr, self.mean_image_psnr, strict=True)
+        return [
+            k
+            for k, (value, known) in enumerate(zip(values, plain, strict=False))
+            if value > max(known) + _MUCH
+        ]
+
     def __str__(self) -> str:
         lines = [f"PSNR {self.mean_psnr:6.2f} dB   MSE {self.mean_mse:.2e}"]
         if self.ssim:
@@ -90,40 +114,122 @@ class Report:
         lines.append(f"floors: grey image {grey:.2f} dB, mean image {mean:.2f} dB")
         if self.labels_right is not None:
             lines.append(f"labels right: {self.labels_right} of {self.num_images}")
+        moved = [
+            f"image {k} lies {_way(*self.shifts[k])}: {self.aligned_psnr[k]:.2f} dB where it is moved back"
+            for k in self._far_above(self.aligned_psnr)
+        ]
+        pale = [
+            f"image {k} is off in brightness or contrast: {self.matched_psnr[k]:.2f} dB with the original's"
+            for k in self._far_above(self.matched_psnr)
+        ]
+        for said in (moved, pale):
+            lines += said if len(said) <= _LINES else [*said[:_LINES], f"… and {len(said) - _LINES} more"]
         return "\n".join(lines)
 
 
 def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | None = None) -> Report:
     """Compare a reconstruction with the truth, after matching the order of the batch.
 
+    A result that is the original but for a shift of a few pixels, or but for brightness and contrast, is
+    found out: the report has the PSNR without either beside the plain one.
+
     Args:
         reconstruction: what an attack returned.
-        truth: the private images ``(N, C, H, W)`` in [0, 1].
-        labels: the private labels, int64 ``(N,)``.
+        truth: the private images ``(N, C, H, W)`` in [0, 1], or bytes, which are divided by 255; a tensor
+            or a NumPy array.
+        labels: the private labels, integers ``(N,)``.
 
     Raises:
-        ConfigError: the shapes differ.
+        ConfigError: the shapes differ, the truth does not lie in [0, 1], or labels are not N integers.
 
     Taught in: chapter 2
     """
+    if not isinstance(reconstruction, Reconstruction):
+        raise ConfigError(
+            f"reconstruction is a {type(reconstruction).__name__}; expected what an attack returned "
+            "(invlib.metrics.psnr compares images)"
+        )
+    _, truth = pair(reconstruction.images, truth)
     order = matching_order(reconstruction.images, truth)
     images = reconstruction.images[order]
     right = None
-    if labels is not None and reconstruction.labels is not None:
-        right = (Counter(labels.tolist()) & Counter(reconstruction.labels.tolist())).total()
+    if labels is not None:
+        given = _whole(labels, len(truth))
+        if reconstruction.labels is not None:
+            right = (Counter(given) & Counter(reconstruction.labels.tolist())).total()
+    plain = psnr(images, truth)
+    shifts, aligned = _aligned(images.double(), truth)
     grey = torch.full_like(truth, 0.5)
     mean = truth.mean(0, keepdim=True) if len(truth) > 1 else truth.mean((2, 3), keepdim=True)
     return Report(
         images=images,
         mse=_floats(mse(images, truth)),
-        psnr=_floats(psnr(images, truth)),
+        psnr=_floats(plain),
         ssim=_floats(ssim(images, truth)) if min(truth.shape[2:]) >= SSIM_SIDE else (),
         order=tuple(order.tolist()),
         labels_right=right,
         num_images=len(truth),
         grey_psnr=_floats(psnr(grey, truth)),
         mean_image_psnr=_floats(psnr(mean.expand_as(truth), truth)),
+        shifts=shifts,
+        aligned_psnr=_floats(aligned),
+        matched_psnr=_floats(psnr(_matched(images.double(), truth), truth)),
     )
+
+
+def _whole(labels: Any, count: int) -> list[int]:
+    """Return labels as whole numbers, where they are as many as there are images."""
+    try:
+        array = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"labels are a {type(labels).__name__}; expected {count} integers") from error
+    if array.is_floating_point() or array.is_complex() or tuple(array.shape) != (count,):
+        raise ConfigError(
+            f"labels have shape {tuple(array.shape)} and type {array.dtype}; expected integers ({count},)"
+        )
+    return [int(label) for label in array.tolist()]
+
+
+def _aligned(images: Tensor, truth: Tensor) -> tuple[tuple[tuple[int, int], ...], Tensor]:
+    """Return the shift (down, right) where each image agrees best with its original, and the PSNR there."""
+    height, width = truth.shape[2:]
+    tall, wide = (min(_SHIFT, side // 4) for side in (height, width))
+    # the nearest first: of several that agree as well, argmin takes the first
+    places = sorted(
+        ((down, right) for down in range(-tall, tall + 1) for right in range(-wide, wide + 1)),
+        key=lambda place: abs(place[0]) + abs(place[1]),
+    )
+    errors = torch.stack(
+        [
+            (
+                images[:, :, max(d, 0) : height + min(d, 0), max(r, 0) : width + min(r, 0)]
+                - truth[:, :, max(-d, 0) : height + min(-d, 0), max(-r, 0) : width + min(-r, 0)]
+            )
+            .square()
+            .mean((1, 2, 3))
+            for d, r in places
+        ]
+    )
+    best = errors.argmin(0)
+    return tuple(places[k] for k in best.tolist()), -10 * errors.gather(0, best[None])[0].log10()
+
+
+def _matched(images: Tensor, truth: Tensor) -> Tensor:
+    """Return images with each channel's mean and standard deviation as in the truth."""
+    centred = images - images.mean((2, 3), keepdim=True)
+    spread, wanted = (x.std((2, 3), keepdim=True, correction=0) for x in (images, truth))
+    scale = torch.where(spread > 1e-9, wanted / spread.clamp_min(1e-9), 0.0)
+    return centred * scale + truth.mean((2, 3), keepdim=True)
+
+
+def _way(down: int, right: int) -> str:
+    """Say a shift in words, such as ``4 pixels too low and 1 pixel too far left``."""
+    parts = [
+        f"{abs(n)} pixel{'s' if abs(n) > 1 else ''} {words[n < 0]}"
+        for n, words in ((down, ("too low", "too high")), (right, ("too far right", "too far left")))
+        if n
+    ]
+    return " and ".join(parts)
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

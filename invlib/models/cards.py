@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shlex
 import subprocess
 from dataclasses import dataclass
@@ -15,22 +14,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from invlib.core.files import atomic_write
+from invlib.core.files import atomic_write, check_writable, regular
 from invlib.core.fingerprint import differences
 from invlib.errors import ConfigError, DataError
 from invlib.models import weights, zoo
-
-# what torch.load and load_state_dict raise for a file that is no checkpoint of this model
-_BROKEN = (
-    OSError,
-    KeyError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    pickle.UnpicklingError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +42,32 @@ def save(trained: Trained, path: str | os.PathLike[str]) -> Path:
         The path of the card.
 
     Raises:
-        ConfigError: where the path does not end in ``.safetensors``.
+        ConfigError: where the path does not end in ``.safetensors``, or a weight is not finite.
+        DataError: where either cannot be written; the weights are not written without their card.
     """
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ConfigError(f"{target} ends in {target.suffix!r}; expected a name that ends in '.safetensors'")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if bad := not_finite(trained.model):
+        raise ConfigError(f"{bad} of the network has numbers that are not finite; expected none to save it")
     state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    # not save_file, whose files only their owner can read
-    atomic_write(target, lambda beside: beside.write_bytes(safetensors.torch.save(state)))
     card = target.with_suffix(".json")
     text = json.dumps(trained.card, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(card, lambda beside: beside.write_text(text, encoding="utf-8"))
+    check_writable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(beside: Path) -> None:
+        # not save_file, whose files only their owner can read
+        beside.write_bytes(safetensors.torch.save(state))
+        atomic_write(card, lambda other: other.write_text(text, encoding="utf-8"))
+
+    atomic_write(target, write)
     return card
+
+
+def not_finite(model: nn.Module) -> str:
+    """Return the name of a parameter or buffer that has NaN or infinite numbers; nothing where none has."""
+    return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), "")
 
 
 def load(path: str | os.PathLike[str], model: str | None = None) -> Trained:
@@ -130,6 +130,7 @@ def read_checkpoint(
     path: Path, card: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[dict[str, float]]:
     """Put a checkpoint into model and optimiser, and return the history of the epochs that are over."""
+    regular(path, "checkpoint")
     device = next(model.parameters()).device
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -138,8 +139,13 @@ def read_checkpoint(
         if not differ:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            return list(state["history"])
-    except _BROKEN as error:
+            history = list(state["history"])
+            for epoch in history:
+                float(epoch["loss"]), float(epoch["accuracy"])
+            if bad := not_finite(model):
+                raise ValueError(bad)
+            return history
+    except weights.BROKEN as error:
         # torch's own message is a page long and advises to read the file unsafely
         what = f"corrupt checkpoint ({type(error).__name__}), expected one that training wrote"
         raise DataError(f"{path}: {what}; remove it to start anew") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from invlib.core.files import check_writable
 from invlib.core.network import in_mode
 from invlib.core.normalization import Normalization
 from invlib.errors import ConfigError, DeviceError
@@ -84,10 +86,12 @@ def train(
         The network in evaluation mode and its card.
 
     Raises:
-        ConfigError: where a setting is out of range, the checkpoint is of another training, or the loss
-            or a weight became infinite or not a number.
-        DataError: where the checkpoint is corrupt.
+        ConfigError: where a setting is out of range, the checkpoint is of another training, or the loss or a
+            weight became infinite or not a number.
+        DataError: where the checkpoint is corrupt, or cannot be written, which is tried first of all.
         DeviceError: where `device` is a GPU and there is none.
+
+    Warns where the accuracy at the end is one that the same answer for every image may have, too.
 
     Taught in: chapter 3
     """
@@ -124,6 +128,8 @@ def train(
         "seed": seed,
         "train_images": len(images),
     }
+    if resume is not None:
+        check_writable(Path(resume))  # now, and not after the first epoch
     optimizer = _optimizer(strategy, model, lr)
     history: list[dict[str, float]] = []
     if resume is not None and Path(resume).exists():
@@ -156,20 +162,19 @@ def train(
                     done += 1
                     bar.update()
             mean_loss = float(losses) / steps
-            # The last step's loss is not seen, but in the weights.
-            if not (math.isfinite(mean_loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
-                became = (
-                    f"loss became {mean_loss}" if not math.isfinite(mean_loss) else "weights became infinite"
-                )
+            bad = f"the loss became {mean_loss}" if not math.isfinite(mean_loss) else cards.not_finite(model)
+            if bad:
                 raise ConfigError(
-                    f"{model_name}: the {became} in epoch {epoch + 1} with "
-                    f"strategy={strategy!r}, lr={lr}; expected finite numbers, as from a lower lr"
+                    f"{model_name}: {bad} {'' if ' ' in bad else 'became infinite or not a number '}in epoch "
+                    f"{epoch + 1} with strategy={strategy!r}, lr={lr}; expected finite numbers, as from a "
+                    "lower lr"
                 )
             measured = accuracy(model, val_images, val_labels, normalization=normalization)
             history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6), "accuracy": measured})
             bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{measured:.4f}")
             if resume is not None:
                 cards.write_checkpoint(Path(resume), card, model, optimizer, history)
+    _warn_of_chance(model_name, history[-1]["accuracy"], val_labels)
     card |= {
         "accuracy": history[-1]["accuracy"],
         "test_images": len(val_images),
@@ -206,14 +211,40 @@ def accuracy(
     return right / len(images)
 
 
+def _warn_of_chance(model_name: str, accuracy: float, labels: Tensor) -> None:
+    """Warn where the accuracy is one that the same answer for every image may have, too."""
+    share = float(labels.bincount().max()) / len(labels)
+    if share < 1 and accuracy <= share + 2 * math.sqrt(share * (1 - share) / len(labels)):
+        warnings.warn(
+            f"{model_name}: the accuracy is {accuracy:.1%} on {len(labels)} images, where the same answer to "
+            f"all would have {share:.1%}: the network may have learnt nothing",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _classes(num_classes: int | None, *parts: tuple[str, Tensor, Tensor]) -> int:
     """Check the images and labels of both parts, and return how many classes there are."""
     for what, x, y in parts:
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            kinds = f"{type(x).__name__} and {type(y).__name__}"
+            raise ConfigError(f"{what} images and labels are {kinds}; expected tensors")
         if x.ndim != 4 or y.shape != x.shape[:1] or not len(x):
             raise ConfigError(
                 f"{what} images have shape {tuple(x.shape)} and labels {tuple(y.shape)}; "
                 "expected (N, C, H, W) and (N,), N at least 1"
             )
+        low, high = float(x.min()), float(x.max())
+        if not x.is_floating_point() or not (low >= 0 and high <= 1):  # so written that NaN fails too
+            raise ConfigError(
+                f"{what} images are {x.dtype} and lie in [{low:.4g}, {high:.4g}]; expected floating point in "
+                "[0, 1]"
+            )
+        if y.dtype != torch.int64:
+            raise ConfigError(f"{what} labels are {y.dtype}; expected int64")
+    if parts[0][1].shape[1:] != parts[1][1].shape[1:]:
+        shapes = " and ".join(str(tuple(x.shape[1:])) for _, x, _ in parts)
+        raise ConfigError(f"training and validation images have shapes {shapes}; expected the same")
     count = int(parts[0][2].max()) + 1 if num_classes is None else num_classes
     for _, _, y in parts:
         if int(y.min()) < 0 or int(y.max()) >= count:

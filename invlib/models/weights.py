@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from invlib.core.files import regular
+from invlib.core.normalization import Normalization
 from invlib.errors import ConfigError, DataError, UnknownNameError
 from invlib.models import efficientnet
 
 # What a card says about how the network is built.
 SETTINGS = ("num_classes", "in_channels", "image_size", "activation", "batch_norm")
+# What torch.load and load_state_dict raise for a file that they cannot use.
+BROKEN = (
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, AssertionError),
+    *(OverflowError, MemoryError, struct.error, pickle.UnpicklingError, SafetensorError),
+)
 _TORCH = (".pth", ".pt", ".th")
 # Class: how the 2020 code called its tensors, which stand in the same order here.
 _NAMES_OF_2020 = {
@@ -89,6 +97,7 @@ def locate(name: str, weights: str | os.PathLike[str]) -> Path:
 
     if is_file(weights):
         path = Path(weights)
+        regular(path, "weights file")
         if not path.is_file():
             raise DataError(f"weights file {str(path)!r} does not exist")
         return path
@@ -142,13 +151,19 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Of a torch file nothing but tensors and plain containers is read (``weights_only=True``).
     """
+    regular(path, "weights file")
     try:
-        if path.suffix not in _TORCH:
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise DataError(f"weights file {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        if path.suffix in _TORCH:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            tensors = load_file(path)
+    except BROKEN as error:
+        # torch's own message advises to read the file unsafely
+        reason = error if isinstance(error, SafetensorError) else type(error).__name__
+        raise DataError(f"weights file {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise DataError(f"weights file {str(path)!r} has {type(tensors).__name__}; expected a state dict")
     return tensors
 
@@ -198,6 +213,8 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
             faults.append(f"{name} is not in the model")
         elif tensor.shape != state[name].shape:
             faults.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}")
+        elif tensor.is_floating_point() != state[name].is_floating_point() or tensor.is_complex():
+            faults.append(f"{name} is of type {tensor.dtype}, expected {state[name].dtype}")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{name} has numbers that are not finite")
     if faults:
@@ -208,8 +225,17 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
 def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"model card {str(path)!r} cannot be read: {error}") from error
     if not isinstance(card, dict):
         raise DataError(f"model card {str(path)!r} is a {type(card).__name__}; expected an object")
+    try:
+        if "normalization" in card:
+            Normalization.from_card(card).box()
+        if not isinstance(card.get("accuracy"), int | float | None):
+            raise ValueError(f"accuracy is {card['accuracy']!r}")
+        if not isinstance(card.get("activation"), str | None):
+            raise ValueError(f"activation is {card['activation']!r}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"model card {str(path)!r} is corrupt: {error}") from error
     return card

@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     **imagenet.MODELS,
     **efficientnet.MODELS,
 }
+
+
+# Up to here every network of the zoo is small; beyond, its size is counted before it is made.
+_ORDINARY = {"num_classes": 1000, "in_channels": 3, "image_size": 224}
+_MOST_NUMBERS = 1 << 31
 
 
 def names() -> tuple[str, ...]:
@@ -74,8 +81,9 @@ def build(
         num_classes: Length of the output.
         in_channels: Channels of the images.
         image_size: Height and width of the images.
-        seed: Makes the initial weights the same every time, whatever the default device, and leaves torch's
-            global generator as it was. With ``None`` they are drawn from that generator.
+        seed: Makes the initial weights the same every time, whatever the default device. With ``None`` they
+            are the numbers that torch's global generator would give next. It is left as it was either way, so
+            that two networks in a row are alike unless the generator is moved or seeds are given.
         weights: Slug of the data set that shipped weights were trained on, for example ``"cifar10"`` or
             ``"fashion-mnist"``; the path of a ``.safetensors`` file, with its card beside it as ``.json`` if
             there is one, or of a state dict that torch wrote (``.pth``), the 2020 code's included; for
@@ -99,19 +107,40 @@ def build(
     >>> build("LeNetZhu", num_classes=100, seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 100])
     """
-    if checked("build name", name, str) not in _MODELS:
-        raise UnknownNameError(_unknown(name))
+    checked("build name", name, str)
     seed = checked("build seed", seed, Seed | None)
+    checked("build weights", weights, str | os.PathLike | None)
+    checked("build activation", activation, str | None)
+    checked("build batch_norm", batch_norm, bool | None)
+    device = torch.get_default_device()
+    on_cpu = seed is not None and device.type != "meta"
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if seed is not None:
+            # Not torch.manual_seed, which would seed every GPU's generator too and leave it so.
+            torch.default_generator.manual_seed(seed)
+        with torch.device("cpu") if on_cpu else nullcontext():
+            model = assemble(
+                name,
+                weights=weights,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                image_size=image_size,
+                activation=activation,
+                batch_norm=batch_norm,
+            )
+    return model.to(device) if on_cpu else model
+
+
+def assemble(name: str, *, weights: str | os.PathLike[str] | None = None, **asked: Any) -> nn.Module:
+    """Do what `build` does with no seed, but let torch's global generator move on, as the code of 2020 did.
+
+    Arguments and errors as for `build`.
+    """
+    if name not in _MODELS:
+        raise UnknownNameError(_unknown(name))
     make = _MODELS[name]
     accepted = inspect.signature(make).parameters
-    settings: dict[str, Any] = {
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "activation": checked("build activation", activation, str | None),
-        "batch_norm": checked("build batch_norm", batch_norm, bool | None),
-    }
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in asked.items() if value is not None}
 
     tensors = None
     if weights is not None:
@@ -124,16 +153,15 @@ def build(
             settings = card_settings(name, path, settings, own_activation)
             tensors = read(path)
 
-    for key in {"num_classes", "in_channels", "image_size"} & settings.keys():
+    sizes = {"num_classes", "in_channels", "image_size"} & settings.keys()
+    for key in sizes:
         settings[key] = at_least(key, settings[key], 1, f"for {name}")
     if "activation" in settings and "activation" not in accepted:
         raise ConfigError(f"activation is {settings['activation']!r}; expected None, for {name} has its own")
-    given = {key: settings[key] for key in settings if key in accepted}
-    try:
-        model = _construct(make, given, seed)
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{name} cannot be built with {given}: {reason}; expected a smaller one") from error
+    own = {key: settings[key] for key in settings if key in accepted}
+    if any(settings[key] > _ORDINARY[key] for key in sizes):
+        _check_size(name, make, own)
+    model = make(**own)
     if settings.get("batch_norm") is False and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise ConfigError(f"batch_norm is False; expected True for {name}, which has no form without it")
     if tensors is not None:
@@ -141,18 +169,17 @@ def build(
     return model.eval()
 
 
-def _construct(make: Callable[..., nn.Module], settings: dict[str, Any], seed: int | None) -> nn.Module:
-    if seed is None:
-        return make(**settings)
-    device = torch.get_default_device()
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed every GPU's generator too and leave it so.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "meta":
-            return make(**settings)
-        with torch.device("cpu"):
-            model = make(**settings)
-    return model.to(device)
+def _check_size(name: str, make: Callable[..., nn.Module], settings: dict[str, Any]) -> None:
+    """Refuse a network that no memory holds, before any is asked for."""
+    faults = [f"{key} is {settings[key]}" for key in _ORDINARY if settings.get(key, 0) > _ORDINARY[key]]
+    count: float = math.inf
+    if all(settings.get(key, 0) <= 10**7 for key in _ORDINARY):
+        with torch.device("meta"), suppress(RuntimeError, TypeError, OverflowError):  # no numbers
+            count = sum(tensor.numel() for tensor in make(**settings).state_dict().values())
+    if count > _MOST_NUMBERS:
+        raise ConfigError(
+            f"{name}: {' and '.join(faults)}; expected a network of at most {_MOST_NUMBERS:,} numbers"
+        )
 
 
 def _unknown(name: str) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invlib.core.files import png
+from invlib.core.optional import package
 from invlib.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ _TOLERANCE = 1e-3  # a closed form overshoots [0, 1] by rounding; more than this
 @contextmanager
 def style() -> Iterator[None]:
     """Draw with the book's figure style inside the `with` block and leave matplotlib as it was after it."""
-    import matplotlib
-    from cycler import cycler
-
+    matplotlib, cycler = package("matplotlib", "viz"), package("cycler", "viz").cycler
     settings: Any = {**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
     with matplotlib.rc_context(settings):
         yield
@@ -66,7 +65,7 @@ def figure(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> "Figure":
         # pyplot, although no state of it is used: importing it is what teaches Jupyter to show a Figure.
-        import matplotlib.pyplot as plt
+        plt = package("matplotlib.pyplot", "viz")
 
         before = set(plt.get_fignums())
         try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Frames, Progress, Reconstruction
+from invlib.core.optional import package
+from invlib.core.reconstruction import Frames, Progress, Reconstruction, in_digits
 from invlib.errors import ConfigError
 from invlib.viz.figure import as_images, same_length
 from invlib.viz.pictures import decibels
@@ -52,6 +54,7 @@ def panel(
         alt: what the pictures show, for readers who do not see them.
 
     Raises:
+        DependencyError: ipywidgets is not installed.
         ConfigError: there is no network, the images' shape or range or the number of names does not fit, or
             steps is under 1.
 
@@ -73,7 +76,7 @@ def panel(
 
     Taught in: chapter 2
     """
-    import ipywidgets as widgets
+    widgets = package("ipywidgets", "viz")
 
     as_images(images, "images")
     if names is not None:
@@ -133,7 +136,9 @@ def panel(
             generator = torch.Generator().manual_seed(0)
             result = attack(*numbers)(net, send(net, n), generator=generator, callback=watch)
             quality = ", ".join(decibels(as_images(result.images), truth))
-            message.value = f"score {result.score:.3g}, {quality}, {result.status}, {result.seconds:.1f} s"
+            message.value = (
+                f"score {in_digits(result.score)}, {quality}, {result.status}, {result.seconds:.1f} s"
+            )
             if len(frames.images) > 1:
                 last = min(len(frames.images), MAX_FRAMES) - 1
                 shown = scrubber(frames, label=label, alt=alt, original=original, start=last)
@@ -142,7 +147,7 @@ def panel(
                 bar.value = bar.value if numbers else bar.max
                 screen.value = page(as_images(result.images), alt, quality, truth)
         except Exception as error:  # a thread's error does not reach the notebook by itself
-            message.value = f"{type(error).__name__}: {error}"
+            message.value = escape(f"{type(error).__name__}: {error}")  # a widget takes it for HTML
         finally:
             run.disabled, stop.disabled = False, True
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from invlib.core.optional import package
 from invlib.errors import ConfigError
 from invlib.viz.figure import png_uri
 from invlib.viz.pictures import Drawn, Images, Recording, comparison, decibels, moments
@@ -126,8 +127,7 @@ def _panel(images: np.ndarray, alt: str, caption: str, width: int) -> str:
 
 
 def _slider(pages: list[str], label: str, start: int) -> VBox:
-    import ipywidgets as widgets
-
+    widgets = package("ipywidgets", "viz")
     if len(pages) < 2:
         raise ConfigError("a slider needs at least two frames, got 1")
     if not 0 <= start < len(pages):

@@ -413,7 +413,7 @@ def test_training_mode_uses_the_statistics_of_the_batch(restarts):
     seen = see(net, 2, training_mode=True)
     attack = iv.GradientMatching(steps=2, restarts=restarts, init=x, optimizer=iv.Adam(lr=1e-7))
     assert attack(net, seen).score == pytest.approx(0, abs=1e-5)
-    as_if_eval = replace(seen, training_mode=False)
+    as_if_eval = replace(seen, training_mode=False, buffers={})
     assert attack(net, as_if_eval).score > 1e-3
 
 

@@ -398,7 +398,7 @@ def test_deterministic_holds_during_the_attack_only(monkeypatch: pytest.MonkeyPa
         (["--num_images", "11"], "--num_images is 11; expected at most 10, an image of each class"),
         (["--accumulation", "-1"], "--accumulation is -1; expected at least 0"),
         (["--chunk", "0"], "--chunk is 0; expected at least 1"),
-        (["--restarts", "0"], "config 'restarts' is 0"),
+        (["--restarts", "0"], "--restarts is 0; expected at least 1"),
         (["--accumulation", "2", "--batch_size", "5"], "FedAvg batch_size is 5; expected at most the 1"),
     ],
 )
@@ -451,6 +451,7 @@ def test_ctrl_c_saves_what_is_there(
             raise KeyboardInterrupt
         step(problem, settings, measure, state)
 
+    began: list[int] = []
     monkeypatch.setattr(run, "step", interrupted)
     argv = ["--model", "LeNetZhu", "--iterations", "9", "--device", "cpu", "--target_id", "-1"]
     assert reconstruct.main([*argv, "--save_image"]) == 130
@@ -459,10 +460,52 @@ def test_ctrl_c_saves_what_is_there(
     assert Path("images", row["rec_img"]).exists()
 
     assert series.main([*argv, "--num_exp", "3"]) == 130
+    assert not Path("results").exists()  # the client that was cut short is in no table
+
+    def later(*args: Any) -> None:
+        began.append(args[-1].step == 0)
+        (interrupted if sum(began) > 1 else step)(*args)
+
+    monkeypatch.setattr(run, "step", later)
+    assert series.main([*argv, "--num_exp", "3"]) == 130
     (folder,) = [path for path in Path("results").iterdir() if path.is_dir()]
     assert len(rows(f"{folder}/table_psnrs.csv")) == 1
     # A series that was cut short does not stand for its settings.
     assert not Path("results/table_configs.csv").exists()
+
+
+def test_a_row_is_kept_where_its_pictures_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise DataError("images/x.png cannot be written: disk full")
+
+    monkeypatch.setattr(reconstruct, "save_image", full)
+    assert reconstruct.main([*SMALL, "--target_id", "-1", "--save_image"]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert len(rows("tables/table_exp_iv.csv")) == 1
+
+
+def test_pictures_are_their_owners_alone() -> None:
+    assert reconstruct.main([*SMALL, "--target_id", "-1", "--save_image"]) == 0
+    assert {path.stat().st_mode & 0o777 for path in Path("images").iterdir()} == {0o600}
+
+
+def test_a_second_run_of_a_series_says_whose_rows_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*SMALL, "--target_id", "-1", "--num_exp", "2"]
+    assert series.main(argv) == 0
+    assert "earlier runs" not in capsys.readouterr().out
+    assert series.main(argv) == 0
+    assert "has 2 rows of earlier runs with these settings" in capsys.readouterr().out
+    (table,) = Path("results").glob("*/table_mul_exp_iv.csv")
+    assert [row["target_id"] for row in rows(str(table))] == ["patches32-0", "patches32-1"] * 2
+
+
+def test_a_series_with_too_few_images_ends_before_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert series.main([*SMALL, "--target_id", "-1", "--num_exp", "61"]) == 2
+    said = capsys.readouterr()
+    assert "index 60 of patches32 is out of range" in said.err
+    assert "attack" not in said.out
 
 
 # A series.
@@ -542,7 +585,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DataError, match=r"t\.csv cannot be written: disk full"):
         append_row(tmp_path / "t.csv", {"a": 2})
     with pytest.raises(DataError, match=r"x\.png cannot be written: disk full"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -87,6 +90,12 @@ def test_grey_images_of_28_pixels_are_padded(tmp_path: Path) -> None:
             r"y int64 \(3,\), expected an .npz with x, uint8",
         ),
         (np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2), r"y float64 \(2,\)"),
+        (np.zeros((2, 3, 32, 32), np.uint8), np.zeros(2, int), r"x has shape \(2, 3, 32, 32\)"),
+        (np.zeros((2, 32, 32, 2), np.uint8), np.zeros(2, int), r"x has shape \(2, 32, 32, 2\)"),
+        (np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, int), r"x has shape \(0, 32, 32, 3\)"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.array([0, -1]), "y goes from -1 to 0; expected 0 to 9"),
+        (np.zeros((2, 32, 32, 3), np.uint8), np.array([3, 10]), "y goes from 3 to 10; expected 0 to 9"),
+        (np.zeros((1, 32, 32, 3), np.uint8), np.array([2**63], np.uint64), "y goes from 92"),
     ],
 )
 def test_neutral_file_of_wrong_form(tmp_path: Path, x: np.ndarray, y: np.ndarray, message: str) -> None:
@@ -106,6 +115,101 @@ def test_neutral_file_without_labels_or_corrupt(tmp_path: Path) -> None:
         np.save(file, colours(1))  # one array without a name
     with pytest.raises(DataError, match=r"cifar10_test.npz: corrupt"):
         data.load("CIFAR10", root=tmp_path)
+
+
+def claiming(path: Path, shape: str, dtype: str = "'|u1'") -> None:
+    """Write an .npz whose header says another shape than its bytes have."""
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}"
+    header += " " * (117 - len(header)) + "\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in "xy":
+            start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+            archive.writestr(f"{key}.npy", start + header.encode() + bytes(64))
+
+
+@pytest.mark.parametrize(
+    "shape", ["(10**14,)", "(100000000000000,)", "(10000000, 10000000)", "(63,)", "(-1,)", "()"]
+)
+def test_a_header_that_claims_more_than_the_file_has_asks_for_no_memory(tmp_path: Path, shape: str) -> None:
+    claiming(tmp_path / "cifar10_test.npz", shape)
+    with pytest.raises(DataError, match=r"cifar10_test\.npz: (corrupt|x claims to hold)"):
+        data.load("CIFAR10", root=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", pickle.dumps({"x": 1}), b"\x93NUMPY\x01\x00"])
+def test_no_message_advises_to_load_unsafely(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cifar10_test.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"corrupt \(\w+\)") as caught:
+        data.load("CIFAR10", root=tmp_path)
+    assert not re.search("unsafe|allow_pickle|trust", str(caught.value))
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cifar10_test.npz").mkdir()
+    with pytest.raises(DataError, match="is a folder; expected a file"):
+        data.load("CIFAR10", root=tmp_path)
+    os.mkfifo(tmp_path / "cifar10_train.npz")
+    with pytest.raises(DataError, match="is a device or a pipe; expected a file"):
+        data.load("CIFAR10", split="train", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../setup.py", "weights/../../pyproject.toml", "/etc/passwd"])
+def test_no_name_leaves_the_data_folder(name: str) -> None:
+    with pytest.raises(DataError, match="leaves the data folder"):
+        data.resource(name)
+
+
+@pytest.mark.parametrize("indices", [[0.5], ["a"], range(10**12), [10**30], [None], [], [-1]])
+def test_indices_are_whole_numbers_of_images_that_are_there(indices: list) -> None:
+    with pytest.raises(ConfigError, match=r"ind(ex|ices) .*photos32"):
+        data.samples("photos32", indices)
+    assert len(data.samples("photos32", np.array([1, 1]))[0]) == 2
+
+
+def test_16_bit_images_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 256 * 100], [30_000, 65_534, 65_535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values).save(tmp_path / "b.tif")
+    images, _ = data.folder(tmp_path)
+    for image in images:
+        for channel in image:
+            expected = torch.from_numpy(values / 65_535).float()
+            torch.testing.assert_close(channel, expected, rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_unknown_scale_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.full((4, 4), 300, dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=r"a\.tiff: not an image that can be read .*unknown scale"):
+        data.folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.ppm", b"P6\nx y\n255\n"),
+        ("a.pgm", b"P2 1 1 x 0"),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(40)),
+        ("a.gif", b"GIF89a"),
+        ("a.bmp", b"BM" + bytes(20)),
+        ("a.tif", b"II*\x00" + bytes(8)),
+        ("a.webp", b"RIFF\x04\x00\x00\x00WEBP"),
+        ("a.jpg", b"\xff\xd8\xff\xe0" + bytes(9)),
+        ("a.png", b"hello"),
+        ("a.jpg", b""),
+    ],
+)
+def test_corrupt_images_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: not an image that can be read"):
+        data.folder(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**6, 2.5, "8"])
+def test_sizes_out_of_range_are_refused(tmp_path: Path, size: object) -> None:
+    draw(tmp_path / "a.png", (1, 2, 3))
+    with pytest.raises(ConfigError, match=r"size is .*; expected a whole number of pixels"):
+        data.folder(tmp_path, size=size)  # type: ignore[arg-type]
 
 
 def test_bad_names_splits_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

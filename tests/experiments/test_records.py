@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +27,13 @@ RESULTS = [
     for path in sorted((Path(__file__).parents[2] / "data" / "results").glob("*.jsonl"))
     if path.stem.partition("-")[0] in experiments.EXPERIMENTS
 ]
-PLAIN = {"experiment": "table1", "case": "a", "image": 0, "key": "k"}
 
 
 def row(case="LeNetZhu, cosine", image=0, *, psnr=(20.0,), ranks=(1,), reduced=True, paper=None, **more):
     columns = dict(zip(("network", "attack"), case.split(", "), strict=True))
     return {
-        **PLAIN,
+        "experiment": "table1",
+        "key": "k",
         "case": case,
         "image": image,
         "columns": columns,
@@ -61,6 +62,9 @@ def row(case="LeNetZhu, cosine", image=0, *, psnr=(20.0,), ranks=(1,), reduced=T
         "truth": files.png(torch.full((len(psnr), 3, 4, 4), 0.8)),
         **more,
     }
+
+
+PLAIN = row("a, b")
 
 
 def write(path, rows):
@@ -109,6 +113,70 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     assert path.read_bytes().count(b"\n") == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: ...} for name in row("a, b") if name not in ("place", "score")),
+        *(
+            {name: value}
+            for name in ("image", "psnr", "settings", "columns", "floors")
+            for value in (None, "x", 1.5)
+        ),
+        {"psnr": []},
+        {"psnr": [20.0, 21.0]},
+        {"psnr": ["good"]},
+        {"ssim": [None]},
+        {"rank_ssim": ["first"]},
+        {"floors": [3]},
+        {"floors": [{"grey": 1.0}]},
+        {"floors": [{"grey": "x", "mean": 1, "class": 2}]},
+        {"columns": {"network": 3}},
+        {"settings": {"labels": "known"}},
+        {"sweep": "two"},
+        {"truth": 3},
+    ],
+    ids=str,
+)
+def test_a_row_that_is_none_is_named_with_its_line(tmp_path, change):
+    odd = {key: value for key, value in ({**PLAIN, **change}).items() if value is not ...}
+    path = write(tmp_path / "r.jsonl", [PLAIN, odd])
+    for use in (experiments.table, experiments.figure, experiments.figures.curve, _record.read):
+        with pytest.raises(DataError, match=r"line 2: not a row of an experiment's record: "):
+            use(path)
+    with pytest.raises(DataError, match="line 2"), _record.opened(path):
+        pass
+
+
+@pytest.mark.parametrize("column", ["truth", "reconstruction"])
+def test_a_picture_that_is_none_is_a_data_error(tmp_path, column):
+    path = write(tmp_path / "r.jsonl", [row(), {**row("c, d"), column: "aGVsbG8="}])
+    with pytest.raises(DataError, match="picture"):
+        experiments.figure(path)
+
+
+def test_a_record_with_pictures_is_its_owners_alone(tmp_path):
+    for private, mode in ((True, 0o600), (False, 0o666)):
+        path = tmp_path / f"{private}.jsonl"
+        with _record.opened(path, private=private) as record:
+            record.append(PLAIN)
+        assert path.stat().st_mode & 0o777 == mode & ~_umask()
+
+
+def _umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+@pytest.mark.parametrize("text", [b"hello", b'{"a": 1', b"\x00" * 99])
+def test_a_file_that_is_no_record_is_not_cut_off(tmp_path, text):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match="expected rows of a record"), _record.opened(path):
+        pass
+    assert path.read_bytes() == text
+
+
 def test_two_writers_are_refused_and_the_lock_ends_with_the_first(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "r.jsonl"
@@ -124,22 +192,34 @@ def test_a_record_that_was_put_aside_before_the_lock_is_refused(tmp_path):
     pytest.importorskip("fcntl")
     path = write(tmp_path / "r.jsonl", [PLAIN])
     with path.open("rb") as before:
+        assert files.lock(before, path)
         path.rename(tmp_path / "r.jsonl.old")
         write(path, [])
-        with pytest.raises(DataError, match="another process"):
-            _record._lock(before, path)
+        assert not files.lock(before, path)
 
 
 def test_fresh_keeps_the_old_record(tmp_path):
     path = write(tmp_path / "r.jsonl", [PLAIN])
-    with _record.opened(path, fresh=True) as record:
-        assert record.rows == []
-    assert path.read_bytes() == b""
-    assert _record.read(tmp_path / "r.jsonl.old") == [PLAIN]
+    for k in range(2):
+        with _record.opened(path, fresh=True) as record:
+            assert record.rows == []
+            record.append({**PLAIN, "image": 5 + k})
+    with _record.opened(path, fresh=True):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"r.jsonl.old{n}" for n in ("", ".2", ".3")]
+    assert [_record.read(tmp_path / f"r.jsonl.old{n}")[0]["image"] for n in ("", ".2", ".3")] == [0, 5, 6]
 
 
 def test_a_record_that_cannot_be_opened_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match="cannot be opened"), _record.opened(tmp_path):
+    for fresh in (False, True):
+        with pytest.raises(DataError, match="is a folder"), _record.opened(tmp_path, fresh=fresh):
+            pass
+        with pytest.raises(DataError, match="is a device"), _record.opened(Path(os.devnull), fresh=fresh):
+            pass
+    with pytest.raises(DataError, match="is a device"):
+        _record.read(os.devnull)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be opened"), _record.opened(tmp_path / "file" / "r.jsonl"):
         pass
     with pytest.raises(DataError, match="cannot be read"):
         _record.read(tmp_path / "none.jsonl")
@@ -152,7 +232,7 @@ def test_a_row_that_fails_to_be_written_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with _record.opened(path) as record:
-        monkeypatch.setattr(_record.os, "fsync", full)
+        monkeypatch.setattr(files.os, "fsync", full)
         with pytest.raises(DataError, match="no space left"):
             record.append(PLAIN)
         assert record.rows == [PLAIN]
@@ -339,7 +419,7 @@ def test_names_and_records_that_do_not_exist(tmp_path):
         experiments.table(write(tmp_path / "r.jsonl", []))
     with pytest.raises(ConfigError, match="columns"):
         experiments.figure(write(tmp_path / "r.jsonl", [row()]), columns=0)
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match=r"no rows"):
         experiments.figure(write(tmp_path / "r.jsonl", []))
 
 

@@ -121,6 +121,16 @@ def test_a_row_that_describes_best_as_before_is_not_made_anew(here, monkeypatch)
     }
     row = {
         **{"experiment": "guess", "case": case.name, "image": made.first, "seconds": 1.0, "psnr": [20.0]},
+        **{"columns": {}, "ssim": [0.5], "rank_ssim": [1], "rank_features": [1], "evaluations": 3},
+        **{"floors": [{"grey": 10.0, "mean": 10.0, "class": None}], "candidates": 60, "labels_right": 1},
+        **{
+            "paper": None,
+            "sweep": None,
+            "series": "",
+            "device": "cpu",
+            "truth": None,
+            "reconstruction": None,
+        },
         "settings": settings,
         "key": plan.key(case.name, made.first, settings),
     }

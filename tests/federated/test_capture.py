@@ -141,3 +141,77 @@ def test_another_format_is_named(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"invlib": json.dumps({"format": "x"})})
     with pytest.raises(DataError, match="has format 'x'"):
         iv.load_observation(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"protocol": value} for value in ("Mine", None, 3, [])),
+        *({"protocol_settings": value} for value in (None, 3, {"lr": "fast"}, {"momentum": 1}, [1])),
+        *({"num_images": value} for value in (0, -1, 2.5, "2", True, 10**12, None, [2])),
+        *(
+            {"image_shape": value}
+            for value in (None, 3, [8, 8], [3, 8, -8], [3, 8, 10**12], "388", [3, 8, 8.0])
+        ),
+        *({"normalization": value} for value in (None, "unit", {}, {"mean": [0.0]}, {"mean": 0, "std": 1})),
+        *(
+            {"normalization": {"mean": m, "std": s}}
+            for m, s in (("a", "b"), ([0.0] * 2, [1.0] * 2), ([0.0], [0.0]))
+        ),
+        {"normalization": {"mean": [float("nan")], "std": [1.0]}},
+        *({"order": value} for value in (None, 3, ["0.weight"], ["no"], [[]])),
+        *({"training_mode": value} for value in (None, 1, "yes")),
+        *({key: ...} for key in ("protocol", "protocol_settings", "num_images", "image_shape", "order")),
+        *({key: ...} for key in ("normalization", "training_mode")),
+    ],
+    ids=str,
+)
+def test_a_header_that_is_half_valid_is_named(seen, tmp_path, change):
+    path = tmp_path / "seen"
+    iv.save_observation(seen, path)
+    header, tensors = opened(path)
+    header = {key: value for key, value in (header | change).items() if value is not ...}
+    safetensors.torch.save_file(tensors, path, metadata={"invlib": json.dumps(header)})
+    with pytest.raises(DataError, match=r"seen holds no whole observation"):
+        iv.load_observation(path)
+
+
+@pytest.mark.parametrize("header", ["[]", "3", "null", "[" * 10**5, "{", '{"format": [1]}'])
+def test_a_header_of_another_kind_is_named(tmp_path, header):
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "seen", metadata={"invlib": header})
+    with pytest.raises(DataError, match=r"seen (has format|is corrupt)"):
+        iv.load_observation(tmp_path / "seen")
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(2), torch.zeros(3, dtype=torch.int64), torch.zeros(())])
+def test_labels_of_a_file_are_checked(seen, tmp_path, labels):
+    path = tmp_path / "seen"
+    iv.save_observation(seen, path)
+    header, tensors = opened(path)
+    safetensors.torch.save_file(tensors | {"labels": labels}, path, metadata={"invlib": json.dumps(header)})
+    with pytest.raises(DataError, match="labels are"):
+        iv.load_observation(path)
+
+
+def opened(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["invlib"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_an_observation_is_private_and_nothing_is_left_where_it_cannot_be_written(seen, tmp_path):
+    iv.save_observation(seen, tmp_path / "seen")
+    assert (tmp_path / "seen").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="is a folder; expected a file"):
+        iv.save_observation(seen, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "seen"]
+
+
+def test_one_tensor_under_two_names_is_saved_twice(seen, tmp_path):
+    from dataclasses import replace
+
+    tied = replace(seen, buffers={"a": seen.update["0.weight"], "b": seen.update["0.weight"]})
+    iv.save_observation(tied, tmp_path / "seen")
+    found = iv.load_observation(tmp_path / "seen")
+    assert torch.equal(found.buffers["a"], seen.update["0.weight"])
+    assert torch.equal(found.buffers["b"], seen.update["0.weight"])

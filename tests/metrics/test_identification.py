@@ -66,7 +66,7 @@ def test_what_cannot_be_compared_is_refused():
         iv.identifiability(pool[:2], pool[:1], pool)
     with pytest.raises(ConfigError, match=r"the pool \(3, 3, 6, 12\)"):
         iv.identifiability(pool[:1], pool[:1], pool[:, :, :6])
-    with pytest.raises(ConfigError, match="N of at least 1"):
+    with pytest.raises(ConfigError, match="none of them zero"):
         iv.identifiability(pool[:0], pool[:0], pool)
     with pytest.raises(ConfigError, match="no image besides the truth"):
         iv.identifiability(pool[:1], pool[:1], pool[:1])

@@ -1,7 +1,9 @@
 """Metrics by hand, the matching of a batch's order, and the floors."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,3 +180,90 @@ def test_lpips_is_computed_per_image(monkeypatch):
     monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity", Difference)
     found = metrics.lpips(torch.zeros(2, 1, 8, 8), torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)]))
     assert found.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_measures_are_those_of_double_precision_whatever_type_comes_in(dtype):
+    x, _ = random_batch(2, side=16)
+    images = (0.9 * x + 0.05).to(dtype)
+    for measure in (metrics.mse, metrics.psnr, metrics.ssim):
+        found = measure(images, x)
+        assert found.dtype == torch.float64
+        assert torch.equal(found, measure(images.double(), x.double()))
+    assert metrics.ssim(x.to(dtype), x).max() <= 1
+    assert iv.evaluate(made(images), x).ssim == tuple(metrics.ssim(images.double(), x.double()).tolist())
+
+
+def test_bytes_and_arrays_are_taken():
+    x, _ = random_batch(2, side=12)
+    pixels = (255 * x).round().byte()
+    assert metrics.psnr(pixels.float() / 255, pixels).min() > 120  # 32-bit rounding
+    assert iv.evaluate(made(pixels.double() / 255), pixels.numpy()).psnr == (math.inf, math.inf)
+    assert iv.evaluate(made(x), x.numpy(), np.array([1, 2])).num_images == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: iv.CIFAR10.encode(x), r"the truth lies in \[-\d.*expected \[0, 1\]"),
+        (lambda x: 255 * x, r"the truth lies in .* expected \[0, 1\]"),
+        (lambda x: (255 * x).int(), r"the truth has type torch.int32"),
+        (lambda x: x.index_fill(0, torch.tensor([0]), torch.nan), r"the truth lies in \[nan"),
+        (lambda x: x.tolist(), r"the truth \(\); expected the same"),
+        (lambda x: x[0], r"expected the same \(N, C, H, W\)"),
+        (lambda x: x.to(torch.complex64), r"type torch.complex64"),
+    ],
+)
+def test_originals_on_another_scale_are_refused(change, said):
+    x, _ = random_batch(2, side=12)
+    for judge in (lambda truth: iv.evaluate(made(x), truth), lambda truth: metrics.psnr(x, truth)):
+        with pytest.raises(ConfigError, match=said):
+            judge(change(x))
+
+
+@pytest.mark.parametrize("labels", [[1], [0.5, 1.0], "ab", [[1, 2]], [1 + 1j, 2]])
+def test_labels_that_are_not_one_whole_number_an_image_are_refused(labels):
+    x, _ = random_batch(2, side=12)
+    with pytest.raises(ConfigError, match=r"labels .*expected"):
+        iv.evaluate(made(x), x, labels)
+    with pytest.raises(ConfigError, match="expected what an attack returned"):
+        iv.evaluate(x, x)
+
+
+def test_a_shifted_copy_is_found_out():
+    canvas, _ = random_batch(1, side=40)
+    canvas = 0.5 * (canvas + torch.rand(canvas.shape, generator=torch.Generator().manual_seed(1)))
+    truth, moved = canvas[:, :, 4:36, 4:36], canvas[:, :, 1:33, 6:38]
+    report = iv.evaluate(made(moved), truth)
+    assert report.shifts == ((3, -2),)
+    assert report.aligned_psnr == (math.inf,)
+    assert report.psnr == pytest.approx(metrics.psnr(moved, truth).tolist())
+    assert "image 0 lies 3 pixels too low and 2 pixels too far left" in str(report)
+
+
+def test_a_pale_copy_is_found_out():
+    truth, _ = random_batch(2, side=16)
+    pale = 0.3 * truth + torch.tensor([0.1, 0.4, 0.6]).view(3, 1, 1)
+    report = iv.evaluate(made(pale), truth)
+    assert min(report.matched_psnr) > 100
+    assert report.psnr == pytest.approx(metrics.psnr(pale, truth).tolist())
+    assert "image 0 is off in brightness or contrast" in str(report)
+    assert report.shifts == ((0, 0), (0, 0)) or max(report.aligned_psnr) < 60
+
+
+def test_a_good_or_a_useless_result_is_said_in_two_lines():
+    truth, _ = random_batch(1, side=16)
+    noise = torch.rand(truth.shape, generator=torch.Generator().manual_seed(0))
+    grey = torch.full_like(truth, 0.5)
+    for images in (truth, 0.98 * truth + 0.02 * noise, noise, grey, torch.full_like(truth, torch.nan)):
+        report = iv.evaluate(made(images), truth)
+        assert str(report).count("\n") == 1, report
+    assert iv.evaluate(made(truth), truth).shifts == ((0, 0),)
+    assert "shifts" not in repr(report)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"), [(-1.2e-7, "score 0, "), (-0.5, "score -0.5"), (1.234567e-9, "e-09")]
+)
+def test_a_score_that_rounding_brings_below_zero_is_printed_as_zero(score, said):
+    assert said in repr(replace(made(random_batch(1)[0]), score=score))

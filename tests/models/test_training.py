@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="disk full"):
         cards.save(trained, target)
     assert target.read_bytes() == before
     assert {entry.name for entry in tmp_path.iterdir()} == {"a.safetensors", "a.json"}
@@ -236,6 +237,72 @@ def test_save_and_load_errors(tmp_path: Path) -> None:
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(**changes)
+
+
+def test_weights_that_the_last_step_broke_are_not_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, step = fit(epochs=1), torch.optim.SGD.step
+
+    def broken(self: torch.optim.SGD) -> None:
+        step(self)
+        self.param_groups[0]["params"][0].data[0] = torch.inf
+
+    monkeypatch.setattr(torch.optim.SGD, "step", broken)
+    for resume in (None, tmp_path / "c"):
+        with pytest.raises(ConfigError, match=r"LeNetZhu: .* became infinite or not a number in epoch 1"):
+            fit(epochs=1, batch_size=96, strategy="conservative", resume=resume)
+    assert not list(tmp_path.iterdir())
+    next(trained.model.parameters()).data[0] = torch.nan
+    with pytest.raises(ConfigError, match=r"body\.0\.weight of the network has numbers that are not finite"):
+        cards.save(trained, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_accuracy_of_chance_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"LeNetZhu: the accuracy is .*may have learnt nothing"):
+        fit(epochs=1, lr=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(epochs=6, lr=0.02)
+
+
+def test_where_nothing_can_be_written_is_found_out_before_the_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_batches", None)  # the first epoch would call it
+    (tmp_path / "file").touch()
+    for resume in (tmp_path, tmp_path / "file" / "c"):
+        with pytest.raises(DataError, match=r"is a folder|cannot be written"):
+            fit(resume=resume)
+
+
+def test_weights_are_not_left_without_their_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = fit(epochs=1)
+
+    def full(path: Path, text: str, **_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"a\.json cannot be written: disk full"):
+        cards.save(trained, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: 255 * x, r"training images are torch.float32 and lie in \[0.1.* expected floating point"),
+        (lambda x: (255 * x).byte(), "training images are torch.uint8"),
+        (lambda x: x * torch.nan, r"lie in \[nan, nan\]"),
+        (lambda x: x.numpy(), "training images and labels are ndarray and Tensor; expected tensors"),
+        (lambda x: x[:, :, :4], r"have shapes \(1, 4, 8\) and \(1, 8, 8\); expected the same"),
+    ],
+)
+def test_images_that_do_not_fit_are_named_and_not_called_a_high_lr(change: Any, message: str) -> None:
+    x, y = toy(8, 0)
+    with pytest.raises(ConfigError, match=message):
+        training.train("LeNetZhu", change(x), y, x, y, normalization=UNIT, epochs=1)
 
 
 def test_bad_data() -> None:

@@ -1,6 +1,8 @@
 """Trained weights: found by name or path, checked against the network and against their model card."""
 
 import json
+import pickle
+import re
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,58 @@ def test_corrupt_and_missing_files(tmp_path: Path) -> None:
         models.build("LeNetZhu", weights=path)
     path.with_suffix(".json").write_text("[1]")
     with pytest.raises(DataError, match="is a list; expected an object"):
+        models.build("LeNetZhu", weights=path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", pickle.dumps({"x": eval}), b"PK\x03\x04", b"\x80\x02."])
+def test_no_message_advises_to_load_unsafely(tmp_path: Path, content: bytes) -> None:
+    for suffix in (".pth", ".safetensors"):
+        path = tmp_path / f"net{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            models.build("LeNetZhu", weights=path)
+        assert not re.search("weights_only|arbitrary code|trust", str(caught.value))
+
+
+@pytest.mark.parametrize("state", [{1: torch.zeros(1)}, [torch.zeros(1)], {"a": 3}, torch.zeros(1)], ids=str)
+def test_a_torch_file_of_something_else_is_named(tmp_path: Path, state: object) -> None:
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(DataError, match="expected a state dict"):
+        models.build("LeNetZhu", weights=tmp_path / "net.pth")
+
+
+def test_a_folder_for_weights_and_tensors_of_another_type_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(DataError, match="is a folder; expected a file"):
+        models.build("LeNetZhu", weights=tmp_path / "a.safetensors")
+    state = models.build("LeNetZhu", seed=7).state_dict()
+    for dtype in (torch.int64, torch.complex64):
+        save_file(state | {"fc.bias": state["fc.bias"].to(dtype)}, tmp_path / "b.safetensors")
+        with pytest.raises(DataError, match=f"fc.bias is of type {dtype}"):
+            models.build("LeNetZhu", weights=tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../../x", "../weights/LeNetZhu-fashion-mnist", "/etc/x"])
+def test_weights_are_found_by_name_alone(name: str) -> None:
+    for use in (lambda: models.build("LeNetZhu", weights=name), lambda: models.model_card("LeNetZhu", name)):
+        with pytest.raises(UnknownNameError, match="no trained weights"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalization": "unit"},
+        {"normalization": {"mean": [0.5]}},
+        {"normalization": {"mean": ["a"], "std": ["b"]}},
+        {"accuracy": "high"},
+        {"activation": ["relu"]},
+    ],
+    ids=str,
+)
+def test_a_card_that_is_half_valid_is_named(tmp_path: Path, change: dict) -> None:
+    path = write(tmp_path, "LeNetZhu", "other", {"model": "LeNetZhu", **change})
+    with pytest.raises(DataError, match=r"model card .* is corrupt"):
         models.build("LeNetZhu", weights=path)
 
 

@@ -1,10 +1,15 @@
 """Names, sizes, settings and start of the networks in the zoo."""
 
+import contextlib
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from invlib import models
+from invlib import errors, models
 from invlib.errors import ConfigError, UnknownNameError
 from invlib.models.densenet import DenseNet
 from invlib.models.irevnet import IRevNet, ReversibleBlock
@@ -135,13 +140,81 @@ def test_a_seed_is_no_matter_on_the_meta_device() -> None:
         assert all(parameter.is_meta for parameter in models.build("ConvNet8", seed=1).parameters())
 
 
-def test_without_a_seed_the_global_generator_decides() -> None:
+def test_without_a_seed_the_global_generator_decides_and_does_not_move() -> None:
     torch.manual_seed(5)
-    one, two = models.build("LeNetZhu"), models.build("LeNetZhu")
+    one, alike = models.build("LeNetZhu"), models.build("LeNetZhu")
+    torch.rand(1)
+    other = models.build("LeNetZhu")
     torch.manual_seed(5)
     again = models.build("LeNetZhu")
-    assert torch.equal(next(one.parameters()), next(again.parameters()))
-    assert not torch.equal(next(one.parameters()), next(two.parameters()))
+    for network in (alike, again):
+        assert torch.equal(next(one.parameters()), next(network.parameters()))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: models.build("ConvNet8"),
+        lambda: models.build("LeNetZhu", weights="fashion-mnist"),
+        lambda: models.build("resnet18", num_classes=2),
+        lambda: models.build("LeNetZhu", weights="nothing"),
+        lambda: models.build("LeNetZhu", weights="fashion-mnist", num_classes=3),
+        lambda: models.build("iRevNet", image_size=30),
+        lambda: models.build("ConvNet8", seed=2**70),
+    ],
+)
+def test_global_state_is_left_alone_also_where_building_raises(use: Callable[[], object]) -> None:
+    before = torch.get_rng_state(), _numpys(), random.getstate()
+    with contextlib.suppress(errors.InvlibError):
+        use()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (_numpys(), random.getstate()) == before[1:]
+
+
+def _numpys() -> str:
+    return str(np.random.get_state())  # noqa: NPY002 - the global one is what this is about
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ConvNet8", {"num_classes": 10**12}),
+        ("ResNet20", {"num_classes": 10**8}),
+        ("MLP", {"image_size": 10**6}),
+        ("LeNetZhu", {"image_size": 10**12}),
+        ("ConvNet8", {"in_channels": 10**9}),
+        ("MLP", {"num_classes": 10**7, "in_channels": 10**7, "image_size": 10**7}),
+    ],
+)
+def test_a_network_that_no_memory_holds_is_refused_before_it_is_made(name: str, settings: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: .* expected a network of at most 2,147,483,648 numbers"):
+        models.build(name, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 2**64},
+        {"seed": 0.5},
+        {"seed": "a"},
+        {"activation": ["relu"]},
+        {"activation": 3},
+        {"batch_norm": "no"},
+        {"weights": 3},
+        {"num_classes": "ten"},
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_named(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        models.build("ConvNet8", **settings)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["ConvNet8"], ""])
+def test_a_name_of_another_type_is_unknown(name: object) -> None:
+    with pytest.raises(UnknownNameError, match="no model"):
+        models.build(name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["relu", "relu6", "sigmoid", "softplus", "gelu", "tanh"])

@@ -11,9 +11,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from invlib import viz
+from invlib import experiments, viz
 from invlib.core.reconstruction import Frames, History, Reconstruction
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, DependencyError
 
 
 @pytest.fixture
@@ -249,3 +249,23 @@ def test_style_is_left_after_the_block():
     with viz.style():
         assert matplotlib.rcParams["axes.spines.top"] is False
     assert matplotlib.rcParams["axes.spines.top"] is before
+
+
+@pytest.mark.parametrize(
+    ("package", "draw"),
+    [
+        ("matplotlib", lambda x: viz.grid(x)),
+        ("matplotlib", lambda x: viz.bars(["a"], [1], ylabel="")),
+        ("matplotlib", lambda x: experiments.figure("table1-patches")),
+        ("matplotlib", lambda x: viz.style().__enter__()),
+        ("ipywidgets", lambda x: viz.scrubber({"a": x, "b": x})),
+        ("ipywidgets", lambda x: viz.wipe(x, x)),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(package, draw, images, monkeypatch):
+    def absent(name, *_):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("invlib.core.optional.import_module", absent)
+    with pytest.raises(DependencyError, match=rf"{package}.* is not installed; `pip install invlib\[viz\]`"):
+        draw(images)

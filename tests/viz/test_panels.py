@@ -158,6 +158,18 @@ def test_an_error_is_shown_and_the_panel_can_run_again(photos, networks, sent):
     assert (run.disabled, stop.disabled) == (False, True)
 
 
+def test_an_error_is_shown_as_text_and_not_as_html(photos, networks, sent):
+    def refuse(model, n):
+        raise ObservationError("update has '<img src=x onerror=alert(1)>'")
+
+    panel = made(photos, networks, refuse)
+    *_, run, _stop, _, message = parts(panel)
+    run.click()
+    wait()
+    assert "<" not in message.value
+    assert "&lt;img src=x" in message.value
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
