@@ -8,7 +8,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ def check_indices(indices: Sequence[int] | None, count: int, name: str) -> np.nd
     if count < 1:
         raise DataError(f"{name} has no images; expected at least one")
     rows = []
+    if not isinstance(indices, Iterable | None):
+        raise ConfigError(f"indices of {name} is {indices!r}; expected whole numbers, as a list")
     for index in range(count) if indices is None else indices:
         try:
             row = operator.index(index)
