@@ -68,7 +68,7 @@ def slug(name: str) -> str:
     Raises:
         UnknownNameError: where `load` knows no data set of that name.
     """
-    if name not in _SETS:
+    if not isinstance(name, str) or name not in _SETS:
         raise UnknownNameError(f"no data set {name!r}; known: {', '.join([*_SETS, *_SAMPLES])}")
     return _SETS[name][0]
 
@@ -141,7 +141,7 @@ def load(
         ConfigError: where `split` is unknown or an index out of range.
         DataError: where the data set is nowhere to be had; the message says what failed and what to do.
     """
-    if name in _SAMPLES:
+    if isinstance(name, str) and name in _SAMPLES:
         return samples(name, indices)
     file = f"{slug(name)}_{split}.npz"
     kept = _on_disk(name, split, root, indices)

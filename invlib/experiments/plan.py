@@ -122,9 +122,13 @@ def plan(request: Request) -> Plan:
     reduced = device.type == "cpu" if request.reduced is None else request.reduced
     size = experiment.reduced if reduced else experiment.full
     given = {"images": request.images, "steps": request.steps, "restarts": request.restarts}
-    for key, value in given.items():
-        if value is not None and value < 1:
+    for key, value in (given | {"first": request.first, "seed": request.seed}).items():
+        if not isinstance(value, int | None):
+            raise ConfigError(f"--{key} is {value!r}; expected a whole number")
+        if value is not None and key in given and value < 1:
             raise ConfigError(f"--{key} is {value}; expected at least 1")
+    if not -(2**63) <= request.seed < 2**63:
+        raise ConfigError(f"--seed is {request.seed}; expected a number of at most 63 bits")
     size = replace(size, **{key: value for key, value in given.items() if value is not None})
     source = _gallery.choose(request.dataset or experiment.dataset, split)
     setup = Setup(steps=size.steps, restarts=size.restarts, reduced=reduced, slug=_gallery.slug(source))
@@ -159,6 +163,7 @@ def plan(request: Request) -> Plan:
 def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
     names = [case.name for case in cases]
     assert len(set(names)) == len(names), "two cases have one name"
+    only = (only,) if isinstance(only, str) else only
     for words in only:
         if not any(words in name for name in names):
             raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")

@@ -62,7 +62,7 @@ class Table:
 
 def locate(record: str | os.PathLike[str]) -> Path:
     """Return the file of a record: a path that ends in .jsonl, or the name of a record in data/results."""
-    if isinstance(record, os.PathLike) or record.endswith(".jsonl"):
+    if isinstance(record, os.PathLike) or str(record).endswith(".jsonl"):
         return Path(record)
     try:
         return data.resource(f"results/{record}.jsonl")

@@ -37,6 +37,8 @@ def unit_images(images: Any, name: str) -> Tensor:
         ) from error
     if tensor.ndim != 4 or not tensor.numel():
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; expected (N, C, H, W), none of them zero")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise ConfigError(f"{name} is on {tensor.device}, {tensor.layout}; expected numbers at hand")
     if tensor.dtype == torch.uint8:
         return tensor.double() / 255
     if not tensor.is_floating_point():

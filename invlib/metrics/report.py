@@ -37,7 +37,7 @@ def matching_order(images: Tensor, truth: Tensor) -> Tensor:
 
     Taught in: chapter 4
     """
-    images, truth = pair(images, truth)
+    images, truth = (part.detach() for part in pair(images, truth))
     cost = torch.cdist(truth.flatten(1), images.flatten(1)).square()
     # A broken image is as far from every true one as can be; a larger number would drown the others.
     furthest = 4.0 * truth[0].numel()
@@ -150,8 +150,9 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
             "(invlib.metrics.psnr compares images)"
         )
     _, truth = pair(reconstruction.images, truth)
+    truth = truth.detach()
     order = matching_order(reconstruction.images, truth)
-    images = reconstruction.images[order]
+    images = reconstruction.images.detach()[order]
     right = None
     if labels is not None:
         given = _whole(labels, len(truth))

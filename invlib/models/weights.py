@@ -83,7 +83,7 @@ def model_card(name: str, dataset: str | os.PathLike[str]) -> dict[str, Any]:
 
 def is_file(weights: str | os.PathLike[str]) -> bool:
     """Return whether this is the path of a file, and not the slug of a data set."""
-    return isinstance(weights, os.PathLike) or weights.endswith((".safetensors", *_TORCH))
+    return isinstance(weights, os.PathLike) or str(weights).endswith((".safetensors", *_TORCH))
 
 
 def locate(name: str, weights: str | os.PathLike[str]) -> Path:

@@ -111,6 +111,12 @@ def same_shape(images: np.ndarray, reference: np.ndarray, name: str) -> None:
         raise ConfigError(f"{name} must have the original's shape {expected}, got {given}")
 
 
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise `ConfigError` where a setting is no whole number, or too small."""
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
 def same_length(name: str, values: Sequence[object], expected: int, what: str) -> None:
     """Raise `ConfigError` where `values` does not have one entry for each of the `expected` things."""
     if len(values) != expected:

@@ -12,7 +12,7 @@ from torch import Tensor
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError
 from invlib.metrics import matching_order, psnr
-from invlib.viz.figure import NARROW, WIDTH, as_images, figure, same_length, same_shape, show
+from invlib.viz.figure import NARROW, WIDTH, as_images, at_least, figure, same_length, same_shape, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,6 +76,7 @@ def compare(
 
     Taught in: chapter 1
     """
+    at_least("max_images", max_images, 1)
     rows = comparison(original, reconstruction)
     reference = rows["original"]
     count = min(len(reference), max_images)
@@ -117,8 +118,7 @@ def grid(images: Images, captions: Sequence[str] | None = None, *, columns: int 
     pictures = as_images(images)
     if captions is not None:
         same_length("captions", captions, len(pictures), "images")
-    if columns < 1:
-        raise ConfigError(f"columns must be at least 1, got {columns}")
+    at_least("columns", columns, 1)
     columns = min(columns, len(pictures))
     result, axes = _panels(-(-len(pictures) // columns), columns, pictures.shape[1] / pictures.shape[2])
     for index, place in enumerate(axes.flat):
@@ -172,8 +172,7 @@ def moments(
     frames: Recording | Mapping[str, Images], count: int, original: Images | None, what: str = "step"
 ) -> tuple[list[str], list[np.ndarray], np.ndarray | None]:
     """Return labels and images `(N, H, W, C)` of `count` evenly spaced frames, and the original likewise."""
-    if count < 2:
-        raise ConfigError(f"count must be at least 2, got {count}")
+    at_least("count", count, 2)
     if isinstance(frames, Mapping):
         labels, images = [str(label) for label in frames], list(frames.values())
     else:

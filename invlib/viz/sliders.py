@@ -91,7 +91,7 @@ def wipe(
 
     Taught in: chapter 1
     """
-    if not 2 <= places <= MAX_FRAMES:
+    if not isinstance(places, int) or not 2 <= places <= MAX_FRAMES:
         raise ConfigError(f"places must be from 2 to {MAX_FRAMES}, got {places}")
     reference, guess = comparison(original, reconstruction).values()
     pages = []

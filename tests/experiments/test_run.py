@@ -424,8 +424,10 @@ def test_a_figure_is_drawn_where_one_is_asked_for(here, monkeypatch, capsys):
     register(monkeypatch, dark=Guess(level=0.2))
     assert cli.main(["experiment", "guess", "--figure", "guess.png"]) == 0
     assert Path("guess.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["experiment", "guess", "--figure", "none/guess.png"]) == 2
-    assert "none/guess.png cannot be written" in capsys.readouterr().err
+    assert Path("guess.png").stat().st_mode & 0o777 == 0o600
+    Path("file").touch()
+    assert cli.main(["experiment", "guess", "--figure", "file/guess.png"]) == 2
+    assert "file/guess.png cannot be written" in capsys.readouterr().err
 
 
 def test_a_case_may_name_its_classes_and_its_normalisation(here, monkeypatch):

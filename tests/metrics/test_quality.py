@@ -221,6 +221,14 @@ def test_originals_on_another_scale_are_refused(change, said):
             judge(change(x))
 
 
+def test_images_that_hold_no_numbers_are_refused_and_gradients_are_left_out():
+    x, _ = random_batch(2, side=12)
+    for truth in (x.to_sparse(), x.to("meta")):
+        with pytest.raises(ConfigError, match="expected numbers at hand"):
+            iv.evaluate(made(x), truth)
+    assert not iv.evaluate(made(x.clone().requires_grad_()), x).images.requires_grad
+
+
 @pytest.mark.parametrize("labels", [[1], [0.5, 1.0], "ab", [[1, 2]], [1 + 1j, 2]])
 def test_labels_that_are_not_one_whole_number_an_image_are_refused(labels):
     x, _ = random_batch(2, side=12)

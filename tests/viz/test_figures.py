@@ -239,6 +239,20 @@ def test_no_global_state_is_touched(draw, images):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: viz.grid(x, columns=1.5),
+        lambda x: viz.compare(x, x, max_images=0),
+        lambda x: viz.filmstrip({"a": x, "b": x}, count=2.5),
+        lambda x: viz.wipe(x, x, places=2.5),
+    ],
+)
+def test_fractions_for_counts_are_named(draw, images):
+    with pytest.raises(ConfigError, match=r"must be (at least|from 2)"):
+        draw(images)
+
+
 def test_ticks_keep_the_style_after_it_is_gone():
     axes = viz.lines([1, 2], [1, 2], xlabel="x", ylabel="y").axes[0]
     assert {label.get_fontsize() for label in axes.get_yticklabels()} == {9.0}
