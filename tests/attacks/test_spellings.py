@@ -7,6 +7,7 @@ from torch import nn
 
 import invlib as iv
 from invlib.attacks.chain import chain
+from invlib.attacks.shifts import moves
 from invlib.attacks.verified import closest_closed_form
 from tests.conftest import random_batch
 from tests.core.test_calls import Written
@@ -264,3 +265,9 @@ def test_a_signal_comes_back_through_its_convolution(padding):
     found = iv.best(evaluations=1)(model, seen)
     assert found.note.startswith("closed form, layer by layer")
     assert float(iv.metrics.psnr(found.images, x)) > 80
+
+
+def test_shifted_copies_are_compared_whichever_way_convolutions_are_called():
+    modules, functions = of_modules(nn.Sigmoid()), raw(numbers)()
+    _, seen = see(modules)
+    assert moves(functions, seen) == moves(modules, seen) != []
