@@ -256,11 +256,15 @@ def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> R
         return distance(images(number), labels)
 
     # The largest numbers of both signs at which all pixels are in the box, and smaller ones.
-    ends = [
-        float(torch.where(direction * sign > 0, high, -low).div(direction.abs()).min()) for sign in (1, -1)
-    ]
+    size = direction.abs()
+    counts = size > 1e-3 * size.max()  # a black pixel's number is rounding
+    ends = [float(torch.where(direction * sign > 0, high, -low).div(size)[counts].min()) for sign in (1, -1)]
+    if not max(ends) > 0:
+        raise RecoveryError("the first layer's gradient is of no image in [0, 1], whatever its scale")
     grid = [
-        [sign * end * 2 ** (-k / 4) for k in range(_SCALES)] for sign, end in zip((1, -1), ends, strict=True)
+        [sign * end * 2 ** (-k / 4) for k in range(_SCALES)]
+        for sign, end in zip((1, -1), ends, strict=True)
+        if end > 0
     ]
     costs = {number: cost(number) for side in grid for number in side}
     near = min(costs, key=costs.__getitem__)

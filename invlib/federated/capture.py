@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +151,12 @@ def from_arrays(
         update |= missing
     elif isinstance(sent, Mapping):
         masks = {name: as_tensor(f"sent[{name!r}]", mask).bool() for name, mask in sent.items()}
+        for name, mask in masks.items():
+            expected = tuple(tensors[name].shape) if name in tensors else "no such parameter"
+            if tuple(mask.shape) != expected:
+                raise ObservationError(
+                    f"sent[{name!r}] has shape {tuple(mask.shape)}; expected {expected}, as the model"
+                )
         missing = {name: torch.zeros_like(tensors[name]) for name in masks if name not in update}
         update |= missing
     elif sent == "nonzero":
@@ -173,7 +179,7 @@ def from_arrays(
         image_shape=image_shape,
         normalization=normalization,
         labels=labels,
-        buffers=dict(buffers or {}) or {n: own[n] + d.to(own[n].device) for n, d in moved.items()},
+        buffers=buffers or {n: own[n] + d.to(own[n].device) for n, d in moved.items()},
         training_mode=training_mode,
         sent={name: mask for name, mask in masks.items() if not mask.all()},
         loss=loss,
@@ -274,7 +280,7 @@ def from_state_dicts(
             "training_mode is True, but no batch-norm statistics moved: did the client run in evaluation "
             "mode?"
         )
-    return from_arrays(
+    observation = from_arrays(
         model,
         update,
         num_images=num_images,
@@ -287,6 +293,9 @@ def from_state_dicts(
         loss=loss,
         sent=sent,
     )
+    for note in notes:
+        warnings.warn(note, DoubtWarning, stacklevel=2)
+    return replace(observation, notes=(*dict.fromkeys(notes), *observation.notes))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from invlib.core.convert import as_images, as_labels
 from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
-from invlib.errors import ConfigError, ObservationError
+from invlib.errors import ConfigError, DoubtWarning, ObservationError
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
@@ -252,6 +253,18 @@ def observe(
             loss=loss,
             on_step=update_statistics if training_mode else None,
         )
+    if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
+        raise ObservationError(
+            f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "
+            "finite weights and a loss that is finite on these images"
+        )
+    if not any(value.any() for value in update.values()):
+        warnings.warn(
+            "the client's update is all zero: its images do not show in it (a saturated loss, one class alone or "
+            "an output without a graph)",
+            DoubtWarning,
+            stacklevel=2,
+        )
     return Observation(
         update={name: value.detach() for name, value in update.items()},
         protocol=protocol,
@@ -281,5 +294,7 @@ def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -
             f"the loss does not take logits ({images.shape[0]}, {classes}) and labels of shape "
             f"{tuple(labels.shape)} and type {labels.dtype}: {error}"
         ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ObservationError(f"the loss gives {getattr(value, 'shape', value)}; expected one number")
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        raise ObservationError(
+            f"the loss gives {getattr(value, 'shape', value)!r}; expected a tensor, one number"
+        )
