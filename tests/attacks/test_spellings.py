@@ -111,6 +111,8 @@ SPELLINGS = {
     "F.relu in place": (of_dense, nn.ReLU(), ground(lambda x: F.relu(x, inplace=True))),
     "x.clamp(min=0)": (of_dense, nn.ReLU(), ground(lambda x: x.clamp(min=0))),
     "torch.maximum": (of_dense, nn.ReLU(), ground(lambda x: torch.maximum(x, torch.zeros(())))),
+    "torch.max": (of_dense, nn.ReLU(), ground(lambda x: torch.max(x, torch.zeros_like(x)))),
+    "F.threshold": (of_dense, nn.ReLU(), ground(lambda x: F.threshold(x, 0.0, 0.0))),
     "F.relu, einsum": (of_dense, nn.ReLU(), raw_dense),
     "F.gelu": (of_dense, nn.GELU(), ground(F.gelu)),
 }
