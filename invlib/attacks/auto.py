@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from invlib.attacks.base import Attack, Settings, known_labels
 from invlib.attacks.doubts import doubted, doubts_of
-from invlib.attacks.matching import GradientMatching
+from invlib.attacks.matching import GradientMatching, checked_starts
 from invlib.attacks.published import preset
 from invlib.attacks.shifts import Shifting, continuing, joined, moves
 from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
@@ -25,6 +25,7 @@ from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
 from invlib.search.halving import rungs
+from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
@@ -42,14 +43,15 @@ _SHIFTING = 500  # evaluations from which on shifted copies are compared
 _POLISH = 20  # iterations of the polish between two projections to the box
 
 
+@checks
 def best(
     *,
-    evaluations: int | None = None,
-    steps: int | None = None,
-    restarts: int = 1,
-    tv: float = TV,
-    natural: float = NATURAL,
-    shifts: int = SHIFTS,
+    evaluations: Count | None = None,
+    steps: Count | None = None,
+    restarts: Count = 1,
+    tv: NotNegative = TV,
+    natural: NotNegative = NATURAL,
+    shifts: FromZero = SHIFTS,
     **settings: object,
 ) -> Best:
     """Return the strongest attack that this project has, chosen by what the server saw.
@@ -163,17 +165,12 @@ class Best(Settings):
     """
 
     matching: GradientMatching
-    evaluations: int = STEPS
-    tv: float = TV
-    natural: float = NATURAL
-    shifts: int = SHIFTS
+    evaluations: Count = STEPS
+    tv: NotNegative = TV
+    natural: NotNegative = NATURAL
+    shifts: FromZero = SHIFTS
     near_grey: bool = True
     measured_smoothing: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("evaluations", 1), ("tv", 0), ("natural", 0), ("shifts", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"best {name} is {getattr(self, name)}; expected at least {least}")
 
     @torch.inference_mode(mode=False)
     def __call__(
@@ -353,8 +350,9 @@ def _coordinates(matching: GradientMatching) -> NaturalImages:
 
 def _faint(matching: GradientMatching, observation: Observation, generator: torch.Generator) -> Tensor:
     """Draw starts near plain grey."""
-    shape = (matching.restarts, observation.num_images, *observation.image_shape)
-    return _coordinates(matching).images(_FAINT * torch.randn(shape, generator=generator))
+    generator = checked("generator", generator, torch.Generator)
+    noise = torch.randn(checked_starts(matching.restarts, observation), generator=generator)
+    return _coordinates(matching).images(_FAINT * noise).clamp(0, 1)
 
 
 def _noise(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from invlib.attacks.labels import infer
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
+from invlib.settings import Checked
 
 
 class Attack(Protocol):
@@ -39,8 +40,8 @@ class Attack(Protocol):
         ...
 
 
-class Settings:
-    """Prints a frozen dataclass by the fields that differ from their defaults."""
+class Settings(Checked):
+    """Checks its fields, and prints a frozen dataclass by the fields that differ from their defaults."""
 
     def __repr__(self) -> str:
         assert is_dataclass(self)

@@ -26,6 +26,7 @@ from invlib.core.calls import Call
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
+from invlib.settings import Count, NotNegative
 
 _Array = NDArray[np.float64]
 
@@ -68,8 +69,8 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> R
 class RecursiveInversion(Settings):
     """The attack that `recursive_inversion` returns."""
 
-    tolerance: float = 1e-6
-    iterations: int = 5000
+    tolerance: NotNegative = 1e-6
+    iterations: Count = 5000
 
     @torch.inference_mode(mode=False)
     def __call__(

@@ -16,6 +16,7 @@ from invlib.core.calls import trace
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, History, Progress, Reconstruction
 from invlib.optim.schedules import geometric
+from invlib.settings import Checked, Count
 
 Move = tuple[int, int]
 
@@ -59,7 +60,7 @@ def shifted(images: Tensor, move: Move) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shifting:
+class Shifting(Checked):
     """A search that goes on from shifted copies of its result, as long as that lowers the score.
 
     Args:
@@ -72,9 +73,9 @@ class Shifting:
 
     search: GradientMatching
     places: tuple[Move, ...]
-    copies: int
-    stage: int
-    per_step: int
+    copies: Count
+    stage: Count
+    per_step: Count
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from invlib.core.convert import as_labels, as_shape, as_tensor
 from invlib.core.network import num_classes, trainable_parameters, unwrapped
-from invlib.core.normalization import Normalization
+from invlib.core.normalization import Normalization, as_normalization
 from invlib.errors import ObservationError, RecoveryError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -130,7 +130,7 @@ class Observation:
         if not isinstance(self.training_mode, bool):
             raise ObservationError(f"training_mode is {self.training_mode!r}; expected True or False")
         count, shape = as_shape(self.image_shape, self.num_images)
-        normalization = Normalization.of(self.normalization)
+        normalization = as_normalization(self.normalization)
         if len(normalization.mean) not in (1, shape[0]):
             raise ObservationError(
                 f"normalization has {len(normalization.mean)} channels and image_shape is {shape}; "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -50,12 +49,6 @@ class Engine:
         """Why that was chosen."""
         fallback = self.fallback()
         return f"steps cannot be captured: {fallback}" if fallback else self.chosen_for
-
-
-def check(name: str) -> None:
-    """Raise `ConfigError` where there is no such engine."""
-    if name not in get_args(EngineName):
-        raise ConfigError(f"GradientMatching engine is {name!r}; expected one of {get_args(EngineName)}")
 
 
 def choose(problem: Problem, settings: SearchSettings, restarts: int) -> Engine:
