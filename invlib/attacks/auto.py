@@ -92,7 +92,9 @@ def best(
     The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
     spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
 
-    Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was.
+    Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was,
+    which closed forms were tried and how near they came, or why none applies. What a network computes counts
+    for them, not how its code is spelled: modules, functions and operators come to the same.
 
     Args:
         evaluations: how many evaluations of the network's gradient one restart may use, those of shifted

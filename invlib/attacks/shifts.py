@@ -13,7 +13,7 @@ from invlib.attacks.base import index_of_best
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.parts import Parts
 from invlib.autodiff.smoothing import Smoothing
-from invlib.core.network import record_layers
+from invlib.core.calls import trace
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import History, Reconstruction
 from invlib.optim.schedules import geometric
@@ -39,8 +39,8 @@ def moves(model: nn.Module, observation: Observation) -> list[Move]:
     """
     if observation.num_images > 1:
         return []
-    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
-    sides = [call.output.shape[-2:] for call in calls if isinstance(call.layer, nn.Conv2d)]
+    calls = trace(model, torch.zeros(1, *observation.image_shape)).calls
+    sides = [c.output.shape[-2:] for c in calls if c.op == "convolution" and c.output.ndim == 4]
     image = observation.image_shape[-2:]
     strides = [side // min(out) for side, out in zip(image, zip(*sides, strict=True), strict=False)]
     if not sides or strides == [1, 1]:

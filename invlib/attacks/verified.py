@@ -89,7 +89,9 @@ def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Dista
 
 
 def _length(update: list[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in update))
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(part.detach(), dtype=torch.float64)) for part in update)
+    )
 
 
 def closest_closed_form(

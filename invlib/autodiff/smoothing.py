@@ -56,7 +56,17 @@ class Smoothing(Checked):
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _RELU6 = {F.relu6}
 _CLIP = {F.hardtanh, F.hardtanh_}  # what nn.ReLU6 calls
-_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_, F.hardtanh_}
+# With a minimum of 0 alone they are a ReLU.
+_CLAMP = {torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, torch.clamp_min, Tensor.clamp_min}
+_CLAMP_ = {torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_, torch.clamp_min_, Tensor.clamp_min_}
+_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_, F.hardtanh_} | _CLAMP_
+
+
+def _at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether a clamp has a minimum of 0 and no maximum."""
+    ends = [*args[1:], *kwargs.values()]
+    low = args[1] if len(args) > 1 else kwargs.get("min")
+    return isinstance(low, (int, float)) and low == 0 and sum(end is not None for end in ends) == 1
 
 
 class _Rounded(TorchFunctionMode):
@@ -68,13 +78,14 @@ class _Rounded(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in _RELU | _RELU6 | _CLIP:
+        relu = func in _RELU or (func in _CLAMP | _CLAMP_ and _at_zero(args, kwargs))
+        if not relu and func not in _RELU6 | _CLIP:
             return func(*args, **kwargs)
         x, *settings = args if args else (kwargs.pop("input"),)
         ends = 2 if func in _CLIP else 0  # what comes before the flag of in-place forms
         in_place = func in _IN_PLACE or kwargs.pop("inplace", settings[ends:] == [True])
         given = x.clone() if in_place else x  # softplus keeps what it is given for its backward pass
-        if func in _RELU:
+        if relu:
             output = F.softplus(given, beta=self.sharpness)
         elif func in _RELU6:
             output = self.clipped(given, 0.0, 6.0)

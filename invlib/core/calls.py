@@ -23,6 +23,11 @@ MOVES = {
     *("transpose", "t", "flip", "roll", "select", "slice", "expand", "constant_pad_nd", "pixel_unshuffle"),
     *("pixel_shuffle", "channel_shuffle", "movedim"),
 }
+# Operations that take only the shape of what they are given.
+_SHAPES = {
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"),
+}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv"}
 
 
@@ -113,7 +118,7 @@ class _Recorder(TorchDispatchMode):
         ]
         output = func(*args, **kwargs)
         results = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        if sources and results:
+        if sources and results and func._schema.name.removeprefix("aten::") not in _SHAPES:
             self.kept += [args, kwargs, output]
             self.note(func, args, kwargs, sources, results)
             own = {_address(t) for t in tensors}

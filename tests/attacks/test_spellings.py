@@ -7,6 +7,7 @@ from torch import nn
 
 import invlib as iv
 from invlib.attacks.chain import chain
+from invlib.attacks.shifts import moves
 from invlib.attacks.verified import closest_closed_form
 from tests.conftest import random_batch
 from tests.core.test_calls import Written
@@ -110,6 +111,8 @@ SPELLINGS = {
     "F.relu in place": (of_dense, nn.ReLU(), ground(lambda x: F.relu(x, inplace=True))),
     "x.clamp(min=0)": (of_dense, nn.ReLU(), ground(lambda x: x.clamp(min=0))),
     "torch.maximum": (of_dense, nn.ReLU(), ground(lambda x: torch.maximum(x, torch.zeros(())))),
+    "torch.max": (of_dense, nn.ReLU(), ground(lambda x: torch.max(x, torch.zeros_like(x)))),
+    "F.threshold": (of_dense, nn.ReLU(), ground(lambda x: F.threshold(x, 0.0, 0.0))),
     "F.relu, einsum": (of_dense, nn.ReLU(), raw_dense),
     "F.gelu": (of_dense, nn.GELU(), ground(F.gelu)),
 }
@@ -264,3 +267,9 @@ def test_a_signal_comes_back_through_its_convolution(padding):
     found = iv.best(evaluations=1)(model, seen)
     assert found.note.startswith("closed form, layer by layer")
     assert float(iv.metrics.psnr(found.images, x)) > 80
+
+
+def test_shifted_copies_are_compared_whichever_way_convolutions_are_called():
+    modules, functions = of_modules(nn.Sigmoid()), raw(numbers)()
+    _, seen = see(modules)
+    assert moves(functions, seen) == moves(modules, seen) != []

@@ -17,6 +17,10 @@ RELU = {
     "inplace=True": lambda x: F.relu(x, inplace=True),
     "by position": lambda x: F.relu(x, True),
     "by name": lambda x: F.relu(input=x, inplace=True),
+    "clamp_": lambda x: x.clamp_(min=0),
+    "torch.clamp_": lambda x: torch.clamp_(x, 0),
+    "clip_": lambda x: x.clip_(0),
+    "clamp_min_": lambda x: x.clamp_min_(0),
 }
 CLIP = {
     "ReLU6": lambda x: nn.ReLU6(inplace=True)(x),
@@ -49,6 +53,15 @@ def test_an_activation_called_for_its_effect_is_rounded(act, value):
             (slope,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
         slopes.append((slope.detach(), torch.autograd.grad(slope.sum(), x)[0]))
     torch.testing.assert_close(slopes[0], slopes[1])
+
+
+def test_of_clamps_only_those_at_zero_are_activations():
+    x = torch.linspace(-1, 1, 5)
+    with iv.smoothing.rounded(3.0):
+        for relu in (x.clamp(min=0), x.clamp_min(0), torch.clamp(x, 0.0), torch.clamp(x, min=0, max=None)):
+            assert torch.equal(relu, F.softplus(x, 3.0))
+        for other, ends in ((x.clamp(0.1), (0.1, 9)), (x.clamp(0, 1), (0, 1)), (x.clamp(max=0), (-9, 0))):
+            assert torch.equal(other, x.clip(*ends))
 
 
 class Net(nn.Module):
