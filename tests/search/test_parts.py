@@ -74,7 +74,7 @@ def pooled(width=4):
 
 
 SITUATIONS = {
-    "shorter schedule": (stalling, {"steps": 200}),
+    "shorter schedule": (stalling, {"steps": 400}),
     "polish": (rounded, {"steps": 80}),
     "shifted copies": (shifting, {"steps": 500, "restarts": 2}),
     "squared distance": (stalling, {"steps": 250, "restarts": 2, "prune": True}),
