@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from invlib.attacks.base import Settings, known_labels
+from invlib.attacks.base import Settings, index_of_best, known_labels
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
@@ -41,10 +41,13 @@ _FAINT = 0.1  # standard deviation of the noise around grey, so that images and 
 _NEAR, _ASTRAY = 1e-3, 0.1
 _GAIN = 0.99  # a round of the polish that leaves more than this of the distance was the last
 _TINY = 1e-300
+_BLURRED = 1e-5  # a cosine below is mostly rounding in single precision
 _PLAIN = (objectives.cosine, Layers(), "auto")  # objective, layers and labels of a search that is finished
 _SHARPENINGS = 16  # at most: a factor of two each
 _STAGE = 50  # evaluations at one sharpness: with fewer, line searches use them up
 _SHIFTING = 500  # evaluations from which on shifted copies are compared
+_SHORT = 200  # evaluations of the schedule that a longer one is compared with where that stalls
+_MUCH = 0.1  # of the distance: what the squared distance leaves of it where it is worth going on with
 _POLISH = 20  # iterations of the polish between two projections to the box
 
 
@@ -89,6 +92,10 @@ def best(
     Where the cosine stalls before its evaluations are spent, as it does in single precision at small
     distances, the others go to the squared distance, in the same coordinates and without priors. What that
     gives is kept if it lowers the cosine, which is then summed in double precision and without cancellation.
+    Where that leaves more than a tenth of the distance, 200 of them go to what ``evaluations=200`` would do,
+    and the better of both is returned: a search that stalls is none the worse for having been a long one.
+    One that spends all its evaluations may end in a worse minimum than a shorter one, though it seldom does:
+    its sharpness changes more slowly.
     The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
     spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
 
@@ -222,23 +229,53 @@ class Best(Settings):
             found = self._polished(closed.result, model, observation, self.evaluations, parts)
             return doubted(found, tried.doubts)
         try:
-            result, spare = self._searched(model, observation, parts)
+            result = self._matched(model, observation, parts)
         except KeyboardInterrupt:  # before the first step
             if closed is None:
                 raise
             return replace(closed.result, status="interrupted")
-        plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
-        if plain and spare >= _STAGE and result.status == "max_steps":
-            result = self._polished(result, model, observation, spare, parts, self.matching.steps)
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
         return doubted(replace(result, note=note), [*tried.doubts, *length])
 
+    def _matched(
+        self, model: nn.Module, observation: Observation, parts: Parts, told: int = 0
+    ) -> Reconstruction:
+        """Match from noise, and spend what that leaves on the squared distance or on a short schedule."""
+        result, spare, short = self._searched(model, observation, parts, told)
+        told += self.matching.steps
+        plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
+        if not plain or spare < _STAGE or result.status != "max_steps":
+            return result
+        reserve = math.ceil(_SHORT * _restarts(self.matching))
+        if short is None or spare < reserve + _STAGE:
+            return self._polished(result, model, observation, spare, parts, told)
+        stalled, asked = result.score, result.evaluations
+        result = self._polished(result, model, observation, spare - reserve, parts, told)
+        told, worth = max([told, *result.history.steps]), result.score < _MUCH * stalled
+        if result.status == "interrupted" or (worth and result.status == "converged"):
+            return result
+        if worth:
+            spare -= result.evaluations - asked
+            return self._polished(result, model, observation, spare, parts, told)
+        try:
+            other = short._matched(model, observation, parts, told)
+        except KeyboardInterrupt:
+            return replace(result, status="interrupted")
+        nearer = other.score < result.score
+        note = result.note + ("; a shorter schedule came nearer" if nearer else "")
+        return replace(joined(result, other, 0, 0), note=note)
+
     def _searched(
-        self, model: nn.Module, observation: Observation, parts: Parts
-    ) -> tuple[Reconstruction, int]:
-        """Match from noise; return the result and how many evaluations it left unused, for one restart."""
+        self, model: nn.Module, observation: Observation, parts: Parts, told: int
+    ) -> tuple[Reconstruction, int, Best | None]:
+        """Match from noise.
+
+        Returns:
+            The result; how many evaluations it left unused, for one restart; and the attack with a short
+            schedule from the same start, where this one's is longer.
+        """
         matching = self.matching
         unit, smoothing, asked = _noise(matching, model, observation)
         search = replace(
@@ -254,10 +291,7 @@ class Best(Settings):
         # A short search has evaluations for few copies, or for none.
         copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
         places = moves(model, observation) if self.evaluations >= _SHIFTING and copies else []
-        plan = rungs(search.steps, search.restarts, search.prune)
-        before = (0, *(rung for rung, _ in plan))
-        restarts = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
-        share = restarts / search.steps
+        share = _restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places else share)
         parts.bar.total += round(planned) - self.evaluations
         parts.bar.update(asked)
@@ -270,14 +304,21 @@ class Best(Settings):
                 per_step=max(1, self.evaluations // search.steps),
             ).run(model, observation, parts)
         else:
-            result = parts.run(search, observation, spent=0, steps=search.steps, name="gradient matching")
+            steps = told + search.steps
+            result = parts.run(search, observation, spent=told, steps=steps, name="gradient matching")
         note = f"gradient matching {'without' if search.smoothing is None else 'with'} smoothing"
         result = replace(
             result,
             evaluations=result.evaluations + asked,
+            history=replace(result.history, steps=[told + step for step in result.history.steps]),
             note=note + (", and from shifted copies" if places else ""),
         )
-        return result, min(self.evaluations, int(planned - result.evaluations))
+        short = None
+        if self.evaluations > _SHORT:
+            fewer = max(1, round(search.steps * _SHORT / self.evaluations))
+            begun = replace(matching, steps=fewer, init=search.init)
+            short = replace(self, evaluations=_SHORT, shifts=0, near_grey=False, matching=begun)
+        return result, min(self.evaluations, int(planned - result.evaluations)), short
 
     def _polished(
         self,
@@ -299,6 +340,8 @@ class Best(Settings):
         length = float(sum(part.double().square().sum() for part in observation.update.values()))
         result, status = start, start.status
         try:
+            if not closed:
+                start = result = self._remeasured(start, model, observation)
             nearest, spent = distance(start.images, labels), 1
             while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
                 polish = GradientMatching(
@@ -336,7 +379,22 @@ class Best(Settings):
         if closed and not gained and status != "interrupted":
             status = "closed_form"
         how = ", polished by L-BFGS" if closed else ", then by squared distance"
-        return replace(result, status=status, note=start.note + how if gained else start.note)
+        how = how if gained and not start.note.endswith(how) else ""
+        return replace(result, status=status, note=start.note + how)
+
+    def _remeasured(
+        self, found: Reconstruction, model: nn.Module, observation: Observation
+    ) -> Reconstruction:
+        """Measure those restarts anew that single precision cannot tell apart, and choose among all again."""
+        assert found.labels is not None
+        distance, labels = distance_of(model, observation, self.matching.loss), found.labels
+        scores = [
+            distance(images, labels) if score < _BLURRED else score
+            for score, images in zip(found.trial_scores.tolist(), found.trials, strict=True)
+        ]
+        trial_scores = torch.tensor(scores, dtype=torch.float64, device=found.trial_scores.device)
+        best = index_of_best(trial_scores)
+        return replace(found, images=found.trials[best], score=scores[best], trial_scores=trial_scores)
 
     def _nearer(
         self, closed: Verified, found: Reconstruction, model: nn.Module, observation: Observation
@@ -364,6 +422,14 @@ class Best(Settings):
             status="interrupted" if stopped else "closed_form",
             note=form.note + "; a search came less near",
         )
+
+
+def _restarts(matching: GradientMatching) -> float:
+    """Return how many restarts run on average over the steps."""
+    plan = rungs(matching.steps, matching.restarts, matching.prune)
+    before = (0, *(rung for rung, _ in plan))
+    steps = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
+    return steps / matching.steps
 
 
 def _relative(scale: float) -> Objective:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,35 +85,40 @@ class Shifting(Checked):
             part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
             return parts.run(part, observation, spent=round(spent), steps=search.steps, name=name)
 
-        first = max(2 * stage, round(_SEARCH * search.steps))
-        result = run(0, _FOUND, first, "gradient matching")
-        spent += first
+        first, result = max(2 * stage, round(_SEARCH * search.steps)), None
         # The picture where it is and each copy take a stage, the best of them another, and choosing the
         # copies an evaluation for each place.
         price = (self.copies + 2) * stage + len(self.places) / self.per_step
-        score_of: Callable[[Tensor], float] | None = None
-        while spent + price <= _COMPARED * search.steps and result.status == "max_steps":
+        try:
+            result = run(0, _FOUND, first, "gradient matching")
+            spent += first
             assert result.labels is not None
-            try:
-                score_of = score_of or search.scorer(model, observation, result.labels)
+            score_of = search.scorer(model, observation, result.labels)
+            while spent + price <= _COMPARED * search.steps and result.status == "max_steps":
                 others = [shifted(result.images, place) for place in self.places]
                 scores = [score_of(other) for other in others]
-            except KeyboardInterrupt:
-                return replace(result, status="interrupted")
-            order = sorted(range(len(others)), key=scores.__getitem__)[: self.copies]
-            starts = torch.stack([result.images, *(others[k] for k in order)])
-            compared = run(
-                _FOUND, _SHIFTED, 2 * stage, "shifted copies", init=starts, restarts=len(starts), prune=True
-            )
-            moved = compared.score < min(result.score, float(compared.trial_scores[0]))
-            result = joined(result, compared, round(spent), len(others))
-            spent += price
-            if not moved:
-                break
-        if result.status != "max_steps":
-            return result
-        rest = run(_REST, 1, int(search.steps - spent), "gradient matching", init=result.images, restarts=1)
-        return joined(result, rest, round(spent), 0)
+                order = sorted(range(len(others)), key=scores.__getitem__)[: self.copies]
+                starts = torch.stack([result.images, *(others[k] for k in order)])
+                compared = run(
+                    *(_FOUND, _SHIFTED, 2 * stage, "shifted copies"),
+                    init=starts,
+                    restarts=len(starts),
+                    prune=True,
+                )
+                moved = compared.score < min(result.score, float(compared.trial_scores[0]))
+                result = joined(result, compared, round(spent), len(others))
+                spent += price
+                if not moved:
+                    break
+            if result.status == "max_steps":
+                left = int(search.steps - spent)
+                rest = run(_REST, 1, left, "gradient matching", init=result.images, restarts=1)
+                result = joined(result, rest, round(spent), 0)
+        except KeyboardInterrupt:
+            if result is None:
+                raise
+            result = replace(result, status="interrupted")
+        return result
 
 
 def _part(search: GradientMatching, first: float, last: float) -> GradientMatching:

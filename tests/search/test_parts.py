@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import invlib as iv
+from invlib.attacks import auto
 from tests.conftest import build_tiny, random_batch
 
 
@@ -53,7 +54,27 @@ def stalling():
     return net, see(net)
 
 
+class Pooled(nn.Module):
+    """Sigmoids as functions, and the mean over all places."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x):
+        return self.head(torch.sigmoid(self.second(torch.sigmoid(self.first(x)))).mean((2, 3)))
+
+
+def pooled(width=4):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Pooled(width).eval()
+
+
 SITUATIONS = {
+    "shorter schedule": (stalling, {"steps": 400}),
     "polish": (rounded, {"steps": 80}),
     "shifted copies": (shifting, {"steps": 500, "restarts": 2}),
     "squared distance": (stalling, {"steps": 250, "restarts": 2, "prune": True}),
@@ -61,7 +82,10 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_best_goes_on_in_whatever_part_it_was(tmp_path, name):
+def test_best_goes_on_in_whatever_part_it_was(tmp_path, monkeypatch, name):
+    if name == "shorter schedule":
+        monkeypatch.setattr(auto, "_SHORT", 50)
+        monkeypatch.setattr(auto, "_MUCH", 0.0)
     make, settings = SITUATIONS[name]
     net, seen = make()
     path, attack, steps = tmp_path / "run.pt", iv.best(**settings), []
@@ -89,13 +113,14 @@ def test_best_goes_on_in_whatever_part_it_was(tmp_path, name):
         for what in ("status", "score", "evaluations", "note"):
             assert getattr(found, what) == getattr(whole, what)
         assert list(tmp_path.iterdir()) == []
+    assert ("shorter schedule" in whole.note) <= (name == "shorter schedule")
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_best_has_one_progress_bar(monkeypatch, name):
     make, settings = SITUATIONS[name]
     net, seen = make()
-    bars, tqdm = [], iv.attacks.auto.tqdm
+    bars, tqdm = [], auto.tqdm
 
     def made(*args, **kwargs):
         bars.append(tqdm(*args, **kwargs, file=io.StringIO()))
@@ -107,6 +132,17 @@ def test_best_has_one_progress_bar(monkeypatch, name):
     [bar] = bars
     assert 0.9 * found.evaluations <= bar.n <= found.evaluations
     assert found.evaluations <= 1.2 * bar.total
+
+
+def test_a_longer_search_that_stalls_is_none_the_worse_for_it():
+    net = pooled(16)
+    x, y = iv.data.samples("photos32", indices=[0])
+    seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+    short, longer = (iv.best(steps=steps)(net, seen) for steps in (200, 400))
+    assert longer.score <= short.score
+    assert longer.note.endswith("a shorter schedule came nearer")
+    assert longer.evaluations <= 425
+    assert longer.history.steps == sorted(longer.history.steps)
 
 
 def test_ctrl_c_in_the_polish_is_an_interruption():
