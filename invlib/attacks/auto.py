@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invlib.attacks.base import Attack, Settings, known_labels
+from invlib.attacks.base import Attack, Settings, known_labels, with_loss
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.published import preset
 from invlib.attacks.shifts import Shifting, continuing, joined, moves
@@ -184,6 +184,7 @@ class Best(Settings):
     ) -> Reconstruction:
         """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
         model = observation.validate(model)
+        observation = with_loss(self.matching.loss, observation)
         closed = closest_closed_form(model, observation, self.matching.loss)
         if closed is not None and closed.determined and closed.share <= EXACT:
             return closed.result

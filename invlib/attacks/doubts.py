@@ -25,7 +25,9 @@ def doubted(result: Reconstruction, doubts: Iterable[str]) -> Reconstruction:
     for doubt in together:
         if doubt not in result.warnings:
             warnings.warn(doubt, DoubtWarning, stacklevel=1)
-    return replace(result, warnings=tuple(together))
+    unsaid = [doubt for doubt in together if doubt not in result.note]
+    note = "; ".join(filter(None, [result.note, *unsaid]))
+    return replace(result, warnings=tuple(together), note=note)
 
 
 def doubts_of(model: nn.Module, observation: Observation) -> list[str]:

@@ -111,14 +111,18 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
     classes = num_classes(model, observation.image_shape)
     kind = kind_of(loss, count, classes, some)
     if kind == "none":
-        return _labels(torch.zeros(count, dtype=torch.int64), classes, "the loss takes no notice of them", 1.0)
+        return _labels(
+            torch.zeros(count, dtype=torch.int64), classes, "the loss takes no notice of them", 1.0
+        )
     if kind is None:
         what = "takes no classes" if classes > 1 else "makes no classes of one logit"
         raise RecoveryError(f"the loss {words_of(loss)} {what}")
     if kind == "signs" and count > 1:
         raise RecoveryError(f"one gradient of {count} images does not tell which has which of several labels")
     head = _Head.of(model, observation)
-    client = None if hasattr(observation.protocol, "mean_gradient") else _Simulated(model, observation, loss, head)
+    client = (
+        None if hasattr(observation.protocol, "mean_gradient") else _Simulated(model, observation, loss, head)
+    )
     gradient = head.read(observation.update[head.name]) / client.factor if client else head.mean(observation)
     if not torch.isfinite(gradient).all():
         raise RecoveryError(f"the gradient of {head.name!r} has NaN or infinite numbers")
@@ -128,7 +132,11 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
     if kind == "signs":
         found = _signs(loss, gradient, typical, some)
     elif count == 1:
-        found = _one(gradient, typical, head.name in observation.sent) if client is None else client.tried(gradient)
+        found = (
+            _one(gradient, typical, head.name in observation.sent)
+            if client is None
+            else client.tried(gradient)
+        )
     else:
         found = _batch(loss, gradient, typical, observation)
         found = found if client is None or client.linear else client.exchanged(found)
@@ -223,7 +231,8 @@ class _Typical:
     def features(self) -> Tensor:
         training = self.observation.training_mode
         parts = [
-            logits_layer_inputs(self.model, self.inputs, params=end, training=training)[1] for end in self.ends
+            logits_layer_inputs(self.model, self.inputs, params=end, training=training)[1]
+            for end in self.ends
         ]
         return torch.cat(parts).double().cpu().mean(0)
 
@@ -323,9 +332,7 @@ def _batch(loss: Loss, gradient: Tensor, typical: _Typical, observation: Observa
     return _labels(labels, classes, f"counts from the {source}", max(fit.doubt, rest, 1e-6), fit.factor)
 
 
-def _fit_of(
-    loss: Loss, per_class: Tensor, logits: Tensor, observation: Observation
-) -> tuple[_Fit, float]:
+def _fit_of(loss: Loss, per_class: Tensor, logits: Tensor, observation: Observation) -> tuple[_Fit, float]:
     """Return the counts by a loss of which only its gradients are known, and what they cannot explain."""
     count, classes = observation.num_images, len(per_class)
     normalised = bool(logits.logsumexp(1).abs().max() < 1e-3)  # the model ends with log_softmax
@@ -335,7 +342,8 @@ def _fit_of(
     sure = class_slopes(inner, 40 * F.one_hot(torch.tensor([0, 1]), classes).to(logits))
     others = float((sure + torch.diag(torch.full((classes,), torch.inf))).min())
     protocol, mixed = observation.protocol, torch.Generator().manual_seed(0)
-    batches = protocol.batches(count) if isinstance(protocol, FedAvg) else [slice(None)]
+    whole: list[slice | list[int]] = [slice(None)]
+    batches = protocol.batches(count) if isinstance(protocol, FedAvg) else whole
     # Columns of the system add up to what no counts change, where gradients add up to zero over classes.
     mean = float(rows.abs().mean())
     system = rows.T + mean
@@ -373,9 +381,7 @@ class _Fit:
     doubt: float
 
 
-def _fit(
-    constant: Tensor, slope: Tensor, present: Tensor, total: int, rows: Tensor | None = None
-) -> _Fit:
+def _fit(constant: Tensor, slope: Tensor, present: Tensor, total: int, rows: Tensor | None = None) -> _Fit:
     """Return whole counts ``n`` near ``constant + factor * slope``, and the factor, 1 where that explains it.
 
     Distances are those of ``n @ rows``; None takes the counts themselves.
@@ -402,8 +408,8 @@ def _fit(
         least, best = float(shares.min()), shares.argmin()
         rivals = shares[(tried != tried[best]).any(1)]
         rival = least / max(float(rivals.min()), 1e-300) if len(rivals) else 0.0
-        # Predictions that are not typical are a little like a factor; they leave less than the gradient itself.
-        none = float(share) > 1 or float((constant + slope).max()) > 1.5 * total + 0.5
+        # Predictions that are not typical are a little like a factor; they leave less of it.
+        none = float(share) > 1.5 or float((constant + slope).max()) > 1.5 * total + 0.5
         if (none and least < 0.7) or (least < min(0.1, float(share) / 5) and rival < 0.4):
             factor, counts, others = factors[best][None], tried[best][None], rival
     chosen = counts[0]
@@ -423,9 +429,7 @@ def _fit(
     return _Fit(counts=chosen, factor=float(factor), residual=square**0.5, doubt=max(doubt, others))
 
 
-def _best_exchange(
-    counts: Tensor, gap: Tensor, low: Tensor, rows: Tensor | None
-) -> tuple[float, int, int]:
+def _best_exchange(counts: Tensor, gap: Tensor, low: Tensor, rows: Tensor | None) -> tuple[float, int, int]:
     """Return how the squared distance changes, at best, by one image of another class, and which classes."""
     can_give = counts > low
     if rows is None:
@@ -563,7 +567,10 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
     try:
         model = unwrapped(model)
         head = _Head.of(model, observation)
-        if not head.bias or kind_of(loss, len(labels), len(observation.update[head.name]), like(model)) != "classes":
+        if (
+            not head.bias
+            or kind_of(loss, len(labels), len(observation.update[head.name]), like(model)) != "classes"
+        ):
             return None
         gradient = head.read(observation.mean_gradient(head.name))
     except RecoveryError:
@@ -574,7 +581,9 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
     wrong = (absent & (gradient < -large)).nonzero().flatten().tolist()
     if not wrong:
         return None
-    turned = "" if (absent & (gradient > large)).any() else ", as if its sign were turned round (before - after)"
+    turned = (
+        "" if (absent & (gradient > large)).any() else ", as if its sign were turned round (before - after)"
+    )
     return (
         f"the update raises the logits of the classes {wrong[:5]}, of which the labels that were given have "
         f"none{turned}"

@@ -86,7 +86,9 @@ def class_slopes(loss: Loss, logits: Tensor) -> Tensor:
     return total / len(logits)
 
 
-def batch_scale(loss: Loss, labels: Tensor, batches: Sequence[slice], like: Tensor, rows: Tensor) -> float:
+def batch_scale(
+    loss: Loss, labels: Tensor, batches: Sequence[slice | list[int]], like: Tensor, rows: Tensor
+) -> float:
     """Return the factor from `class_slopes` of an image to what the image adds to the mean gradient.
 
     A mean over ``N`` images, a sum and class weights differ in it.

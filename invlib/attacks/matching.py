@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from invlib.attacks.base import Settings, index_of_best, with_labels, with_loss, words
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts
 from invlib.attacks.losses import taking_probabilities
+from invlib.attacks.orders import likely_orders
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.smoothing import Smoothing, rounded
+from invlib.core.convert import as_images, as_labels
 from invlib.core.fingerprint import describe
 from invlib.core.network import in_mode, num_classes, probe, trainable_parameters
-from invlib.core.observation import Loss, Observation, stackable, takes_mode
+from invlib.core.observation import ClientStep, Loss, Observation, stackable, takes_mode
 from invlib.core.reconstruction import Callback, Reconstruction
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, DoubtWarning
 from invlib.federated import FedAvg, FedSGD
 from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
@@ -36,6 +39,8 @@ from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
 
+_NONE = 1e-5  # up to this a score is that of the client's own images, in float32
+_REORDERED = 16  # up to so many images a score looks for other orders without being told
 MANY_LOCAL_STEPS = 10  # from here on they are computed anew in the backward pass
 
 Init = Literal["randn", "rand", "zeros"] | Tensor | Tiles
@@ -333,7 +338,23 @@ class GradientMatching(Settings):
             ObservationError: the observation does not fit the model.
         """
         model = observation.validate(model)
-        return self.scorer(model, observation, labels)(images)
+        images, labels = as_images(images), as_labels(labels, classes_only=False)
+        score, protocol = self.scorer(model, observation, labels)(images), observation.protocol
+        if not _reorders(protocol, observation.num_images) or score <= _NONE:
+            return score
+        _, least = likely_orders(
+            lambda client: self.scorer(model, replace(observation, protocol=client), labels)(images),
+            protocol,
+            observation.num_images,
+        )
+        if least > _NONE or protocol.shuffle:
+            return min(score, least) if protocol.shuffle else score
+        doubt = (
+            f"in the order of the protocol these images score {score:.1e}, and in another order for each "
+            f"epoch {least:.1e}, which is what counts: the client shuffles (FedAvg(shuffle=True))"
+        )
+        warnings.warn(doubt, DoubtWarning, stacklevel=2)
+        return least
 
     def scorer(self, model: nn.Module, observation: Observation, labels: Tensor) -> Callable[[Tensor], float]:
         """Return `score` as a function of images alone, of an observation that is known to fit the model."""
@@ -363,6 +384,14 @@ def _identity(
         raise ConfigError(f"a checkpoint cannot tell this run from others: {error}") from error
 
 
+def _reorders(protocol: ClientStep, num_images: int) -> TypeGuard[FedAvg]:
+    """Say whether a client takes its images in minibatches, so that their order changes its update."""
+    if not isinstance(protocol, FedAvg) or protocol.orders is not None:
+        return False
+    few = num_images <= _REORDERED or protocol.shuffle
+    return few and protocol.batch_size is not None and protocol.batch_size < num_images
+
+
 def _recomputes(asked: bool | None, observation: Observation) -> bool:
     if asked is not None or not isinstance(observation.protocol, FedAvg):
         return bool(asked)
@@ -375,7 +404,7 @@ def _activations(model: nn.Module, observation: Observation) -> int | None:
     if not stackable(protocol) or not isinstance(protocol, (FedSGD, FedAvg)):
         return None
     steps = protocol.batches(count) if isinstance(protocol, FedAvg) else [slice(None)]
-    images = sum(len(range(count)[rows]) for rows in steps)
+    images = sum(len(torch.arange(count)[rows]) for rows in steps)
     weights = sum(p.nbytes for p in trainable_parameters(model).values())
     return images * probe(model, observation.image_shape)[1] + len(steps) * weights
 

@@ -340,7 +340,7 @@ _SPARSE, _NUMBERS = 0.5, 200  # a share of zeros, and a number of others, from w
 
 
 def _compressed(update: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Return what was sent of an update of which only the largest numbers, of all or of each tensor, are left.
+    """Return what was sent of an update that has the largest numbers alone, of all or of each tensor.
 
     The numbers of a gradient reach down to zero: of two hundred some are smaller than a twentieth of their
     median. Where more than half are zero and none of the others is that small, the small ones were left out.

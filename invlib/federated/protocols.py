@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,9 @@ class FedAvg:
         epochs: how many passes over the client's images.
         batch_size: images in a step; None takes all of them.
         drop_last: leave out a last, smaller minibatch instead of using it.
+        shuffle: draw a new order of the images in each epoch, as most loaders do. The server is not told;
+            an attack begins with the order as it is and looks for the client's (`GradientMatching`).
+        orders: the images in the order of each epoch, where they are known; then around again.
 
     Raises:
         ConfigError: neither or both of local_steps and epochs, or a number out of range.
@@ -94,6 +97,8 @@ class FedAvg:
     epochs: int | None = None
     batch_size: int | None = None
     drop_last: bool = False
+    shuffle: bool = False
+    orders: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -107,28 +112,54 @@ class FedAvg:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"FedAvg {name} is {value}; expected at least 1")
+        if self.orders is not None:
+            orders = tuple(tuple(order) for order in self.orders)
+            if not orders or any(sorted(o) != list(range(len(orders[0]))) for o in orders):
+                raise ConfigError(f"FedAvg orders are {self.orders}; expected permutations of the images")
+            object.__setattr__(self, "orders", orders)
 
     @property
     def stackable(self) -> bool:
         """Whether the client treats every restart of a stack by itself; a subclass has to say so anew."""
         return type(self) is FedAvg
 
-    def batches(self, num_images: int) -> list[slice]:
+    def passes(self, num_images: int) -> int:
+        """Return how many passes over the client's images are begun."""
+        return -(-len(self.batches(num_images)) // len(replace(self, orders=None)._epoch(num_images)))
+
+    def batches(self, num_images: int) -> list[slice | list[int]]:
         """Return which images each local step uses, in order.
 
         Raises:
-            ConfigError: batch_size is larger than num_images.
+            ConfigError: batch_size is larger than num_images, or ``orders`` are of other images.
         """
+        epoch = self._epoch(num_images)
+        steps = len(epoch) * self.epochs if self.epochs is not None else self.local_steps
+        assert steps is not None
+        rows = [(k // len(epoch), epoch[k % len(epoch)]) for k in range(steps)]
+        if self.orders is None:
+            return [part for _, part in rows]
+        if len(self.orders[0]) != num_images:
+            raise ConfigError(
+                f"FedAvg orders are of {len(self.orders[0])} images; expected the {num_images} there are"
+            )
+        return [list(self.orders[k % len(self.orders)][part]) for k, part in rows]
+
+    def drawn(self, num_images: int) -> FedAvg:
+        """Return the client with the orders that it draws, from torch's global generator."""
+        if not self.shuffle or self.orders is not None:
+            return self
+        orders = [tuple(torch.randperm(num_images).tolist()) for _ in range(self.passes(num_images))]
+        return replace(self, orders=tuple(orders))
+
+    def _epoch(self, num_images: int) -> list[slice]:
         size = num_images if self.batch_size is None else self.batch_size
         if size > num_images:
             raise ConfigError(
                 f"FedAvg batch_size is {size}; expected at most the {num_images} images there are"
             )
         stop = num_images - num_images % size if self.drop_last else num_images
-        epoch = [slice(a, min(a + size, stop)) for a in range(0, stop, size)]
-        steps = len(epoch) * self.epochs if self.epochs is not None else self.local_steps
-        assert steps is not None
-        return [epoch[k % len(epoch)] for k in range(steps)]
+        return [slice(a, min(a + size, stop)) for a in range(0, stop, size)]
 
     def __call__(
         self,
@@ -212,7 +243,8 @@ def observe(
 
     seed = CLIENT_SEED if generator is None else generator.initial_seed()
     with in_mode(model, training=training_mode, seed=seed):
-        update = protocol(
+        client = protocol.drawn(len(images)) if isinstance(protocol, FedAvg) else protocol
+        update = client(
             model,
             inputs,
             labels,
