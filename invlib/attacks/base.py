@@ -73,7 +73,7 @@ def with_loss(attack_loss: Loss, observation: Observation) -> Observation:
     loss, said = loss_of(attack_loss, observation), observation.loss
     if said is None or said == loss:
         return replace(observation, loss=loss)
-    doubt = f"the observation says that the loss is {words_of(said)}, and the attack {words_of(loss)}, which counts"
+    doubt = f"the attack's loss, {words_of(loss)}, counts, and not the observation's, {words_of(said)}"
     return replace(observation, loss=loss, notes=(*observation.notes, doubt))
 
 
