@@ -325,6 +325,7 @@ class GradientMatching(Settings):
             starts.append(torch.stack(logits).to(problem.like))
         return starts
 
+    @torch.inference_mode(mode=False)
     def score(self, model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
         """Return the objective of some images, the number that restarts are chosen by.
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 from invlib.federated import FedAvg
 
-_ALL = 120  # so many orders of an epoch are all tried; of more, exchanges of two images
+_ALL = (
+    120  # so many orders, of all epochs together or of one, are all tried; of more, exchanges of two images
+)
 
 Order = tuple[int, ...]
 
@@ -18,20 +20,28 @@ def likely_orders(
 ) -> tuple[FedAvg, float]:
     """Return the client whose orders, one for each epoch, give the lowest score, and that score.
 
-    One epoch after another is changed while the score falls. Within a minibatch the order does not matter.
+    All are tried where they are few. Of more, one epoch after another is changed while the score falls, which
+    may end in orders that are not the client's. Within a minibatch the order does not matter.
 
     Args:
         score: of a client, on some images.
         protocol: a client of several minibatches an epoch.
         num_images: how many images it has.
     """
-    orders = list(protocol.orders or [tuple(range(num_images))] * protocol.passes(num_images))
+    size, passes = protocol.batch_size or num_images, protocol.passes(num_images)
+    orders = list(protocol.orders or [tuple(range(num_images))] * passes)
     best, least = protocol, score(protocol)
-    improved = True
+    each = list(itertools.islice(_partitions(tuple(range(num_images)), size), _ALL + 1))
+    improved = len(each) ** passes > _ALL
+    if not improved:
+        clients = [replace(protocol, orders=some) for some in itertools.product(each, repeat=passes)]
+        scores = [score(client) for client in clients]
+        if min(scores) < least:
+            best, least = clients[scores.index(min(scores))], min(scores)
     while improved:
         improved = False
         for epoch in range(len(orders)):
-            for other in _others(orders[epoch], protocol.batch_size or num_images):
+            for other in _others(orders[epoch], size, each):
                 changed = (*orders[:epoch], other, *orders[epoch + 1 :])
                 candidate = replace(protocol, orders=changed)
                 if (value := score(candidate)) < least:
@@ -40,9 +50,8 @@ def likely_orders(
     return best, least
 
 
-def _others(order: Order, size: int) -> Iterator[Order]:
+def _others(order: Order, size: int, few: list[Order]) -> Iterator[Order]:
     """Yield other orders of an epoch: all that differ, if they are few, else each exchange of two images."""
-    few = list(itertools.islice(_partitions(tuple(sorted(order)), size), _ALL + 1))
     if len(few) <= _ALL:
         yield from few
         return

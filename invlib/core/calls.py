@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from invlib.core.network import forward, in_mode
+from invlib.core.network import forward, in_mode, like, unwrapped
 from invlib.errors import RecoveryError
 
 # Operations that give the same numbers in the same order.
@@ -194,15 +194,13 @@ def trace(
         params: parameters in place of the network's own.
         training: run in training mode, without writing batch-norm statistics.
     """
-    some = next(model.parameters(), None)
-    inputs = (inputs if some is None else inputs.to(some)).detach().clone()
+    model = unwrapped(model)
+    inputs = inputs.to(like(model)).detach().clone()
     recorder = _Recorder(inputs)
     own = {name: p.detach() for name, p in model.named_parameters()}
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-        torch.compiler.set_stance("force_eager"),
         in_mode(model, training=training),
         recorder,
     ):
@@ -331,7 +329,7 @@ def _logits_layer(model: nn.Module, ran: Trace) -> tuple[LogitsLayer, Call]:
             name = ran.name_of(added)
             if call.op == "sub" and call.args[0] is not call.given:
                 raise no("the logits are the negative of a layer's output")
-            if name is not None and call.op == "add" and not call.kwargs and _along(added, call, axis):
+            if name is not None and call.op == "add" and not call.kwargs and along(added, call, axis):
                 bias = name
             else:
                 after.append("plus a constant")
@@ -372,7 +370,7 @@ def _logits_layer(model: nn.Module, ran: Trace) -> tuple[LogitsLayer, Call]:
     return LogitsLayer(weight=weight, bias=bias, how=how, transposed=transposed), call
 
 
-def _along(added: Any, call: Call, axis: int) -> bool:
+def along(added: Any, call: Call, axis: int) -> bool:
     """Say whether what is added to the logits is one number for each class."""
     shape = [1] * (call.output.ndim - added.ndim) + list(added.shape)
     return shape == [side if k == axis else 1 for k, side in enumerate(call.output.shape)]

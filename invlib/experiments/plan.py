@@ -21,7 +21,7 @@ from invlib.experiments.gallery import Gallery
 from invlib.experiments.networks import Networks, check
 
 # Settings that the oldest records do not know, at the value that those were made with.
-ADDED_LATER = {
+ADDED_LATER: dict[str, dict[str, Any]] = {
     "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
     "FedAvg": {"shuffle": False, "orders": None},
 }

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,7 +274,7 @@ def from_state_dicts(
             "training_mode is True, but no batch-norm statistics moved: did the client run in evaluation "
             "mode?"
         )
-    return from_arrays(
+    observation = from_arrays(
         model,
         update,
         num_images=num_images,
@@ -287,6 +287,9 @@ def from_state_dicts(
         loss=loss,
         sent=sent,
     )
+    for note in notes:
+        warnings.warn(note, DoubtWarning, stacklevel=2)
+    return replace(observation, notes=(*dict.fromkeys(notes), *observation.notes))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
