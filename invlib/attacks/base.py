@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.labels import contradiction, infer
-from invlib.core.network import like
+from invlib.attacks.losses import kind_of
+from invlib.core.network import like, num_classes
 from invlib.core.observation import Loss, Observation, words_of
 from invlib.core.reconstruction import Callback, Reconstruction
 
@@ -94,6 +95,15 @@ def with_labels(model: nn.Module, observation: Observation) -> Observation:
     labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
     notes = observation.notes if doubt is None else (*observation.notes, doubt)
     return replace(observation, labels=labels, notes=notes)
+
+
+def of_classes(model: nn.Module, observation: Observation) -> bool:
+    """Say whether labels are classes int64 ``(N,)``: those that were told, or those that the loss takes."""
+    if (labels := observation.labels) is not None:
+        return labels.ndim == 1 and not labels.is_floating_point()
+    classes = num_classes(model, observation.image_shape)
+    loss = loss_of(F.cross_entropy, observation)
+    return kind_of(loss, observation.num_images, classes, like(model)) == "classes"
 
 
 def known_labels(model: nn.Module, observation: Observation) -> Tensor:

@@ -282,8 +282,11 @@ def _opposed_row(typical: _Typical, gradient: Tensor) -> tuple[int, str, float]:
         others[[first, second]] = 0
         longer = -(along * others).sum()
     if longer != 0:
+        label = first if longer > 0 else second
+        same = along * along[label].sign()
+        others = same.masked_fill(torch.arange(len(same)) == label, 0)
         method = "row of the weight gradient that is opposed to all others"
-        return first if longer > 0 else second, method, 0.0
+        return label, method, float(others.max() / same[label])
     features = typical.features()
     cosine = float(F.cosine_similarity(rows[first], features, dim=0))
     method = "row of the weight gradient that is opposed to the features of random images"

@@ -119,8 +119,8 @@ def batch_scale(
     return along / max(length, 1e-300) * used / len(labels)
 
 
-def taking_probabilities(loss: Loss, count: int, classes: int, like: Tensor) -> Loss:
-    """Return a loss that takes probabilities ``(N, classes)`` for labels, as optimised labels are.
+def taking_probabilities(loss: Loss, count: int, classes: int, like: Tensor) -> tuple[Loss, tuple[str, ...]]:
+    """Return a loss that takes probabilities ``(N, classes)`` for labels, as optimised ones are, and doubts.
 
     Raises:
         ConfigError: the client's loss does not, or there is one logit, whose softmax is always 1.
@@ -128,7 +128,11 @@ def taking_probabilities(loss: Loss, count: int, classes: int, like: Tensor) -> 
     chosen = _soft_nll if loss is F.nll_loss else loss
     even = like.new_full((count, classes), 1 / classes)
     if classes > 1 and slope(chosen, torch.zeros_like(even), even) is not None:
-        return chosen
+        if chosen is _soft_nll or kind_of(loss, count, classes, like) == "classes":
+            return chosen, ()
+        return chosen, (
+            f"labels were sought among probabilities of classes, and {words_of(loss)} takes others too",
+        )
     why = "the model has one logit" if classes == 1 else f"{words_of(loss)} does not take them"
     raise ConfigError(
         f'labels="optimize" hands probabilities (N, classes) to the loss, and {why}; expected labels that '

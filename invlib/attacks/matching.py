@@ -226,7 +226,8 @@ class GradientMatching(Settings):
         assert observation.loss is not None
         loss, classes = observation.loss, num_classes(model, observation.image_shape) if optimized else None
         if classes is not None:
-            loss = taking_probabilities(loss, observation.num_images, classes, some)
+            loss, doubts = taking_probabilities(loss, observation.num_images, classes, some)
+            observation = replace(observation, notes=(*observation.notes, *doubts))
         elif labels is None:
             observation = with_labels(model, observation)
             labels = observation.labels
