@@ -377,7 +377,7 @@ def _noise(
         observation.protocol,
         normalization=observation.normalization,
         training_mode=observation.training_mode,
-        loss=matching.loss,
+        loss=observation.loss or matching.loss,
     )
     smoothing, asked, score = Smoothing(), 2, matching.scorer(model, of_noise, labels)
     for _ in range(_SHARPENINGS):
