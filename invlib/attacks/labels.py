@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.losses import batch_scale, binary_labels, class_slopes, kind_of
+from invlib.attacks.losses import balanced, batch_scale, binary_labels, class_slopes, kind_of
 from invlib.core.calls import logits_layer, logits_layer_inputs
 from invlib.core.network import classifier as classifier
 from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
@@ -132,12 +132,11 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
     typical = _Typical(model, observation, head, samples, trains=client is not None and client.factor < 0)
     if kind == "signs":
         found = _signs(loss, gradient, typical, some)
+    elif client is not None and count == 1:
+        found = client.tried(gradient)
     elif count == 1:
-        found = (
-            _one(gradient, typical, head.name in observation.sent)
-            if client is None
-            else client.tried(gradient)
-        )
+        whole = head.name not in observation.sent and balanced(loss, some.new_zeros(1, classes))
+        found = _one(gradient, typical, whole)
     else:
         found = _batch(loss, gradient, typical, observation, parallel=client is None or client.linear)
         found = found if client is None or client.linear else client.exchanged(found)
@@ -250,8 +249,8 @@ def _noise_images(samples: int, shape: tuple[int, int, int]) -> Tensor:
     return torch.cat(parts)
 
 
-def _one(gradient: Tensor, typical: _Typical, part: bool) -> LabelInference:
-    """Return the label of one image, which alone has a negative factor; the factors add up to zero."""
+def _one(gradient: Tensor, typical: _Typical, whole: bool) -> LabelInference:
+    """Return the label of one image, which alone has a negative factor; ``whole``: they add up to zero."""
     if gradient.ndim == 1:
         low = gradient.sort().values
         if low[0] >= 0:
@@ -261,7 +260,7 @@ def _one(gradient: Tensor, typical: _Typical, part: bool) -> LabelInference:
     else:
         label, method, doubt = _opposed_row(typical, gradient)
     rest = float(gradient.sum(0).norm() / gradient.reshape(len(gradient), -1).norm(dim=1).sum())
-    doubt = doubt if part else max(doubt, rest)
+    doubt = max(doubt, rest) if whole else doubt
     if doubt > _FOREIGN and "random images" not in method:
         raise RecoveryError(
             f"one label leaves {doubt:.0%} of the gradient of {typical.head.name!r} unexplained"
@@ -366,7 +365,8 @@ def _fit_of(loss: Loss, per_class: Tensor, logits: Tensor, observation: Observat
     batches = protocol.batches(count) if isinstance(protocol, FedAvg) else whole
     # Columns of the system add up to what no counts change, where gradients add up to zero over classes.
     mean = float(rows.abs().mean())
-    system = rows.T + mean
+    sides = torch.stack([torch.full_like(per_class, mean * count), per_class], 1)
+    constant, along = torch.linalg.lstsq(rows.T + mean, sides, driver="gelsd").solution.unbind(1)
 
     def scale_of(counts: Tensor) -> float:
         labels = torch.repeat_interleave(torch.arange(classes), counts)
@@ -380,17 +380,15 @@ def _fit_of(loss: Loss, per_class: Tensor, logits: Tensor, observation: Observat
     for counts in (even, plain):
         for _ in range(6):
             scale = scale_of(counts)
-            sides = torch.stack([torch.full_like(per_class, mean * count), per_class / scale], 1)
-            constant, along = torch.linalg.lstsq(system, sides, driver="gelsd").solution.unbind(1)
-            fit = _fit(constant, along, per_class < scale * count * min(0.0, others), count, rows)
+            fit = _fit(constant, along / scale, per_class < scale * count * min(0.0, others), count, rows)
             counts, key = fit.counts, tuple(fit.counts.tolist())
             if key in found:
                 break
             made = scale_of(counts) * counts.double() @ rows
             found[key] = float((made / fit.factor - per_class).norm()), fit
     fit = min(found.values(), key=lambda one: one[0])[1]
-    adds_up = float(rows.sum(1).abs().max()) < 1e-3 * float(rows.abs().sum(1).max())
-    return fit, float(per_class.sum().abs() / per_class.abs().sum()) if adds_up else 0.0
+    rest = float(per_class.sum().abs() / per_class.abs().sum())
+    return fit, rest if balanced(inner, logits.new_zeros(1, classes)) else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,30 +433,32 @@ def _fit(constant: Tensor, slope: Tensor, present: Tensor, total: int, rows: Ten
     chosen = counts[0]
     low = present.long() if int(present.sum()) <= total else torch.zeros_like(chosen)
     gap = chosen - constant - factor * slope
-    change, away, to = _best_exchange(chosen, gap, low, rows)
+    products = None if rows is None else rows @ rows.T
+    change, away, to = _best_exchange(chosen, gap, low, products)
     for _ in range(4 * len(chosen) if rows is not None else 0):
         if change >= 0:
             break
         for row, by in ((away, -1), (to, 1)):
             chosen[row] += by
             gap[row] += by
-        change, away, to = _best_exchange(chosen, gap, low, rows)
+        change, away, to = _best_exchange(chosen, gap, low, products)
     square = float(seen(gap).square().sum())
     rival = square + max(change, 0.0)
     doubt = (square / rival) ** 0.5 if rival > 0 else 0.0
     return _Fit(counts=chosen, factor=float(factor), residual=square**0.5, doubt=max(doubt, others))
 
 
-def _best_exchange(counts: Tensor, gap: Tensor, low: Tensor, rows: Tensor | None) -> tuple[float, int, int]:
+def _best_exchange(
+    counts: Tensor, gap: Tensor, low: Tensor, products: Tensor | None
+) -> tuple[float, int, int]:
     """Return how the squared distance changes, at best, by one image of another class, and which classes."""
     can_give = counts > low
-    if rows is None:
+    if products is None:
         away = int(gap.masked_fill(~can_give, -torch.inf).argmax())
         rest = gap.clone()
         rest[away] = torch.inf
         to = int(rest.argmin())
         return (float(2 * (gap[to] - gap[away]) + 2) if can_give.any() else torch.inf), away, to
-    products = rows @ rows.T
     along, own = products @ gap, products.diagonal()
     change = 2 * (along[None] - along[:, None]) + own[None] + own[:, None] - 2 * products
     change[~can_give] = torch.inf

@@ -13,6 +13,8 @@ from torch import Tensor
 from invlib.core.observation import Loss, words_of
 from invlib.errors import ConfigError, RecoveryError
 
+_MOST = 20_000_000  # numbers in the gradients that are averaged
+
 Kind = Literal["none", "classes", "signs"]
 
 
@@ -70,12 +72,14 @@ def binary_labels(loss: Loss, ones: Tensor, like: Tensor) -> Tensor:
 def class_slopes(loss: Loss, logits: Tensor) -> Tensor:
     """Return the mean gradient at some logits for each class, ``(classes, classes)``, a row for each label.
 
-    It is that of a batch of one image of each class, in float64 on the CPU.
+    It is that of a batch of one image of each class, in float64 on the CPU. Of very many classes only some
+    of the logits are used.
 
     Raises:
         RecoveryError: the loss does not run on such a batch.
     """
     classes = logits.shape[1]
+    logits = logits[:: 1 + len(logits) * classes**2 // _MOST]
     labels = torch.arange(classes, device=logits.device)
     total = torch.zeros(classes, classes, dtype=torch.float64)
     for row in logits:
@@ -84,6 +88,14 @@ def class_slopes(loss: Loss, logits: Tensor) -> Tensor:
             raise RecoveryError(f"the loss {words_of(loss)} does not run on a batch of {classes} images")
         total += part.double().cpu()
     return total / len(logits)
+
+
+def balanced(loss: Loss, logits: Tensor) -> bool:
+    """Say whether the gradients of a loss of classes add up to zero over the classes, at some logits."""
+    if loss is F.cross_entropy:
+        return True
+    rows = class_slopes(loss, logits)
+    return bool(rows.sum(1).abs().max() < 1e-3 * rows.abs().sum(1).max())
 
 
 def batch_scale(

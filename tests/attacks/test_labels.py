@@ -554,3 +554,42 @@ def test_optimised_labels_are_probabilities_which_the_loss_has_to_take(tiny, see
 def test_forward_matching_knows_one_loss(tiny, seen):
     with pytest.raises(ConfigError, match="loss is nll_loss; expected cross_entropy"):
         iv.ForwardMatching(steps=1)(tiny, replace(seen, loss=F.nll_loss))
+
+
+TARGETS = {
+    "many-hot": (F.binary_cross_entropy_with_logits, torch.tensor([[0.0, 1, 0, 1, 1], [1, 0, 0, 0, 1]])),
+    "numbers": (F.mse_loss, torch.linspace(-1, 1, 10).view(2, 5)),
+    "soft": (F.cross_entropy, torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 0.2, 0, 0.8]])),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_attacks_on_a_chain_with_targets_that_are_no_classes(kind, bias, count):
+    loss, targets = TARGETS[kind][0], TARGETS[kind][1][:count]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 24, bias=bias), nn.ReLU(), nn.Linear(24, 5, bias=bias))
+    x, _ = random_batch(count)
+    seen = iv.observe(net, x, targets, iv.FedSGD(), normalization=iv.CIFAR10, loss=loss)
+    found = iv.best(steps=20)(net, seen)
+    assert torch.equal(found.labels, targets)
+    assert count > 1 or found.score < 1e-6
+    for attack in (iv.fully_connected(), iv.recursive_inversion(), iv.best(steps=20)):
+        for observation in (seen, replace(seen, labels=None)):
+            try:
+                labels = attack(net, observation).labels
+            except (ConfigError, RecoveryError) as error:
+                assert len(str(error)) > 20
+            else:
+                assert labels is None or labels.shape == targets.shape
+
+
+def test_labels_sought_as_probabilities_are_doubtful_where_the_loss_takes_other_targets(tiny):
+    x, _ = random_batch(1)
+    loss, targets = TARGETS["numbers"]
+    seen = iv.observe(
+        tiny, x, targets[:1], iv.FedSGD(), normalization=iv.CIFAR10, loss=loss, reveal_labels=False
+    )
+    [said] = [w for w in iv.deep_leakage(steps=1)(tiny, seen).warnings if "sought" in w]
+    assert said.endswith("mse_loss takes others too")
