@@ -208,7 +208,8 @@ FLOORS = {
     **dict.fromkeys(("search", "models", "viz"), 4),
     **dict.fromkeys(("federated", "optim", "data", "metrics"), 3),
     **dict.fromkeys(("core", "autodiff", "kernels"), 2),
-    **dict.fromkeys(("errors",), 1),
+    **dict.fromkeys(("settings",), 1),
+    **dict.fromkeys(("errors",), 0),
 }
 
 

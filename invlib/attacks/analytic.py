@@ -18,6 +18,7 @@ from invlib.attacks.doubts import doubted, doubts_of
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
+from invlib.settings import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +308,7 @@ def fully_connected(*, tolerance: float = 1e-2, agreement: bool = False) -> Full
 class FullyConnected(Settings):
     """The attack that `fully_connected` returns."""
 
-    tolerance: float = 1e-2
+    tolerance: NotNegative = 1e-2
     agreement: bool = False
 
     @torch.inference_mode(mode=False)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from invlib.attacks.base import Attack, Settings, known_labels, with_loss
-from invlib.attacks.doubts import doubted, doubts_of
-from invlib.attacks.matching import GradientMatching
+from invlib.attacks.base import Settings, known_labels, with_loss
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.matching import GradientMatching, checked_starts, identity
+from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
-from invlib.attacks.shifts import Shifting, continuing, joined, moves
+from invlib.attacks.shifts import Shifting, joined, moves
 from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
 from invlib.autodiff.smoothing import Smoothing, rounded
+from invlib.core.network import like
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError
@@ -24,7 +28,9 @@ from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
+from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.halving import rungs
+from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
@@ -42,14 +48,15 @@ _SHIFTING = 500  # evaluations from which on shifted copies are compared
 _POLISH = 20  # iterations of the polish between two projections to the box
 
 
+@checks
 def best(
     *,
-    evaluations: int | None = None,
-    steps: int | None = None,
-    restarts: int = 1,
-    tv: float = TV,
-    natural: float = NATURAL,
-    shifts: int = SHIFTS,
+    evaluations: Count | None = None,
+    steps: Count | None = None,
+    restarts: Count = 1,
+    tv: NotNegative = TV,
+    natural: NotNegative = NATURAL,
+    shifts: FromZero = SHIFTS,
     **settings: object,
 ) -> Best:
     """Return the strongest attack that this project has, chosen by what the server saw.
@@ -161,17 +168,12 @@ class Best(Settings):
     """
 
     matching: GradientMatching
-    evaluations: int = STEPS
-    tv: float = TV
-    natural: float = NATURAL
-    shifts: int = SHIFTS
+    evaluations: Count = STEPS
+    tv: NotNegative = TV
+    natural: NotNegative = NATURAL
+    shifts: FromZero = SHIFTS
     near_grey: bool = True
     measured_smoothing: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("evaluations", 1), ("tv", 0), ("natural", 0), ("shifts", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"best {name} is {getattr(self, name)}; expected at least {least}")
 
     @torch.inference_mode(mode=False)
     def __call__(
@@ -182,37 +184,62 @@ class Best(Settings):
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        checkpoint: str | Path | None = None,
     ) -> Reconstruction:
-        """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
+        """Attack an observation; arguments and errors as for `invlib.GradientMatching`.
+
+        A run that goes on from a checkpoint computes closed forms anew, and has the results of all other
+        parts: the search, shifted copies, each round of the polish.
+        """
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None:
+            try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
+        generator = generator or torch.Generator().manual_seed(0)
+        saved = None
+        if path is not None:
+            saved = Checkpoint(path, identity(self, model, observation, [generator.get_state()]))
+            saved.open(like(model).device)
+        with tqdm(
+            disable=not progress, desc="closed forms", unit="evaluation", total=self.evaluations
+        ) as bar:
+            parts = Parts(model, generator=generator, callback=callback, bar=bar, saved=saved)
+            found = self._found(model, observation, parts)
+        if saved is not None and found.status != "interrupted":
+            saved.remove()
+        return doubted(found, doubts_of(model, observation))
+
+    def _found(self, model: nn.Module, observation: Observation, parts: Parts) -> Reconstruction:
         closed, tried = closest_closed_form(model, observation, self.matching.loss)
+        if closed is not None:
+            parts.bar.total += closed.result.evaluations
+            parts.bar.update(closed.result.evaluations)
         if closed is not None and closed.determined and closed.share <= EXACT:
             return doubted(closed.result, doubts_of(model, observation))
         if closed is not None and closed.determined and closed.share <= _NEAR:
-            found = self._polished(closed.result, model, observation, self.evaluations, callback, progress)
-            return doubted(found, [*doubts_of(model, observation), *tried.doubts])
-        result, spare = self._searched(model, observation, generator, callback, progress)
+            found = self._polished(closed.result, model, observation, self.evaluations, parts)
+            return doubted(found, tried.doubts)
+        try:
+            result, spare = self._searched(model, observation, parts)
+        except KeyboardInterrupt:  # before the first step
+            if closed is None:
+                raise
+            return replace(closed.result, status="interrupted")
         plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
         if plain and spare >= _STAGE and result.status == "max_steps":
-            told = self.matching.steps
-            result = self._polished(result, model, observation, spare, callback, progress, told)
+            result = self._polished(result, model, observation, spare, parts, self.matching.steps)
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
-        return doubted(replace(result, note=note), tried.doubts)
+        length = length_doubts(model, observation, self.matching.problem(model, observation))
+        return doubted(replace(result, note=note), [*tried.doubts, *length])
 
     def _searched(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        generator: torch.Generator | None,
-        callback: Callback | None,
-        progress: bool,
+        self, model: nn.Module, observation: Observation, parts: Parts
     ) -> tuple[Reconstruction, int]:
         """Match from noise; return the result and how many evaluations it left unused, for one restart."""
         matching = self.matching
         unit, smoothing, asked = _noise(matching, model, observation)
-        generator = generator or torch.Generator().manual_seed(0)
         search = replace(
             matching,
             priors=(
@@ -220,33 +247,35 @@ class Best(Settings):
                 (self.natural * unit, _coordinates(matching).prior(observation.normalization)),
                 (self.tv * unit, priors.rounded_total_variation),
             ),
-            init=_faint(matching, observation, generator) if self.near_grey else matching.init,
+            init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
         copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
         places = moves(model, observation) if self.evaluations >= _SHIFTING and copies else []
-        run: Attack = search
+        plan = rungs(search.steps, search.restarts, search.prune)
+        before = (0, *(rung for rung, _ in plan))
+        restarts = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
+        share = restarts / search.steps
+        planned = self.evaluations * ((share + 5) / 6 if places else share)
+        parts.bar.total += round(planned) - self.evaluations
+        parts.bar.update(asked)
         if places:
-            run = Shifting(
+            result = Shifting(
                 search=search,
                 places=tuple(places),
                 copies=copies,
                 stage=max(1, _STAGE * search.steps // self.evaluations),
                 per_step=max(1, self.evaluations // search.steps),
-            )
-        result = run(model, observation, generator=generator, callback=callback, progress=progress)
+            ).run(model, observation, parts)
+        else:
+            result = parts.run(search, observation, spent=0, steps=search.steps, name="gradient matching")
         note = f"gradient matching {'without' if search.smoothing is None else 'with'} smoothing"
         result = replace(
             result,
             evaluations=result.evaluations + asked,
             note=note + (", and from shifted copies" if places else ""),
         )
-        plan = rungs(search.steps, search.restarts, search.prune)
-        before = (0, *(rung for rung, _ in plan))
-        restarts = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
-        share = restarts / search.steps
-        planned = self.evaluations * ((share + 5) / 6 if places else share)
         return result, min(self.evaluations, int(planned - result.evaluations))
 
     def _polished(
@@ -255,8 +284,7 @@ class Best(Settings):
         model: nn.Module,
         observation: Observation,
         spare: int,
-        callback: Callback | None,
-        progress: bool,
+        parts: Parts,
         told: int = 0,
     ) -> Reconstruction:
         """Lower the squared distance from a result on, until so many evaluations are spent or none helps.
@@ -272,7 +300,7 @@ class Best(Settings):
         try:
             nearest, spent = distance(start.images, labels), 1
             while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
-                part = GradientMatching(
+                polish = GradientMatching(
                     objective=_relative(2 * nearest * length),
                     optimizer=_quasi_newton(min(_POLISH, spare)),
                     decay=None,
@@ -282,11 +310,13 @@ class Best(Settings):
                     coordinates=_coordinates(self.matching),
                     recompute=self.matching.recompute,
                     record_every=1,
-                )(
-                    model,
+                )
+                part = parts.run(
+                    polish,
                     replace(observation, labels=labels),
-                    callback=continuing(callback, told, told + steps),
-                    progress=progress,
+                    spent=told,
+                    steps=told + steps,
+                    name="squared distance",
                 )
                 score = distance(part.images, labels)
                 spent, told = spent + part.evaluations + 1, told + steps
@@ -352,8 +382,9 @@ def _coordinates(matching: GradientMatching) -> NaturalImages:
 
 def _faint(matching: GradientMatching, observation: Observation, generator: torch.Generator) -> Tensor:
     """Draw starts near plain grey."""
-    shape = (matching.restarts, observation.num_images, *observation.image_shape)
-    return _coordinates(matching).images(_FAINT * torch.randn(shape, generator=generator))
+    generator = checked("generator", generator, torch.Generator)
+    noise = torch.randn(checked_starts(matching.restarts, observation), generator=generator)
+    return _coordinates(matching).images(_FAINT * noise).clamp(0, 1)
 
 
 def _noise(
@@ -366,7 +397,7 @@ def _noise(
     """
     shape = (observation.num_images, *observation.image_shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    some = next(model.parameters())
+    some = like(model)
     images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
     labels = known_labels(model, observation)
     unit = matching.scorer(model, observation, labels)(images)

@@ -16,6 +16,7 @@ from invlib.attacks.losses import kind_of
 from invlib.core.network import like, num_classes
 from invlib.core.observation import Loss, Observation, words_of
 from invlib.core.reconstruction import Callback, Reconstruction
+from invlib.settings import Checked
 
 
 class Attack(Protocol):
@@ -42,8 +43,8 @@ class Attack(Protocol):
         ...
 
 
-class Settings:
-    """Prints a frozen dataclass by the fields that differ from their defaults."""
+class Settings(Checked):
+    """Checks its fields, and prints a frozen dataclass by the fields that differ from their defaults."""
 
     def __repr__(self) -> str:
         assert is_dataclass(self)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from invlib.core.network import is_random
+from invlib.core.network import in_mode, is_random
 from invlib.core.observation import Observation, words_of
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import DoubtWarning
@@ -50,15 +50,13 @@ def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
     return doubts
 
 
-def length_doubts(problem: Problem, observation: Observation) -> list[str]:
-    """Return the doubt about an update that is far longer than what the client's step makes of noise.
-
-    The model has to be in the client's mode.
-    """
+def length_doubts(model: nn.Module, observation: Observation, problem: Problem) -> list[str]:
+    """Return the doubt about an update that is far longer than what the client's step makes of noise."""
     noise = torch.rand(problem.shape, generator=torch.Generator().manual_seed(0)).to(problem.like)
     if problem.labels is None:
         return []
-    update = problem.update(problem.encode(noise), problem.labels)
+    with in_mode(model, training=observation.training_mode, seed=0):
+        update = problem.update(problem.encode(noise), problem.labels)
     of_noise, sent = (
         math.hypot(*(float(part.detach().double().norm()) for part in parts))
         for parts in (update, problem.target)

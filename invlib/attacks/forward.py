@@ -27,6 +27,7 @@ from invlib.optim.optimizers import Adam, project_
 from invlib.search.engines import Engine
 from invlib.search.problem import Factor, Measure, Problem
 from invlib.search.run import run
+from invlib.settings import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -58,19 +59,10 @@ class ForwardMatching(Settings):
     that of Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
 
-    steps: int = 1000
-    restarts: int = 1
-    lr: float = 0.1
-    tv: tuple[float, float] = (1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ForwardMatching {name} is {getattr(self, name)}; expected at least 1")
-        if not self.lr > 0:
-            raise ConfigError(f"ForwardMatching lr is {self.lr}; expected a positive number")
-        if not all(weight > 0 for weight in self.tv):
-            raise ConfigError(f"ForwardMatching tv is {self.tv}; expected two positive numbers")
+    steps: Count = 1000
+    restarts: Count = 1
+    lr: Positive = 0.1
+    tv: tuple[Positive, Positive] = (1.0, 1.0)
 
     @torch.inference_mode(mode=False)
     def __call__(

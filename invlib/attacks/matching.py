@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +30,35 @@ from invlib.errors import ConfigError, DoubtWarning
 from invlib.federated import FedAvg, FedSGD
 from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
-from invlib.optim.objectives import Layers, Objective
+from invlib.optim.objectives import Compared, Layers, Objective
 from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
 from invlib.optim.priors import AnyPrior, Unbound, bound
 from invlib.optim.schedules import StepDecay
-from invlib.search.checkpoint import Checkpoint
-from invlib.search.engines import selection
+from invlib.search.checkpoint import Checkpoint, try_writing
+from invlib.search.engines import memory, selection
 from invlib.search.hooks import Bar, Hook, Told
+from invlib.search.interrupt import held
 from invlib.search.problem import Joined, Problem
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
+from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
 
 _NONE = 1e-5  # up to this a score is that of the client's own images, in float32
 _REORDERED = 16  # up to so many images a score looks for other orders without being told
+_SLACK = 1e-3  # how far rounding may take given images beyond black and white
 MANY_LOCAL_STEPS = 10  # from here on they are computed anew in the backward pass
 
-Init = Literal["randn", "rand", "zeros"] | Tensor | Tiles
+Images = Annotated[
+    Tensor,
+    # but for rounding; numbers that are not finite end the attack by its status
+    Rule(
+        "a tensor of images in [0, 1]",
+        lambda x: (
+            isinstance(x, Tensor) and x.is_floating_point() and not ((x < -_SLACK) | (x > 1 + _SLACK)).any()
+        ),
+    ),
+]
+Init = Literal["randn", "rand", "zeros"] | Images | Tiles
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,59 +118,39 @@ class GradientMatching(Settings):
     Taught in: chapter 2
     """
 
-    objective: Objective = objectives.cosine
-    priors: tuple[tuple[float, AnyPrior], ...] = ()
+    objective: Compared = objectives.cosine
+    priors: tuple[tuple[NotNegative, AnyPrior], ...] = ()
     optimizer: Optimizer = Adam(lr=0.1, signed=True)
-    steps: int = 2400
+    steps: Count = 2400
     decay: Schedule | None = StepDecay()
-    restarts: int = 1
+    restarts: Count = 1
     init: Init = "randn"
     box: bool = True
     layers: Layers = Layers()
     labels: Literal["auto", "optimize", "optimize_shared"] = "auto"
-    loss: Loss = F.cross_entropy
+    loss: Annotated[Loss, taking("a function (logits, labels) -> scalar", 2)] = F.cross_entropy
     smoothing: Smoothing | None = None
-    fading: float = 1.0
+    fading: Factor = 1.0
     coordinates: NaturalImages | None = None
-    median_every: int | None = None
+    median_every: Count | None = None
     keep: Literal["best", "last"] = "best"
-    tolerance: float | None = None
-    patience: int | None = None
-    chunk: int | None = None
+    tolerance: Finite | None = None
+    patience: Count | None = None
+    chunk: Count | None = None
     prune: bool = False
     engine: EngineName = "auto"
     recompute: bool | None = None
     precision: Literal["full", "bfloat16"] = "full"
-    record_every: int = 10
+    record_every: Count = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts", "record_every", "median_every", "patience", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"GradientMatching {name} is {value}; expected at least 1")
-        for name, choices in (
-            ("labels", ("auto", "optimize", "optimize_shared")),
-            ("keep", ("best", "last")),
-            ("precision", ("full", "bfloat16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"GradientMatching {name} is {getattr(self, name)!r}; expected one of {choices}"
-                )
-        selection.check(self.engine)
+        super().__post_init__()
         if self.prune and self.optimizer.together:
             per_restart(self.optimizer)
-        if not 0 < self.fading <= 1:
-            raise ConfigError(f"GradientMatching fading is {self.fading}; expected a number in (0, 1]")
         if self.coordinates is not None and self.median_every is not None:
             raise ConfigError(
                 f"GradientMatching median_every is {self.median_every}; expected None where coordinates are "
                 "given, for a median filter works on pixels"
-            )
-        if isinstance(self.init, str) and self.init not in ("randn", "rand", "zeros"):
-            raise ConfigError(
-                f"GradientMatching init is {self.init!r}; "
-                "expected 'randn', 'rand', 'zeros' or a tensor of images"
             )
 
     @torch.inference_mode(mode=False)
@@ -180,26 +175,50 @@ class GradientMatching(Settings):
             callback: called with `invlib.Progress` after each step; returning True stops the run.
             progress: show a progress bar.
             checkpoint: a file to which the state is written every 30 s, and from which an unfinished run
-                with the same settings goes on; it is removed when the run is complete.
+                with the same settings goes on; it is removed when the run is complete. Its owner alone may
+                read it, for it holds the images so far. Where a later write fails, that is warned of, and
+                the attack goes on.
 
         Raises:
             ObservationError: the observation does not fit the model.
             ConfigError: the init tensor has the wrong shape; the checkpoint is of another run, or could not
                 tell this run from another one (a setting is a lambda, say).
+            DataError: the checkpoint cannot be written where it is wanted.
         """
         began = time.perf_counter()
+        if checkpoint is not None:
+            try_writing(Path(checkpoint))
         model = observation.validate(model)
         problem = self.problem(model, observation)
-        starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
-        hooks = hooks_of(callback, progress)
-        if checkpoint is not None:
-            hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
         generator = generator or torch.Generator().manual_seed(0)
-        with in_mode(model, training=observation.training_mode, seed=generator.initial_seed()):
-            doubts = [*doubts_of(model, observation), *length_doubts(problem, observation)]
+        starts = self.starts(problem, observation, generator)
+        hooks = hooks_of(callback, progress)
+        saved = None
+        if checkpoint is not None:
+            saved = Checkpoint(Path(checkpoint), identity(self, model, observation, starts))
+            saved.open(problem.like.device)
+            hooks.insert(0, saved)
+        seed = generator.initial_seed()
+        found = self.searched(model, observation, problem, starts, hooks, began, seed=seed)
+        if saved is not None:
+            saved.keep() if found.status == "interrupted" else saved.remove()
+        return doubted(found, [*doubts_of(model, observation), *length_doubts(model, observation, problem)])
+
+    def searched(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        problem: Problem,
+        starts: list[Tensor],
+        hooks: Sequence[Hook],
+        began: float,
+        *,
+        seed: int,
+    ) -> Reconstruction:
+        """Run the search of a problem from its starting points, and choose among the restarts."""
+        with in_mode(model, training=observation.training_mode, seed=seed):
             [result] = run(problem, starts, self.search, hooks)
-            found = reconstruction(problem, result, observation, words(self.objective), began)
-        return doubted(found, doubts)
+            return reconstruction(problem, result, observation, words(self.objective), began)
 
     @property
     def search(self) -> SearchSettings:
@@ -299,7 +318,8 @@ class GradientMatching(Settings):
         Raises:
             ConfigError: the init tensor has the wrong shape.
         """
-        shape = (self.restarts, *problem.shape)
+        shape = checked_starts(self.restarts, observation)
+        generator = checked("generator", generator, torch.Generator)
         if isinstance(self.init, Tensor):
             if tuple(self.init.shape) not in (shape, shape[1:]):
                 raise ConfigError(
@@ -375,8 +395,8 @@ def _sent_part(update: Mapping[str, Tensor], name: str, mask: Tensor | None) -> 
     return update[name] if mask is None else update[name] * mask.to(update[name])
 
 
-def _identity(
-    attack: GradientMatching, model: nn.Module, observation: Observation, starts: list[Tensor]
+def identity(
+    attack: Settings, model: nn.Module, observation: Observation, starts: list[Tensor]
 ) -> dict[str, Any]:
     """Return what a run that goes on from a checkpoint has to share with the run that wrote it."""
     parts = {"attack": attack, "observation": observation, "model": model, "starts": starts}
@@ -416,11 +436,12 @@ def _weighted(
 ) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     if weights is None:
         return objective
-    return lambda candidate, target: objective(candidate, target, weights)
+    return functools.partial(objective, weights=weights)
 
 
 def hooks_of(callback: Callback | None, progress: bool) -> list[Hook]:
     """Return what an attack's arguments ask to be called after every step."""
+    checked("callback", callback, Callback | None)
     return [Bar(show=progress), *([] if callback is None else [Told(callback)])]
 
 
@@ -435,10 +456,17 @@ def reconstruction(
     images = problem.decode(problem.inputs(result.values[0])).clamp(0, 1)
     logits = result.values[1] if len(result.values) > 1 else None
     together = 1 if result.engine in ("eager", "forward") else max(result.chunks)
-    measured = selection.scores(problem, problem.encode(images), logits, together=together)
-    measured = torch.where(result.ran.to(measured.device), measured, torch.nan)
+    status, scores = result.status, list[Tensor]()
+    try:
+        with held():
+            scores.append(selection.scores(problem, problem.encode(images), logits, together=together))
+    except KeyboardInterrupt:
+        if not scores:
+            raise
+        status = "interrupted"
+    measured = torch.where(result.ran.to(scores[0].device), scores[0], torch.nan)
     best = index_of_best(measured)
-    failed = result.status != "interrupted" and not torch.isfinite(measured).any()
+    failed = status != "interrupted" and not torch.isfinite(measured).any()
     labels = problem.labels if logits is None else logits[best].argmax(-1).expand(observation.num_images)
     return Reconstruction(
         images=images[best],
@@ -447,7 +475,7 @@ def reconstruction(
         objective=objective,
         trial_scores=measured,
         trials=images,
-        status="non_finite" if failed else result.status,
+        status="non_finite" if failed else status,
         seconds=time.perf_counter() - began,
         evaluations=result.evaluations + images.shape[0],
         history=result.history,
@@ -456,6 +484,18 @@ def reconstruction(
         chunks=result.chunks,
         warnings=problem.notes,
     )
+
+
+def checked_starts(restarts: int, observation: Observation) -> tuple[int, ...]:
+    """Return the shape of all starting points; ConfigError where they alone would not fit in memory."""
+    shape = (restarts, observation.num_images, *observation.image_shape)
+    need, free = 4 * math.prod(shape), memory.available(torch.device("cpu"))
+    if need > free:
+        raise ConfigError(
+            f"GradientMatching restarts is {restarts}; expected fewer, for the starting points alone would "
+            f"take {memory.words(need)} where {memory.words(free)} are free"
+        )
+    return shape
 
 
 def attack_many(

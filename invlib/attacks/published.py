@@ -19,11 +19,14 @@ from invlib.errors import ConfigError
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import Tiles
 from invlib.optim.optimizers import LBFGS, Adam
+from invlib.optim.priors import AnyPrior
 from invlib.optim.schedules import CosineDecay
+from invlib.settings import Count, NotNegative, checks
 
 
+@checks
 def inverting_gradients(
-    *, steps: int = 4800, restarts: int = 1, tv: float = 0.1, **settings: object
+    *, steps: Count = 4800, restarts: Count = 1, tv: NotNegative = 0.1, **settings: object
 ) -> GradientMatching:
     """Return the attack of Geiping et al.: cosine objective, signed Adam, total variation, box.
 
@@ -43,13 +46,16 @@ def inverting_gradients(
     """
     return preset(
         GradientMatching(
-            steps=steps, restarts=restarts, priors=((tv, priors.total_variation),) if tv else ()
+            priors=_weighted((tv, priors.total_variation)),
+            steps=steps,
+            restarts=restarts,
         ),
         settings,
     )
 
 
-def deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: object) -> GradientMatching:
+@checks
+def deep_leakage(*, steps: Count = 300, restarts: Count = 1, **settings: object) -> GradientMatching:
     """Return the attack of Zhu et al. (DLG): squared distance, L-BFGS, soft labels optimised, no box.
 
     Arguments and errors as for `inverting_gradients`; a step is up to 20 iterations of L-BFGS.
@@ -70,7 +76,8 @@ def deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: object) -> 
     )
 
 
-def improved_deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: object) -> GradientMatching:
+@checks
+def improved_deep_leakage(*, steps: Count = 300, restarts: Count = 1, **settings: object) -> GradientMatching:
     """Return the attack of Zhao et al. (iDLG): as `deep_leakage`, with the label inferred beforehand.
 
     Arguments and errors as for `inverting_gradients`.
@@ -82,8 +89,9 @@ def improved_deep_leakage(*, steps: int = 300, restarts: int = 1, **settings: ob
     return preset(replace(deep_leakage(steps=steps, restarts=restarts), labels="auto"), settings)
 
 
+@checks
 def beyond_inferring(
-    *, steps: int = 400, restarts: int = 1, tv: float = 0.2352, **settings: object
+    *, steps: Count = 400, restarts: Count = 1, tv: NotNegative = 0.2352, **settings: object
 ) -> GradientMatching:
     """Return the attack of Wang et al.: squared distance, L-BFGS, smooth total variation, box.
 
@@ -106,7 +114,7 @@ def beyond_inferring(
     return preset(
         GradientMatching(
             objective=objectives.l2,
-            priors=((tv, smooth),) if tv else (),
+            priors=_weighted((tv, smooth)),
             optimizer=LBFGS(),
             decay=None,
             steps=steps,
@@ -116,8 +124,9 @@ def beyond_inferring(
     )
 
 
+@checks
 def client_privacy_leakage(
-    *, steps: int = 300, restarts: int = 1, label_weight: float = 1.0, **settings: object
+    *, steps: Count = 300, restarts: Count = 1, label_weight: NotNegative = 1.0, **settings: object
 ) -> GradientMatching:
     r"""Return the attack of Wei et al. (CPL): squared distance, L-BFGS, patterned start, fitting predictions.
 
@@ -138,7 +147,7 @@ def client_privacy_leakage(
     return preset(
         GradientMatching(
             objective=objectives.l2,
-            priors=((label_weight, priors.Prediction()),) if label_weight else (),
+            priors=_weighted((label_weight, priors.Prediction())),
             optimizer=LBFGS(line_search="strong_wolfe"),
             decay=None,
             init=Tiles(side=16),
@@ -149,13 +158,14 @@ def client_privacy_leakage(
     )
 
 
+@checks
 def see_through_gradients(
     *,
-    steps: int = 20_000,
-    restarts: int = 1,
-    tv: float = 0.1,
-    norm: float = 1e-3,
-    batch_norm: float = 100.0,
+    steps: Count = 20_000,
+    restarts: Count = 1,
+    tv: NotNegative = 0.1,
+    norm: NotNegative = 1e-3,
+    batch_norm: NotNegative = 100.0,
     **settings: object,
 ) -> GradientMatching:
     """Return the attack of Yin et al. (GradInversion): squared distance, Adam, and priors of image quality.
@@ -177,7 +187,7 @@ def see_through_gradients(
 
     Source: Yin et al. 2021, arXiv 2104.07586 ("See through Gradients").
     """
-    weighted = (
+    weighted = _weighted(
         (tv, priors.total_variation),
         (norm, priors.l2_norm),
         (batch_norm, priors.BatchNormStatistics()),
@@ -185,7 +195,7 @@ def see_through_gradients(
     return preset(
         GradientMatching(
             objective=objectives.l2,
-            priors=tuple((weight, prior) for weight, prior in weighted if weight),
+            priors=weighted,
             optimizer=Adam(lr=0.1),
             decay=CosineDecay(warmup=50),
             steps=steps,
@@ -195,8 +205,14 @@ def see_through_gradients(
     )
 
 
+@checks
 def modern(
-    *, steps: int = 24_000, restarts: int = 1, tv: float = 0.1, features: float = 0.1, **settings: object
+    *,
+    steps: Count = 24_000,
+    restarts: Count = 1,
+    tv: NotNegative = 0.1,
+    features: NotNegative = 0.1,
+    **settings: object,
 ) -> GradientMatching:
     """Return `inverting_gradients` with the parts that later work added, as the library *breaching* has them.
 
@@ -217,13 +233,13 @@ def modern(
     Source: Geiping et al., breaching 0.1.2, attack "modern"; its parts are Geiping et al. 2020,
     arXiv 2003.14053, and Wei et al. 2020, arXiv 2004.10397.
     """
-    weighted = (
+    weighted = _weighted(
         (tv, priors.SmoothTotalVariation(power=0.5, opponents=True)),
         (features, priors.LastLayerInput()),
     )
     return preset(
         GradientMatching(
-            priors=tuple((weight, prior) for weight, prior in weighted if weight),
+            priors=weighted,
             optimizer=Adam(lr=0.1),
             decay=CosineDecay(warmup=50),
             init=Tiles(side=4),
@@ -232,6 +248,11 @@ def modern(
         ),
         settings,
     )
+
+
+def _weighted(*weighted: tuple[float, AnyPrior]) -> tuple[tuple[float, AnyPrior], ...]:
+    """Return the priors whose weights are not 0."""
+    return tuple((weight, prior) for weight, prior in weighted if weight)
 
 
 def preset(attack: GradientMatching, settings: Mapping[str, object]) -> GradientMatching:

@@ -23,9 +23,11 @@ from invlib.attacks.chain import Stage, chain, outside, sent, undo
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching
 from invlib.core.calls import Call
+from invlib.core.network import like
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
+from invlib.settings import Count, NotNegative
 
 _Array = NDArray[np.float64]
 
@@ -68,8 +70,8 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> R
 class RecursiveInversion(Settings):
     """The attack that `recursive_inversion` returns."""
 
-    tolerance: float = 1e-6
-    iterations: int = 5000
+    tolerance: NotNegative = 1e-6
+    iterations: Count = 5000
 
     @torch.inference_mode(mode=False)
     def __call__(
@@ -93,7 +95,7 @@ class RecursiveInversion(Settings):
         if observation.num_images != 1:
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
         inputs = _image(_chain(model, observation), observation, self.iterations)
-        inputs = inputs.reshape(1, *observation.image_shape).to(next(model.parameters()))
+        inputs = inputs.reshape(1, *observation.image_shape).to(like(model))
         found, observation = observation.normalization.decode(inputs), with_labels(model, observation)
         labels = observation.labels
         assert labels is not None

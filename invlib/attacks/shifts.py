@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from invlib.attacks.base import index_of_best
 from invlib.attacks.matching import GradientMatching
+from invlib.attacks.parts import Parts
 from invlib.autodiff.smoothing import Smoothing
 from invlib.core.network import record_layers
 from invlib.core.observation import Observation
-from invlib.core.reconstruction import Callback, History, Progress, Reconstruction
+from invlib.core.reconstruction import History, Reconstruction
 from invlib.optim.schedules import geometric
+from invlib.settings import Checked, Count
 
 Move = tuple[int, int]
 
@@ -59,7 +61,7 @@ def shifted(images: Tensor, move: Move) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shifting:
+class Shifting(Checked):
     """A search that goes on from shifted copies of its result, as long as that lowers the score.
 
     Args:
@@ -72,29 +74,20 @@ class Shifting:
 
     search: GradientMatching
     places: tuple[Move, ...]
-    copies: int
-    stage: int
-    per_step: int
+    copies: Count
+    stage: Count
+    per_step: Count
 
-    def __call__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        *,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-    ) -> Reconstruction:
-        """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
+    def run(self, model: nn.Module, observation: Observation, parts: Parts) -> Reconstruction:
+        """Attack an observation; errors as for `invlib.GradientMatching`."""
         search, stage, spent = self.search, self.stage, 0.0
 
-        def run(first: float, last: float, steps: int, **settings: object) -> Reconstruction:
+        def run(first: float, last: float, steps: int, name: str, **settings: object) -> Reconstruction:
             part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
-            watch = continuing(callback, round(spent), search.steps)
-            return part(model, observation, generator=generator, callback=watch, progress=progress)
+            return parts.run(part, observation, spent=round(spent), steps=search.steps, name=name)
 
         first = max(2 * stage, round(_SEARCH * search.steps))
-        result = run(0, _FOUND, first)
+        result = run(0, _FOUND, first, "gradient matching")
         spent += first
         # The picture where it is and each copy take a stage, the best of them another, and choosing the
         # copies an evaluation for each place.
@@ -110,7 +103,9 @@ class Shifting:
                 return replace(result, status="interrupted")
             order = sorted(range(len(others)), key=scores.__getitem__)[: self.copies]
             starts = torch.stack([result.images, *(others[k] for k in order)])
-            compared = run(_FOUND, _SHIFTED, 2 * stage, init=starts, restarts=len(starts), prune=True)
+            compared = run(
+                _FOUND, _SHIFTED, 2 * stage, "shifted copies", init=starts, restarts=len(starts), prune=True
+            )
             moved = compared.score < min(result.score, float(compared.trial_scores[0]))
             result = joined(result, compared, round(spent), len(others))
             spent += price
@@ -118,7 +113,7 @@ class Shifting:
                 break
         if result.status != "max_steps":
             return result
-        rest = run(_REST, 1, int(search.steps - spent), init=result.images, restarts=1)
+        rest = run(_REST, 1, int(search.steps - spent), "gradient matching", init=result.images, restarts=1)
         return joined(result, rest, round(spent), 0)
 
 
@@ -134,19 +129,6 @@ def _part(search: GradientMatching, first: float, last: float) -> GradientMatchi
         priors=tuple((geometric(1, search.fading, first) * weight, prior) for weight, prior in search.priors),
         fading=geometric(1, search.fading, last - first),
     )
-
-
-def continuing(callback: Callback | None, spent: int, steps: int) -> Callback | None:
-    """Return a callback to which a part of a search looks like the whole; None where there is none."""
-    if callback is None:
-        return None
-
-    def watch(progress: Progress) -> bool | None:
-        if progress.step == 0 and spent > 0:
-            return None  # the start of a part is the end of the one before
-        return callback(replace(progress, step=spent + progress.step, steps=steps))
-
-    return watch
 
 
 def joined(before: Reconstruction, after: Reconstruction, spent: int, asked: int) -> Reconstruction:

@@ -143,9 +143,9 @@ def closest_closed_form(
             )
         if share <= EXACT:
             break
-    tried = [f"{note}, which is as near as {share:.0e} of noise" for note, share in shares.items()]
+    tried = [f"{note}, at {share:.0e} of a noise image's distance" for note, share in shares.items()]
     if tried:
-        why = f"a closed form was tried {' and '.join(tried)}"
+        why = f"closed forms were tried ({'; '.join(tried)})"
     else:
         why = f"no closed form applies: {'; '.join(dict.fromkeys(refusals)) or 'the labels are not told'}"
     tale = Tried(why=why, doubts=tuple(dict.fromkeys(doubts)))

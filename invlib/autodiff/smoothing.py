@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from invlib.errors import ConfigError
+from invlib.settings import Checked, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smoothing:
+class Smoothing(Checked):
     r"""The sharpness of the softplus in the place of ReLU during an attack, from first step to last.
 
     The gradient of a ReLU network depends on which units are active only through a step function, whose slope
@@ -43,13 +42,8 @@ class Smoothing:
     Taught in: chapter 3
     """
 
-    start: float = 4.0
-    end: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"Smoothing {name} is {getattr(self, name)}; expected a positive number")
+    start: Positive = 4.0
+    end: Positive = 30.0
 
     def sharpness(self, step: int, steps: int) -> float:
         """Return the sharpness at a step, counted from 0, of a run of so many steps."""

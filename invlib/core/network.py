@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from invlib.errors import DoubtWarning, ObservationError, RecoveryError
+from invlib.errors import DoubtWarning, InvlibError, ObservationError, RecoveryError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -156,12 +156,18 @@ def probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int
 def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     try:
         logits, calls = record_layers(model, torch.zeros(1, *image_shape))
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (InvlibError, MemoryError):
+        raise
+    except Exception as error:  # the model's own code may raise anything
         raise ObservationError(
-            f"the model does not run on an image of shape {tuple(image_shape)} (C, H, W): {error}"
+            f"the model does not run on an image of shape {tuple(image_shape)} (C, H, W): "
+            f"{type(error).__name__}: {error}"
         ) from error
-    if logits.ndim != 2:
-        raise ObservationError(f"the model gives shape {tuple(logits.shape)}; expected logits (N, classes)")
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ObservationError(
+            f"the model gives shape {tuple(logits.shape)} and type {logits.dtype}; "
+            "expected logits (N, classes)"
+        )
     outputs = [call.output for call in calls if isinstance(call.output, Tensor)]
     return int(logits.shape[1]), sum(output.nbytes for output in outputs)
 

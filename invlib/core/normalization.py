@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from invlib.errors import ConfigError, DataError
+from invlib.settings import Checked, Finite, Positive, shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normalization:
+class Normalization(Checked):
     """The per-channel mean and standard deviation that a client applies to images in [0, 1].
 
     Args:
@@ -29,35 +29,16 @@ class Normalization:
         0.5
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Finite, ...]
+    std: tuple[Positive, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.mean) != len(self.std) or not self.mean:
             raise ConfigError(
-                f"normalization: mean has {len(self.mean)} channels and std has {len(self.std)}; "
+                f"Normalization mean has {len(self.mean)} channels and std has {len(self.std)}; "
                 "expected the same number, at least one"
             )
-        if any(not s > 0 for s in self.std):
-            raise ConfigError(f"normalization: std is {self.std}; expected positive numbers")
-
-    @classmethod
-    def of(cls, value: Any) -> Normalization:
-        """Return a normalization that is given as one, or as a pair of tuples, mean and std.
-
-        Raises:
-            ConfigError: it is neither.
-        """
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, (list, tuple)) and len(value) == 2:
-            with suppress(TypeError, ValueError):
-                mean, std = (tuple(float(n) for n in part) for part in value)
-                return cls(mean=mean, std=std)
-        raise ConfigError(
-            f"normalization is {value!r}; expected a Normalization such as invlib.CIFAR10, or a pair of "
-            "tuples, mean and std"
-        )
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], default: Normalization | None = None) -> Normalization:
@@ -71,7 +52,7 @@ class Normalization:
             DataError: the card has none, and there is no default.
         """
         if "normalization" in card:
-            return cls(**{name: tuple(values) for name, values in card["normalization"].items()})
+            return cls(**card["normalization"])
         if default is None:
             raise DataError("no 'normalization' in the card; expected one with 'mean' and 'std'")
         return default
@@ -104,6 +85,31 @@ CIFAR100 = Normalization(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2
 MNIST = Normalization(mean=(0.1307,), std=(0.3081,))
 FASHION_MNIST = Normalization(mean=(0.2860,), std=(0.3530,))
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def as_normalization(value: Any) -> Normalization:
+    """Return a normalization, or one made of a pair (mean, std) with one number for each channel.
+
+    Args:
+        value: a `Normalization`, or a pair of tuples, lists, arrays or tensors.
+
+    Raises:
+        ConfigError: it is neither, or its numbers are out of range.
+
+    Example:
+        >>> as_normalization(([0.5], [0.25]))
+        Normalization(mean=(0.5,), std=(0.25,))
+    """
+    if isinstance(value, Normalization):
+        return value
+    try:
+        mean, std = (part.tolist() if hasattr(part, "tolist") else part for part in value)
+    except (TypeError, ValueError) as error:
+        wanted = "a Normalization such as CIFAR10 or a pair (mean, std) with one number for each channel"
+        raise ConfigError(f"normalization is {shown(value)}; expected {wanted}") from error
+    return Normalization(mean=mean, std=std)
+
+
 # By the names that `invlib.data.load` knows.
 NORMALIZATIONS = {
     "CIFAR10": CIFAR10,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from invlib.core.convert import as_labels, as_shape, as_tensor
 from invlib.core.network import num_classes, trainable_parameters, unwrapped
-from invlib.core.normalization import Normalization
+from invlib.core.normalization import Normalization, as_normalization
 from invlib.errors import ObservationError, RecoveryError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -119,8 +119,10 @@ class Observation:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.update, Mapping):
-            raise ObservationError(f"update is a {type(self.update).__name__}; expected name → tensor")
+        for name in ("update", "buffers", "sent"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise ObservationError(f"{name} is a {type(value).__name__}; expected name → tensor")
         if isinstance(self.protocol, type) or not callable(self.protocol):
             raise ObservationError(
                 f"protocol is {self.protocol!r}; expected one such as FedSGD(), an instance"
@@ -128,7 +130,7 @@ class Observation:
         if not isinstance(self.training_mode, bool):
             raise ObservationError(f"training_mode is {self.training_mode!r}; expected True or False")
         count, shape = as_shape(self.image_shape, self.num_images)
-        normalization = Normalization.of(self.normalization)
+        normalization = as_normalization(self.normalization)
         if len(normalization.mean) not in (1, shape[0]):
             raise ObservationError(
                 f"normalization has {len(normalization.mean)} channels and image_shape is {shape}; "
@@ -136,8 +138,8 @@ class Observation:
             )
         known = {
             "update": {n: as_tensor(f"update[{n!r}]", v) for n, v in self.update.items()},
-            "buffers": {n: as_tensor(f"buffers[{n!r}]", v) for n, v in (self.buffers or {}).items()},
-            "sent": {n: as_tensor(f"sent[{n!r}]", v).bool() for n, v in (self.sent or {}).items()},
+            "buffers": {n: as_tensor(f"buffers[{n!r}]", v) for n, v in self.buffers.items()},
+            "sent": {n: as_tensor(f"sent[{n!r}]", v).bool() for n, v in self.sent.items()},
             "num_images": count,
             "image_shape": shape,
             "normalization": normalization,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from invlib.errors import ConfigError
+from invlib.settings import Count, checked
 
 Status = Literal["max_steps", "converged", "non_finite", "interrupted", "closed_form"]
 
@@ -126,9 +126,7 @@ class Frames:
     """
 
     def __init__(self, every: int = 50) -> None:
-        if every < 1:
-            raise ConfigError(f"Frames every is {every}; expected at least 1")
-        self.every = every
+        self.every: int = checked("Frames every", every, Count)
         self.steps: list[int] = []
         self.images: list[Tensor] = []
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,7 @@ from invlib.core.optional import torchvision
 from invlib.data import files as _files
 from invlib.data import names
 from invlib.errors import ConfigError, DataError, DeviceError, UnknownNameError
+from invlib.settings import checked, whole
 
 _LOG = logging.getLogger("invlib")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -33,6 +34,7 @@ _SETS = {
     "FashionMNIST": ("fashion-mnist", 28),
     "ImageNet": ("imagenet", 224),
 }
+_Side = Annotated[int, whole("a whole number from 1 to 10,000", lambda n: 1 <= n <= 10_000)]
 _NPZ = "an .npz with x, uint8 (N, H, W, C) or (N, H, W), and y, integers (N,)"
 
 
@@ -181,7 +183,7 @@ def default(
 
 
 def folder(
-    path: str | os.PathLike[str], *, size: int | None = None, indices: Sequence[int] | None = None
+    path: str | os.PathLike[str], *, size: _Side | None = None, indices: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the images of a folder, in the order of their names.
 
@@ -199,7 +201,9 @@ def folder(
         ConfigError: where an index is out of range.
         DataError: where the folder has no images, one cannot be read, or their sizes differ.
     """
-    return _files.read_images(_files.list_images(Path(path)), size, indices, str(path))
+    size = checked("folder size", size, _Side | None)
+    path = Path(checked("folder path", path, str | os.PathLike))
+    return _files.read_images(_files.list_images(path), size, indices, str(path))
 
 
 def class_names(name: str) -> list[str]:

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from invlib.core.optional import torchvision
 from invlib.errors import ConfigError, DataError
+from invlib.settings import shown
 
 # what numpy raises for a file that is no .npz, or a damaged one
 _BROKEN = (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
@@ -38,7 +40,10 @@ def read_array(path: Path, key: str, expected: str) -> np.ndarray:
 
 def check_indices(indices: Sequence[int] | None, count: int, name: str) -> np.ndarray:
     """Return the rows to take as an array, all where none are named."""
-    rows = np.array(range(count) if indices is None else [int(i) for i in indices], dtype=np.int64)
+    try:
+        rows = np.array(range(count) if indices is None else [index(i) for i in indices], dtype=np.int64)
+    except (TypeError, OverflowError) as error:
+        raise ConfigError(f"indices of {name} are {shown(indices)}; expected whole numbers") from error
     wrong = rows[(rows < 0) | (rows >= count)]
     if wrong.size or not rows.size:
         fault = f"index {wrong[0]} of {name} is out of range" if wrong.size else f"no index of {name} given"

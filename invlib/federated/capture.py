@@ -151,6 +151,12 @@ def from_arrays(
         update |= missing
     elif isinstance(sent, Mapping):
         masks = {name: as_tensor(f"sent[{name!r}]", mask).bool() for name, mask in sent.items()}
+        for name, mask in masks.items():
+            expected = tuple(tensors[name].shape) if name in tensors else "no such parameter"
+            if tuple(mask.shape) != expected:
+                raise ObservationError(
+                    f"sent[{name!r}] has shape {tuple(mask.shape)}; expected {expected}, as the model"
+                )
         missing = {name: torch.zeros_like(tensors[name]) for name in masks if name not in update}
         update |= missing
     elif sent == "nonzero":
@@ -173,7 +179,7 @@ def from_arrays(
         image_shape=image_shape,
         normalization=normalization,
         labels=labels,
-        buffers=dict(buffers or {}) or {n: own[n] + d.to(own[n].device) for n, d in moved.items()},
+        buffers=buffers or {n: own[n] + d.to(own[n].device) for n, d in moved.items()},
         training_mode=training_mode,
         sent={name: mask for name, mask in masks.items() if not mask.all()},
         loss=loss,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, descend, gradient
 from invlib.core.convert import as_images, as_labels
 from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
-from invlib.core.normalization import Normalization
+from invlib.core.normalization import Normalization, as_normalization
 from invlib.core.observation import ClientStep, Loss, Observation
-from invlib.errors import ConfigError, ObservationError
+from invlib.errors import ConfigError, DoubtWarning, ObservationError
+from invlib.settings import Checked, Count, Positive, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
+_Passes = Annotated[int, whole("a whole number from 1 to 1,000,000", lambda n: 1 <= n <= 1_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class FedSGD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg:
+class FedAvg(Checked):
     r"""One client trains for some steps and sends :math:`\theta_K - \theta_0`, its weight difference.
 
     Each local step is plain SGD,
@@ -92,31 +95,24 @@ class FedAvg:
     Taught in: chapter 4
     """
 
-    lr: float
-    local_steps: int | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
+    lr: Positive
+    local_steps: _Passes | None = None
+    epochs: _Passes | None = None
+    batch_size: Count | None = None
     drop_last: bool = False
     shuffle: bool = False
     orders: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"FedAvg lr is {self.lr}; expected a positive number")
+        super().__post_init__()
         if (self.local_steps is None) == (self.epochs is None):
             raise ConfigError(
                 f"FedAvg has local_steps={self.local_steps} and epochs={self.epochs}; "
                 "expected exactly one of them"
             )
-        for name in ("local_steps", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"FedAvg {name} is {value}; expected at least 1")
-        if self.orders is not None:
-            orders = tuple(tuple(order) for order in self.orders)
-            if not orders or any(sorted(o) != list(range(len(orders[0]))) for o in orders):
-                raise ConfigError(f"FedAvg orders are {self.orders}; expected permutations of the images")
-            object.__setattr__(self, "orders", orders)
+        orders = ((),) if self.orders == () else self.orders or ()
+        if any(not o or sorted(o) != list(range(len(orders[0]))) for o in orders):
+            raise ConfigError(f"FedAvg orders are {self.orders}; expected permutations of the images")
 
     @property
     def stackable(self) -> bool:
@@ -227,7 +223,7 @@ def observe(
 
     Taught in: chapter 1
     """
-    model, normalization = unwrapped(model), Normalization.of(normalization)
+    model, normalization = unwrapped(model), as_normalization(normalization)
     trainable_parameters(model)
     images = as_images(images, like(model))
     labels = as_labels(labels, classes_only=loss is F.cross_entropy).to(images.device)
@@ -251,6 +247,18 @@ def observe(
             buffers={name: b.clone() for name, b in buffers.items()},
             loss=loss,
             on_step=update_statistics if training_mode else None,
+        )
+    if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
+        raise ObservationError(
+            f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "
+            "finite weights and a loss that is finite on these images"
+        )
+    if not any(value.any() for value in update.values()):
+        warnings.warn(
+            "the client's update is all zero: its images do not show in it (a saturated loss, one class "
+            "alone or an output without a graph)",
+            DoubtWarning,
+            stacklevel=2,
         )
     return Observation(
         update={name: value.detach() for name, value in update.items()},
@@ -281,5 +289,7 @@ def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -
             f"the loss does not take logits ({images.shape[0]}, {classes}) and labels of shape "
             f"{tuple(labels.shape)} and type {labels.dtype}: {error}"
         ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ObservationError(f"the loss gives {getattr(value, 'shape', value)}; expected one number")
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        raise ObservationError(
+            f"the loss gives {getattr(value, 'shape', value)!r}; expected a tensor, one number"
+        )

@@ -16,6 +16,7 @@ from invlib.legacy.costs import DISTANCES, SUBSETS, WEIGHTS, comparison, named, 
 from invlib.optim.optimizers import LBFGS, SGD, Adam, Evaluate, Optimizer, State, Values, Variable
 from invlib.optim.priors import total_variation
 from invlib.optim.schedules import StepDecay
+from invlib.settings import NotNegative
 
 Config = Mapping[str, Any] | Iterable[tuple[str, Any]]
 DEFAULT_CONFIG: dict[str, Any] = {"signed": False, "boxed": True, "cost_fn": "sim", "indices": "def"}
@@ -41,7 +42,7 @@ class AdamW(Adam):
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101.
     """
 
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
 
     def step(
         self, values: Values, variables: list[Variable], state: State, evaluate: Evaluate, factor: float

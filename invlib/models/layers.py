@@ -5,9 +5,12 @@ All networks map images ``(N, C, H, W)`` to logits ``(N, K)`` and take ``num_cla
 and some ``batch_norm``, all as for `invlib.models.build`. They raise `ConfigError` where one does not fit.
 """
 
+from typing import Annotated
+
 from torch import nn
 
 from invlib.errors import ConfigError
+from invlib.settings import checked, whole
 
 # None of them works in place: gradient matching differentiates a network twice, and vmap runs it on
 # many guesses at once; both need every activation kept as it was.
@@ -42,6 +45,5 @@ def check_colour(name: str, in_channels: int, image_size: int) -> None:
 
 def at_least(setting: str, value: int, least: int, why: str) -> int:
     """Return the value, or raise ``ConfigError`` unless it is a whole number that is large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{setting} is {value!r}; expected a whole number of at least {least} ({why})")
-    return value
+    rule = whole(f"a whole number of at least {least} ({why})", lambda n: n >= least)
+    return int(checked(setting, value, Annotated[int, rule]))

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ from invlib.errors import ConfigError, DeviceError
 from invlib.models import cards, zoo
 from invlib.models.cards import Trained, load, save
 from invlib.optim.schedules import StepDecay
+from invlib.settings import Count, Positive, Seed, checks
 
 __all__ = ["Trained", "accuracy", "load", "save", "train"]
 
 _WARM_UP = 0.05  # of all steps
 
 
+@checks
 def train(
     model_name: str,
     images: Tensor,
@@ -33,16 +35,16 @@ def train(
     val_labels: Tensor,
     *,
     normalization: Normalization,
-    strategy: str = "conservative",
-    epochs: int,
-    batch_size: int = 128,
-    lr: float | None = None,
-    seed: int = 0,
-    num_classes: int | None = None,
+    strategy: Literal["conservative", "adam"] = "conservative",
+    epochs: Count,
+    batch_size: Count = 128,
+    lr: Positive | None = None,
+    seed: Seed = 0,
+    num_classes: Count | None = None,
     activation: str | None = None,
     batch_norm: bool = True,
     augment: bool = True,
-    precision: str = "float32",
+    precision: Literal["float32", "bfloat16"] = "float32",
     device: str | torch.device = "cpu",
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -83,20 +85,12 @@ def train(
 
     Raises:
         ConfigError: where a setting is out of range, the checkpoint is of another training, or the loss
-            became infinite or not a number.
+            or a weight became infinite or not a number.
         DataError: where the checkpoint is corrupt.
         DeviceError: where `device` is a GPU and there is none.
 
     Taught in: chapter 3
     """
-    for name, value, choices in (
-        ("strategy", strategy, ("conservative", "adam")),
-        ("precision", precision, ("float32", "bfloat16")),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{name}={value!r} is unknown; expected {choices[0]!r} or {choices[1]!r}")
-    if epochs < 1 or batch_size < 1:
-        raise ConfigError(f"epochs={epochs} and batch_size={batch_size}; expected both to be at least 1")
     num_classes = _classes(num_classes, ("training", images, labels), ("validation", val_images, val_labels))
     gpus, kind = _gpus(device), torch.device(device).type
     commit = cards.commit()  # now: after hours the checkout may be another one
@@ -162,10 +156,14 @@ def train(
                     done += 1
                     bar.update()
             mean_loss = float(losses) / steps
-            if not math.isfinite(mean_loss):
+            # The last step's loss is not seen, but in the weights.
+            if not (math.isfinite(mean_loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
+                became = (
+                    f"loss became {mean_loss}" if not math.isfinite(mean_loss) else "weights became infinite"
+                )
                 raise ConfigError(
-                    f"{model_name}: the loss became {mean_loss} in epoch {epoch + 1} with "
-                    f"strategy={strategy!r}, lr={lr}; expected a finite one, as from a lower lr"
+                    f"{model_name}: the {became} in epoch {epoch + 1} with "
+                    f"strategy={strategy!r}, lr={lr}; expected finite numbers, as from a lower lr"
                 )
             measured = accuracy(model, val_images, val_labels, normalization=normalization)
             history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6), "accuracy": measured})
@@ -185,8 +183,9 @@ def train(
 
 
 @torch.no_grad()
+@checks
 def accuracy(
-    model: nn.Module, images: Tensor, labels: Tensor, *, normalization: Normalization, batch_size: int = 500
+    model: nn.Module, images: Tensor, labels: Tensor, *, normalization: Normalization, batch_size: Count = 500
 ) -> float:
     """Return the share of images that the network, in evaluation mode, puts into their class.
 

@@ -13,6 +13,7 @@ from invlib.errors import ConfigError, UnknownNameError
 from invlib.models import convnet, densenet, efficientnet, imagenet, irevnet, lenet, mlp, mobile, resnet
 from invlib.models.layers import at_least
 from invlib.models.weights import card_settings, fit, is_file, locate, read
+from invlib.settings import Seed, checked
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     **convnet.MODELS,
@@ -98,16 +99,17 @@ def build(
     >>> build("LeNetZhu", num_classes=100, seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 100])
     """
-    if name not in _MODELS:
+    if checked("build name", name, str) not in _MODELS:
         raise UnknownNameError(_unknown(name))
+    seed = checked("build seed", seed, Seed | None)
     make = _MODELS[name]
     accepted = inspect.signature(make).parameters
     settings: dict[str, Any] = {
         "num_classes": num_classes,
         "in_channels": in_channels,
         "image_size": image_size,
-        "activation": activation,
-        "batch_norm": batch_norm,
+        "activation": checked("build activation", activation, str | None),
+        "batch_norm": checked("build batch_norm", batch_norm, bool | None),
     }
     settings = {key: value for key, value in settings.items() if value is not None}
 
@@ -123,10 +125,15 @@ def build(
             tensors = read(path)
 
     for key in {"num_classes", "in_channels", "image_size"} & settings.keys():
-        at_least(key, settings[key], 1, f"for {name}")
+        settings[key] = at_least(key, settings[key], 1, f"for {name}")
     if "activation" in settings and "activation" not in accepted:
         raise ConfigError(f"activation is {settings['activation']!r}; expected None, for {name} has its own")
-    model = _construct(make, {key: settings[key] for key in settings if key in accepted}, seed)
+    given = {key: settings[key] for key in settings if key in accepted}
+    try:
+        model = _construct(make, given, seed)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{name} cannot be built with {given}: {reason}; expected a smaller one") from error
     if settings.get("batch_norm") is False and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise ConfigError(f"batch_norm is False; expected True for {name}, which has no form without it")
     if tensors is not None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from invlib.core.normalization import Normalization
-from invlib.errors import ConfigError
 from invlib.optim.priors import Prior
+from invlib.settings import Below1, Checked, NotNegative, Part, Positive, whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalImages:
+class NaturalImages(Checked):
     r"""What all photographs have in common, as a change of coordinates and a prior.
 
     Their brightness varies most over long distances: at spatial frequency :math:`f` its amplitude falls
@@ -45,20 +46,10 @@ class NaturalImages:
     Taught in: chapter 3
     """
 
-    falloff: float = 1.0
-    correlation: float = 0.89
-    mean: float = 0.47
-    contrast: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.falloff < math.inf:
-            raise ConfigError(f"NaturalImages falloff is {self.falloff}; expected a number from 0 on")
-        if not 0 <= self.correlation < 1:
-            raise ConfigError(f"NaturalImages correlation is {self.correlation}; expected a number in [0, 1)")
-        if not 0 <= self.mean <= 1:
-            raise ConfigError(f"NaturalImages mean is {self.mean}; expected a number in [0, 1]")
-        if not 0 < self.contrast < math.inf:
-            raise ConfigError(f"NaturalImages contrast is {self.contrast}; expected a positive number")
+    falloff: NotNegative = 1.0
+    correlation: Below1 = 0.89
+    mean: Part = 0.47
+    contrast: Positive = 0.25
 
     def images(self, coordinates: Tensor) -> Tensor:
         """Return the images ``(..., C, H, W)`` in [0, 1] at such coordinates, without clamping."""
@@ -100,7 +91,7 @@ class NaturalImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class Tiles(Checked):
     """Starting images that repeat a small square of noise.
 
     A pattern is smoother than noise throughout the image, so that fewer evaluations go into smoothing it.
@@ -109,16 +100,12 @@ class Tiles:
         side: height and width of the square in pixels.
 
     Raises:
-        ConfigError: side is not positive.
+        ConfigError: side is out of range.
 
     Source: Wei et al. 2020, arXiv 2004.10397.
     """
 
-    side: int
-
-    def __post_init__(self) -> None:
-        if self.side < 1:
-            raise ConfigError(f"Tiles side is {self.side}; expected at least 1")
+    side: Annotated[int, whole("a whole number from 1 to 4096", lambda n: 1 <= n <= 4096)]
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return images ``(..., H, W)`` in normalised units, every channel with a square of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch import Tensor
 from invlib import kernels
 from invlib.errors import ConfigError
 from invlib.kernels.checks import check_lists
+from invlib.settings import Checked, Count, taking
 
 Tensors = Sequence[Tensor]
 Objective = Callable[..., Tensor]
+Compared = Annotated[Objective, taking("a function (candidate, target) -> scalar", 2)]
 
 TAG = 0.1  # weight of the absolute distance in the first tensor
 
@@ -102,7 +104,7 @@ def tag(candidate: Tensors, target: Tensors, weights: Sequence[float] | None = N
 
 
 @dataclass(frozen=True, repr=False)
-class Masked:
+class Masked(Checked):
     """An objective that compares two updates only where the observed one is not zero.
 
     A client that sends its largest numbers alone, or prunes, sends zeros for the rest, and they say nothing
@@ -122,7 +124,7 @@ class Masked:
     Taught in: chapter 2
     """
 
-    objective: Objective
+    objective: Compared
 
     def __call__(self, candidate: Tensors, target: Tensors, weights: Sequence[float] | None = None) -> Tensor:
         """Return the objective of two updates whose numbers are zero where the target's are."""
@@ -154,7 +156,7 @@ def _sum(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers:
+class Layers(Checked):
     """Which tensors of an update an attack compares, and how much each counts.
 
     Args:
@@ -173,17 +175,12 @@ class Layers:
     """
 
     which: Literal["all", "first", "last", "largest"] = "all"
-    count: int | None = None
+    count: Count | None = None
     weights: Literal["equal", "linear", "exponential"] = "equal"
 
     def __post_init__(self) -> None:
-        if self.which not in ("all", "first", "last", "largest"):
-            raise ConfigError(f"Layers which is {self.which!r}; expected 'all', 'first', 'last' or 'largest'")
-        if self.weights not in ("equal", "linear", "exponential"):
-            raise ConfigError(
-                f"Layers weights is {self.weights!r}; expected 'equal', 'linear' or 'exponential'"
-            )
-        if (self.which == "all") != (self.count is None) or (self.count is not None and self.count < 1):
+        super().__post_init__()
+        if (self.which == "all") != (self.count is None):
             raise ConfigError(
                 f"Layers which={self.which!r} has count={self.count}; expected a positive count, "
                 "and none with which='all'"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from invlib import kernels
 from invlib.errors import ConfigError
 from invlib.optim.schedules import StepDecay as StepDecay  # iv.optimizers.StepDecay
+from invlib.settings import Below1, Checked, Count, NotNegative, Positive
 
 Values = list[Tensor]
 State = dict[str, Any]
@@ -44,7 +45,8 @@ class Optimizer(Protocol):
     """An optimiser; ``together`` says whether restarts may share one call.
 
     One that shares calls also says, in ``per_restart``, which entries of its state are tensors, or lists of
-    tensors, whose first dimension is that of the restarts. Those alone are cut when restarts are pruned.
+    tensors, whose first dimension is that of the restarts. Those alone are cut when restarts are pruned. An
+    entry ``ended`` that is true ends the restarts.
     """
 
     @property
@@ -97,13 +99,13 @@ def select(optimizer: Optimizer, state: State, index: Tensor) -> State:
     return state | {name: rows(state[name]) for name in per_restart(optimizer)}
 
 
-def _check_lr(name: str, lr: float) -> None:
-    if not lr > 0:
-        raise ConfigError(f"{name} lr is {lr}; expected a positive number")
+def evaluates_first(optimizer: Optimizer) -> bool:
+    """Say whether a step evaluates once, before it moves anything, so that an error there changes nothing."""
+    return getattr(type(optimizer), "step", None) in (Adam.step, SGD.step)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam:
+class Adam(Checked):
     r"""Adam, on the gradient or on its sign, with projection to the box after the step.
 
     .. math:: x \leftarrow \Pi\left(x - \eta\,\hat m / (\sqrt{\hat v} + \epsilon)\right)
@@ -116,20 +118,17 @@ class Adam:
         signed: use the sign of the gradient, where the variable allows it.
 
     Raises:
-        ConfigError: lr is not positive.
+        ConfigError: a setting is out of range.
 
     Source: Kingma and Ba 2015, arXiv 1412.6980; signed, Geiping et al. 2020, arXiv 2003.14053, section 5.
     """
 
-    lr: float = 0.1
+    lr: Positive = 0.1
     signed: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
     together: bool = field(default=True, init=False)
     per_restart: ClassVar[tuple[str, ...]] = ("m", "v")
-
-    def __post_init__(self) -> None:
-        _check_lr("Adam", self.lr)
 
     def init(self, values: Values) -> State:
         """Return the state before the first step."""
@@ -164,7 +163,7 @@ class Adam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD:
+class SGD(Checked):
     r"""Gradient descent with Nesterov momentum, on the gradient or on its sign, projected to the box.
 
     .. math:: u \leftarrow \mu u + g,\quad x \leftarrow \Pi\left(x - \eta (g + \mu u)\right)
@@ -175,21 +174,16 @@ class SGD:
         signed: as for `Adam`.
 
     Raises:
-        ConfigError: lr is not positive, or momentum is out of range.
+        ConfigError: a setting is out of range.
 
     Source: Sutskever et al. 2013, in the form that torch.optim.SGD gives it.
     """
 
-    lr: float = 0.1
-    momentum: float = 0.9
+    lr: Positive = 0.1
+    momentum: Below1 = 0.9
     signed: bool = False
     together: bool = field(default=True, init=False)
     per_restart: ClassVar[tuple[str, ...]] = ("u",)
-
-    def __post_init__(self) -> None:
-        _check_lr("SGD", self.lr)
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"SGD momentum is {self.momentum}; expected a number in [0, 1)")
 
     def init(self, values: Values) -> State:
         """Return the state before the first step."""
@@ -208,11 +202,11 @@ class SGD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LBFGS:
+class LBFGS(Checked):
     """The limited-memory quasi-Newton method of torch, one restart at a time.
 
     One step of the attack is up to ``max_iter`` iterations, each with one evaluation or, with a line
-    search, a few.
+    search, a few. A cost that is NaN ends the restart where its last step began.
 
     Args:
         lr: the step size; 1 is the quasi-Newton step.
@@ -227,25 +221,20 @@ class LBFGS:
         signed: as for `Adam` (the 2020 code allows it; it defeats the curvature).
 
     Raises:
-        ConfigError: lr is not positive, or the line search is unknown.
+        ConfigError: a setting is out of range, or the line search unknown.
 
     Source: Liu and Nocedal 1989; `torch.optim.LBFGS`.
     """
 
-    lr: float = 1.0
-    max_iter: int = 20
-    max_eval: int | None = None
-    history_size: int = 100
-    tolerance_grad: float = 1e-7
-    tolerance_change: float = 1e-9
-    line_search: str | None = None
+    lr: Positive = 1.0
+    max_iter: Count = 20
+    max_eval: Count | None = None
+    history_size: Count = 100
+    tolerance_grad: NotNegative = 1e-7
+    tolerance_change: NotNegative = 1e-9
+    line_search: Literal["strong_wolfe"] | None = None
     signed: bool = False
     together: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        _check_lr("LBFGS", self.lr)
-        if self.line_search not in (None, "strong_wolfe"):
-            raise ConfigError(f"LBFGS line_search is {self.line_search!r}; expected 'strong_wolfe' or None")
 
     def init(self, values: Values) -> State:
         """Return the state before the first step."""
@@ -269,17 +258,30 @@ class LBFGS:
         if "lbfgs" in state:
             optimizer.state[values[0]].update(state["lbfgs"])
 
+        before = [value.clone() for value in values]
+
         def closure() -> Tensor:
             cost, gradients = evaluate(values)
+            if cost.isnan().any():
+                raise _NotANumberError  # torch's line search would fail on it
             for value, gradient, variable in zip(values, gradients, variables, strict=True):
                 value.grad = gradient.sign() if self.signed and variable.signed else gradient
             return cost.sum()
 
-        optimizer.step(closure)
-        state["lbfgs"] = dict(optimizer.state[values[0]])
+        try:
+            optimizer.step(closure)
+            state["lbfgs"] = dict(optimizer.state[values[0]])
+        except _NotANumberError:
+            state["ended"] = True
+            for value, start in zip(values, before, strict=True):
+                value.copy_(start)
         for value, variable in zip(values, variables, strict=True):
             value.grad = None
             project_(value, variable)
+
+
+class _NotANumberError(Exception):
+    """A cost is NaN."""
 
 
 def project_(value: Tensor, variable: Variable) -> None:

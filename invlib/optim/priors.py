@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib import kernels
-from invlib.core.network import classifier, forward, in_mode, trainable_parameters
+from invlib.core.network import classifier, forward, in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.errors import ConfigError
+from invlib.settings import Checked, Positive, checked, whole
 
 Prior = Callable[[Tensor], Tensor]
+_Odd = Annotated[int, whole("an odd positive number", lambda n: n >= 1 and n % 2 == 1)]
 
 
 class Unbound:
@@ -58,6 +60,8 @@ def total_variation(inputs: Tensor, *, reduction: Literal["mean", "sum"] = "mean
 def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
     r"""Return total variation that is smooth at zero, for optimisers that need a smooth cost.
 
+    A side of one pixel has no neighbours, and its direction does not count.
+
     .. math:: \frac{1}{n_h}\sum \sqrt{(x_{i,j+1} - x_{i,j})^2 + \epsilon^2}
               + \frac{1}{n_v}\sum \sqrt{(x_{i+1,j} - x_{i,j})^2 + \epsilon^2}
 
@@ -70,15 +74,15 @@ def rounded_total_variation(inputs: Tensor, *, width: float = 1e-2) -> Tensor:
 
     Source: Charbonnier et al. 1994, "Two deterministic half-quadratic regularization algorithms".
     """
-    if not width > 0:
-        raise ConfigError(f"rounded_total_variation width is {width}; expected a positive number")
+    checked("rounded_total_variation width", width, Positive)
     across = inputs[..., 1:] - inputs[..., :-1]
     down = inputs[..., 1:, :] - inputs[..., :-1, :]
-    return sum(((d.square() + width**2).sqrt().mean() for d in (across, down)), inputs.new_zeros(()))
+    parts = ((d.square() + width**2).sqrt().mean() for d in (across, down) if d.numel())
+    return sum(parts, inputs.new_zeros(()))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothTotalVariation:
+class SmoothTotalVariation(Checked):
     r"""Total variation that takes both directions together, raised to a power.
 
     .. math:: \frac{1}{n}\sum \big((x_{i,j+1} - x_{i,j})^2 + (x_{i+1,j} - x_{i,j})^2\big)^p
@@ -97,12 +101,8 @@ class SmoothTotalVariation:
     "Double-opponent vectorial total variation".
     """
 
-    power: float
+    power: Positive
     opponents: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.power > 0:
-            raise ConfigError(f"SmoothTotalVariation power is {self.power}; expected a positive number")
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the value for normalised images ``(N, C, H, W)``."""
@@ -190,7 +190,7 @@ class BatchNormStatistics(Unbound):
 
     def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
         """Return the prior; raises what `batch_norm_statistics` raises."""
-        some = next(model.parameters())
+        some = like(model)
         return batch_norm_statistics(model, {n: b.to(some.device) for n, b in observation.buffers.items()})
 
 
@@ -271,6 +271,8 @@ def _norm(x: Tensor) -> Tensor:
 def median_filter(images: Tensor, size: int = 3) -> Tensor:
     """Return every pixel replaced by the median of the square around it, reflected at the border.
 
+    The square is no higher and wider than reflection of so small an image allows; of one pixel it is one.
+
     Args:
         images: ``(N, C, H, W)``.
         size: the side of the square, odd.
@@ -280,9 +282,8 @@ def median_filter(images: Tensor, size: int = 3) -> Tensor:
 
     Taught in: chapter 2
     """
-    if size < 1 or size % 2 == 0:
-        raise ConfigError(f"median filter size is {size}; expected an odd positive number")
-    half = size // 2
-    padded = F.pad(images, (half, half, half, half), mode="reflect")
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+    half = checked("median_filter size", size, _Odd) // 2
+    down, across = (min(half, side - 1) for side in images.shape[-2:])
+    padded = F.pad(images, (across, across, down, down), mode="reflect")
+    windows = padded.unfold(2, 2 * down + 1, 1).unfold(3, 2 * across + 1, 1)
     return windows.flatten(-2).median(-1).values

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from invlib.errors import ConfigError
+from invlib.settings import Checked, Factor, FromZero, Rule
+
+_ASCENDING = Rule(
+    "ascending numbers in (0, 1)",
+    lambda at: isinstance(at, tuple) and all(0 < a < 1 for a in at) and list(at) == sorted(at),
+)
 
 
 def geometric(start: float, end: float, part: float) -> float:
@@ -24,7 +30,7 @@ def geometric(start: float, end: float, part: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepDecay:
+class StepDecay(Checked):
     """Multiply the step size by ``gamma`` at given parts of the run.
 
     Args:
@@ -43,14 +49,8 @@ class StepDecay:
     Taught in: chapter 2
     """
 
-    at: tuple[float, ...] = (3 / 8, 5 / 8, 7 / 8)
-    gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        if any(not 0 < a < 1 for a in self.at) or list(self.at) != sorted(self.at):
-            raise ConfigError(f"StepDecay at is {self.at}; expected ascending numbers in (0, 1)")
-        if not 0 < self.gamma <= 1:
-            raise ConfigError(f"StepDecay gamma is {self.gamma}; expected a number in (0, 1]")
+    at: Annotated[tuple[float, ...], _ASCENDING] = (3 / 8, 5 / 8, 7 / 8)
+    gamma: Factor = 0.1
 
     def factor(self, step: int, steps: int) -> float:
         """Return the factor of the step size at a step, counted from 0, of a run of so many steps."""
@@ -58,7 +58,7 @@ class StepDecay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineDecay:
+class CosineDecay(Checked):
     """Raise the step size from near zero for some steps, and let it fall to zero along half a cosine.
 
     Args:
@@ -75,11 +75,7 @@ class CosineDecay:
     arXiv 2104.07586.
     """
 
-    warmup: int = 50
-
-    def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ConfigError(f"CosineDecay warmup is {self.warmup}; expected a number from 0 on")
+    warmup: FromZero = 50
 
     def factor(self, step: int, steps: int) -> float:
         """Return the factor of the step size at a step, counted from 0, of a run of so many steps."""

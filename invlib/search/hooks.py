@@ -63,6 +63,31 @@ class Bar(Hook):
         self.bar.close()
 
 
+class Shared(Hook):
+    """Moves a progress bar that several searches share by the evaluations of one of them.
+
+    Args:
+        bar: the bar, which is not closed.
+    """
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar, self.seen = bar, 0
+
+    def begin(self, search: Search) -> None:
+        """Move it to where the search goes on."""
+        self._move(search)
+
+    def step(self, search: Search, state: RestartState) -> bool:
+        """Move it on."""
+        self._move(search)
+        return False
+
+    def _move(self, search: Search) -> None:
+        now = sum(state.evaluations * len(state.rows) for state in search.all())
+        self.bar.update(now - self.seen)
+        self.seen = now
+
+
 class Told(Hook):
     """Hands `invlib.Progress` to a callback after every step.
 

@@ -10,14 +10,26 @@ import torch
 from torch import Tensor
 
 from invlib.core.reconstruction import History, Status
+from invlib.errors import InvlibError
+from invlib.optim.optimizers import evaluates_first
 from invlib.search import engines
 from invlib.search.engines import batched, selection
 from invlib.search.engines.selection import Engine
 from invlib.search.halving import rungs, survivors
 from invlib.search.hooks import CHECK_EVERY, Hook
+from invlib.search.interrupt import held
 from invlib.search.problem import Measure, Problem
 from invlib.search.settings import SearchSettings
-from invlib.search.state import RestartState, Search, init, select, step, terminate, within_tolerance
+from invlib.search.state import (
+    RestartState,
+    Search,
+    init,
+    measure_end,
+    select,
+    step,
+    terminate,
+    within_tolerance,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +69,7 @@ def run(
 
     Args:
         problem: what is minimised, for one observation or several.
-        starts: the starting points of each variable, ``(observations * restarts, ...)``; may be changed.
+        starts: the starting points of each variable, ``(observations * restarts, ...)``.
         settings: what the loop is told.
         hooks: told of every step, in this order.
         engine: what runs the steps; None chooses by the settings.
@@ -112,17 +124,43 @@ def _go_on(search: Search, state: RestartState, rung: int, measure: Measure, hoo
     settings = search.settings
     if any(within_tolerance(settings, other) for other in search.states):
         state.ended = "converged"
-    while state.step < rung and state.ended is None:
+    while state.ended is None and (
+        state.step < rung or (state.step == settings.steps and not state.measured)
+    ):
         if state.step == 0:
             for hook in hooks:
                 hook.start(search, state)
-        step(search.problem, settings, measure, state)
-        if state.step % CHECK_EVERY == 0:
-            state.ended = terminate(settings, state)
+        with held():  # Ctrl-C waits for the end of the step; a second one undoes it
+            if state.step < settings.steps:
+                _advance(search.problem, settings, measure, state)
+            if state.step == settings.steps:
+                _finish(settings, measure, state)
         stops = [hook.step(search, state) for hook in hooks]
         if any(stops):
             return False
     return True
+
+
+def _advance(problem: Problem, settings: SearchSettings, measure: Measure, state: RestartState) -> None:
+    """Take restarts one step, or leave them as they were where an error comes between."""
+    after = state.copy(deep=not evaluates_first(settings.optimizer))
+    step(problem, settings, measure, after)
+    if after.optimizer.get("ended"):
+        after.ended = "non_finite"
+    _take(settings, state, after, check=after.step < settings.steps)
+
+
+def _finish(settings: SearchSettings, measure: Measure, state: RestartState) -> None:
+    """Measure where the last step led, likewise."""
+    after = state.copy(deep=False)
+    measure_end(settings, measure, after)
+    _take(settings, state, after, check=True)
+
+
+def _take(settings: SearchSettings, state: RestartState, after: RestartState, *, check: bool) -> None:
+    if check and after.ended is None and after.step % CHECK_EVERY == 0:
+        after.ended = terminate(settings, after)
+    vars(state).update(vars(after))  # in one call, which no signal can cut in two
 
 
 def _prune(search: Search, left: int) -> None:
@@ -132,16 +170,16 @@ def _prune(search: Search, left: int) -> None:
     for state in search.states:
         costs[state.rows], running[state.rows] = state.best_cost.to(costs), True
     chosen = survivors(costs, running, left, search.settings.restarts).tolist()
-    states = list[RestartState]()
+    states, pruned = list[RestartState](), [*search.pruned]
     for state in search.states:
         staying = [k for k, row in enumerate(state.rows) if chosen[row]]
         going = [k for k, row in enumerate(state.rows) if not chosen[row]]
         if staying and going:
-            search.pruned.append(select(search.settings, state, going))
+            pruned.append(select(search.settings, state, going))
             states.append(select(search.settings, state, staying))
         else:
-            (states if staying else search.pruned).append(state)
-    search.states = states
+            (states if staying else pruned).append(state)
+    vars(search).update(states=states, pruned=pruned)  # in one call, as for a step
 
 
 def _halves(search: Search, state: RestartState) -> list[RestartState]:
@@ -159,19 +197,29 @@ def _chunks(
     """Return which restarts run together, and a clause on it where free memory decided that."""
     count, unit = len(starts[0]), settings.restarts
     size = 1 if not settings.optimizer.together else (settings.chunk or count)
-    if engine.name == "eager" or size == 1 or settings.chunk is not None:
-        # A chunk holds some observations, or a part of one.
-        size, block = (size - size % unit, count) if size > unit else (size, unit)
-        return [
-            range(a, min(a + size, first + block))
-            for first in range(0, count, block)
-            for a in range(first, first + block, size)
-        ], ""
-    most, need = engines.memory.largest(problem, starts, batched.part_of_many(problem), settings.sharpness(0))
-    chunks = engines.memory.split(count, most, unit=unit)
-    if len(chunks) == 1:
-        return chunks, ""
-    return chunks, f", in chunks, because each restart needs about {engines.memory.words(need)}"
+    if engine.name != "eager" and size > 1 and settings.chunk is None:
+        try:
+            most, need = engines.memory.largest(
+                problem, starts, batched.part_of_many(problem), settings.sharpness(0)
+            )
+        except InvlibError:
+            raise
+        except Exception as error:  # the network cannot be mapped
+            if engine.guard is None:
+                raise
+            engine.guard.refuse(error)
+        else:
+            chunks = engines.memory.split(count, most, unit=unit)
+            if len(chunks) == 1:
+                return chunks, ""
+            return chunks, f", in chunks, because each restart needs about {engines.memory.words(need)}"
+    # A chunk holds some observations, or a part of one.
+    size, block = (size - size % unit, count) if size > unit else (size, unit)
+    return [
+        range(a, min(a + size, first + block))
+        for first in range(0, count, block)
+        for a in range(first, first + block, size)
+    ], ""
 
 
 def _result(
@@ -205,7 +253,7 @@ def _result(
     if recorded and max(state.step for state in states) == settings.steps:
         steps[-1] = settings.steps
     running = [state for state in search.states if any(state is other for other in states)]
-    ended: Status = "converged" if any(state.ended for state in running) else "max_steps"
+    ended: Status = "converged" if any(state.ended == "converged" for state in running) else "max_steps"
     history = History(steps=steps, cost=table[0], objective=table[1]) if recorded else History()
     return SearchResult(
         values=values,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ class RestartState:
         ended: why they stopped before the last step; None where they did not.
         improved_at: at which step one of them was last seen to have improved.
         last_best: the lowest cost then.
+        measured: whether where the last step led has been measured.
     """
 
     rows: list[int]
@@ -48,10 +50,22 @@ class RestartState:
     ended: Status | None = None
     improved_at: int = 0
     last_best: Tensor | None = None
+    measured: bool = False
 
     def snapshot(self) -> dict[str, Any]:
         """Return all of it as plain containers of tensors and numbers."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def copy(self, *, deep: bool) -> RestartState:
+        """Return a state that can be changed without changing this one, in place too where it is deep."""
+        same: Callable[[Any], Any] = _cloned if deep else _same
+        return replace(
+            self,
+            values=same(self.values),
+            optimizer=same(self.optimizer),
+            costs=[*self.costs],
+            objectives=[*self.objectives],
+        )
 
     def kept(self, settings: SearchSettings) -> list[Tensor]:
         """Return what each restart gives back."""
@@ -103,7 +117,7 @@ def init(problem: Problem, settings: SearchSettings, starts: list[Tensor], rows:
 
 
 def step(problem: Problem, settings: SearchSettings, measure: Measure, state: RestartState) -> None:
-    """Move all restarts one step, in place; the last step is followed by a measurement of where it led."""
+    """Move all restarts one step, in place."""
     recorded = state.step % settings.record_every != 0
 
     def evaluate(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -118,8 +132,12 @@ def step(problem: Problem, settings: SearchSettings, measure: Measure, state: Re
     if settings.median_every is not None and state.step % settings.median_every == 0:
         images = state.values[0]
         images.copy_(median_filter(images.flatten(0, 1)).unflatten(0, images.shape[:2]))
-    if state.step == settings.steps:
-        _evaluate(settings, measure, state, state.values, record=True, slopes=False)
+
+
+def measure_end(settings: SearchSettings, measure: Measure, state: RestartState) -> None:
+    """Measure where the last step led."""
+    _evaluate(settings, measure, state, state.values, record=True, slopes=False)
+    state.measured = True
 
 
 def _evaluate(
@@ -137,8 +155,10 @@ def _evaluate(
     better = cost < state.best_cost if settings.comparable else torch.isfinite(cost)
     state.best_cost = torch.where(better, cost, state.best_cost)
     state.best_objective = torch.where(better, objective, state.best_objective)
-    for best, value in zip(state.best, values, strict=True):
-        best.copy_(torch.where(better.view(-1, *[1] * (value.ndim - 1)), value, best))
+    state.best = [
+        torch.where(better.view(-1, *[1] * (value.ndim - 1)), value, best)
+        for best, value in zip(state.best, values, strict=True)
+    ]
     state.evaluations += 1
     if record:
         state.costs.append(cost)
@@ -160,6 +180,19 @@ def terminate(settings: SearchSettings, state: RestartState) -> Status | None:
     if state.last_best is None or bool((state.best_cost < state.last_best).any()):
         state.last_best, state.improved_at = state.best_cost, state.step
     return "converged" if state.step - state.improved_at >= settings.patience else None
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _cloned(tree: Any) -> Any:
+    """Return containers in which no tensor is one of those that were given."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {name: _cloned(part) for name, part in tree.items()}
+    return [_cloned(part) for part in tree] if isinstance(tree, list) else tree
 
 
 def select(settings: SearchSettings, state: RestartState, places: list[int]) -> RestartState:

@@ -131,7 +131,7 @@ def test_a_sharpness_that_is_none_is_refused(value):
 def test_unknown_settings_are_named():
     with pytest.raises(ConfigError, match="unknown setting 'restrts'"):
         iv.best(restrts=2)
-    with pytest.raises(ConfigError, match="best evaluations is 0; expected at least 1"):
+    with pytest.raises(ConfigError, match="best evaluations is 0; expected a whole number of at least 1"):
         iv.best(evaluations=0)
     with pytest.raises(ConfigError, match="best evaluations is 3 and steps is 3; expected one of them"):
         iv.best(evaluations=3, steps=3)
@@ -167,7 +167,7 @@ def test_total_variation_counts_in_units_of_a_noise_image():
         relu_net(), seen
     )
     assert tenfold.score == pytest.approx(10 * noise.score, rel=0.2)
-    with pytest.raises(ConfigError, match="best tv is -1; expected at least 0"):
+    with pytest.raises(ConfigError, match="best tv is -1; expected a number from 0 on"):
         iv.best(tv=-1)
 
 
@@ -195,7 +195,7 @@ def test_the_natural_prior_counts_and_its_weight_is_checked():
         for weight in (0.0, 1e4)
     ]
     assert unlike[1] < 0.2 * unlike[0]
-    with pytest.raises(ConfigError, match="best natural is -1; expected at least 0"):
+    with pytest.raises(ConfigError, match="best natural is -1; expected a number from 0 on"):
         iv.best(natural=-1)
 
 
@@ -315,5 +315,5 @@ def test_shifting_can_be_stopped():
     _, seen = see(strided())
     found = iv.best(steps=500)(strided(), seen, callback=lambda progress: progress.step >= 3)
     assert found.status == "interrupted"
-    with pytest.raises(ConfigError, match="best shifts is -1; expected at least 0"):
+    with pytest.raises(ConfigError, match="best shifts is -1; expected a whole number of at least 0"):
         iv.best(shifts=-1)

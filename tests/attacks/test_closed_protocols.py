@@ -69,9 +69,9 @@ def test_closed_forms_run_or_refuse_by_name(kind, name, count):
         for attack, form in itertools.zip_longest(attacks, ("dense", "chain")):
             try:
                 found = attack(model, seen)
-            except RecoveryError as error:
-                # A user's function does not say how its labels are read off its update.
-                assert form is not None or (hidden and name == "momentum"), error
+            except RecoveryError:
+                if form is None:  # the strongest attack searches where no closed form applies
+                    raise
                 continue
             assert found.images.shape == x.shape
             assert math.isfinite(found.score)

@@ -132,10 +132,10 @@ def test_a_network_of_no_numbers_is_no_result() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "ForwardMatching steps is 0; expected at least 1"),
-        ({"restarts": 0}, "ForwardMatching restarts is 0; expected at least 1"),
+        ({"steps": 0}, "ForwardMatching steps is 0; expected a whole number of at least 1"),
+        ({"restarts": 0}, "ForwardMatching restarts is 0; expected a whole number of at least 1"),
         ({"lr": 0.0}, "ForwardMatching lr is 0.0; expected a positive number"),
-        ({"tv": (1.0, 0.0)}, r"ForwardMatching tv is \(1.0, 0.0\); expected two positive numbers"),
+        ({"tv": (1.0, 0.0)}, r"ForwardMatching tv is \(1.0, 0.0\); expected a tuple of a positive number"),
     ],
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:

@@ -432,10 +432,10 @@ def test_presets_are_what_their_papers_say():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: iv.GradientMatching(steps=0), "steps is 0; expected at least 1"),
+        (lambda: iv.GradientMatching(steps=0), "steps is 0; expected a whole number of at least 1"),
         (lambda: iv.GradientMatching(restarts=-1), "restarts is -1"),
         (lambda: iv.GradientMatching(chunk=0), "chunk is 0"),
-        (lambda: iv.GradientMatching(labels="guess"), "labels is 'guess'; expected one of"),
+        (lambda: iv.GradientMatching(labels="guess"), "labels is 'guess'; expected 'auto', 'optimize' or"),
         (lambda: iv.GradientMatching(keep="first"), "keep is 'first'"),
         (lambda: iv.GradientMatching(init="ones"), "init is 'ones'; expected 'randn'"),
         (lambda: iv.inverting_gradients(stepz=3), "unknown setting 'stepz'; expected some of objective"),

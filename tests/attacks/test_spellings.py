@@ -214,3 +214,53 @@ def test_beside_the_image_other_uses_of_it_do_not_matter():
     x, seen = see(model)
     assert [stage.name for stage in chain(model, seen).stages] == ["one"]
     assert float(iv.metrics.psnr(iv.best(evaluations=1)(model, seen).images, x)) > 90
+
+
+def signal(n, x):
+    return n.head(torch.sigmoid(n.conv(x.squeeze(2))).flatten(1))
+
+
+def of_image(shape):
+    """A convolution network of an image of any shape, and as many equations as pixels."""
+    channels, height, width = shape
+    kernel = (min(3, height), min(3, width))
+    places = (height - kernel[0] + 1) * (width - kernel[1] + 1)
+    count = 2 * channels * height * width // places + 4
+    return nn.Sequential(
+        nn.Conv2d(channels, count, kernel), nn.Sigmoid(), nn.Flatten(), nn.Linear(count * places, 5)
+    )
+
+
+def of_pixels(shape):
+    pixels = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 24), nn.Tanh(), nn.Linear(24, 5))
+
+
+SHAPES = [(3, 1, 1), (1, 1, 1), (3, 1, 16), (1, 16, 1), (1, 5, 9), (2, 1, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("build", [of_image, of_pixels])
+def test_images_of_any_shape(shape, build):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = build(shape)
+    for protocol, count in ((iv.FedSGD(), 1), (iv.FedAvg(lr=0.1, local_steps=2), 1), (iv.FedSGD(), 2)):
+        x, seen = see(model, protocol, count, shape)
+        found = iv.best(evaluations=1)(model, seen)
+        assert found.images.shape == x.shape
+        if count == 1 and protocol == iv.FedSGD():
+            assert found.status == "closed_form"
+            assert float(iv.metrics.psnr(found.images, x)) > 60
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+def test_a_signal_comes_back_through_its_convolution(padding):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        conv = nn.Conv1d(2, 12, 4, padding=padding)
+        model = Written(signal, conv=conv, head=nn.Linear(12 * conv(torch.zeros(1, 2, 16)).shape[-1], 5))
+    x, seen = see(model, shape=(2, 1, 16))
+    found = iv.best(evaluations=1)(model, seen)
+    assert found.note.startswith("closed form, layer by layer")
+    assert float(iv.metrics.psnr(found.images, x)) > 80

@@ -121,7 +121,7 @@ def test_decode_undoes_encode(mean, std, shape):
     ("arguments", "message"),
     [
         ({"mean": (0.5,), "std": (1.0, 1.0)}, "mean has 1 channels and std has 2"),
-        ({"mean": (0.5,), "std": (0.0,)}, r"std is \(0.0,\); expected positive"),
+        ({"mean": (0.5,), "std": (0.0,)}, r"std is \(0.0,\); expected a tuple, each a positive"),
         ({"mean": (), "std": ()}, "at least one"),
     ],
 )

@@ -162,8 +162,8 @@ def test_frozen_parameters_are_not_sent(tiny):
         ({"lr": 0.0, "local_steps": 1}, "lr is 0.0; expected a positive"),
         ({"lr": 0.1}, "local_steps=None and epochs=None; expected exactly one"),
         ({"lr": 0.1, "local_steps": 1, "epochs": 1}, "expected exactly one"),
-        ({"lr": 0.1, "local_steps": 0}, "local_steps is 0; expected at least 1"),
-        ({"lr": 0.1, "epochs": 1, "batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"lr": 0.1, "local_steps": 0}, "local_steps is 0; expected a whole number from 1"),
+        ({"lr": 0.1, "epochs": 1, "batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
     ],
 )
 def test_bad_fedavg_settings_are_refused(arguments, message):

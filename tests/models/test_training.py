@@ -222,9 +222,9 @@ def test_save_and_load_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "sgd"}, "strategy='sgd' is unknown; expected 'conservative' or 'adam'"),
-        ({"epochs": 0}, "epochs=0 and batch_size=16; expected both to be at least 1"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"strategy": "sgd"}, "train strategy is 'sgd'; expected 'conservative' or 'adam'"),
+        ({"epochs": 0}, "train epochs is 0; expected a whole number of at least 1"),
+        ({"batch_size": 0}, "train batch_size is 0; expected a whole number of at least 1"),
         (
             {"lr": 1e30, "strategy": "conservative"},
             "LeNetZhu: the loss became (nan|inf) in epoch 1 with .*lr=1e",

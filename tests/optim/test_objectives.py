@@ -110,7 +110,7 @@ def test_layers(layers, indices, weights):
         ({"which": "middle", "count": 1}, "which is 'middle'"),
         ({"weights": "square"}, "weights is 'square'"),
         ({"which": "first"}, "count=None; expected a positive count"),
-        ({"which": "last", "count": 0}, "count=0"),
+        ({"which": "last", "count": 0}, "Layers count is 0; expected a whole number of at least 1"),
         ({"count": 3}, "none with which='all'"),
     ],
 )

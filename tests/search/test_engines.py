@@ -487,8 +487,8 @@ def test_a_client_of_ones_own_runs_too(engine, client):
     ("engine", "settings", "error", "words"),
     [
         ("graphed", {}, DeviceError, "engine='graphed' needs a CUDA device, got cpu"),
-        ("compiled", {}, ConfigError, "engine is 'compiled'; expected one of"),
-        ("quick", {}, ConfigError, "engine is 'quick'; expected one of"),
+        ("compiled", {}, ConfigError, "engine is 'compiled'; expected 'auto', 'eager'"),
+        ("quick", {}, ConfigError, "engine is 'quick'; expected 'auto', 'eager'"),
     ],
 )
 def test_an_engine_that_cannot_run_says_so(tiny, seen, engine, settings, error, words):

@@ -2,6 +2,6 @@
 
 from invlib.search.engines import memory
 from invlib.search.engines.batched import part_of_many
-from invlib.search.engines.selection import Engine, build, check, choose
+from invlib.search.engines.selection import Engine, build, choose
 
-__all__ = ["Engine", "build", "check", "choose", "memory", "part_of_many"]
+__all__ = ["Engine", "build", "choose", "memory", "part_of_many"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from invlib.errors import ConfigError, DeviceError
 from invlib.search.engines.batched import batched_step
 from invlib.search.engines.eager import eager_step
 from invlib.search.engines.graphed import GraphedStep
+from invlib.search.engines.guarded import Guarded
 from invlib.search.problem import Measure, Problem
 from invlib.search.settings import EngineName, SearchSettings
 
@@ -33,29 +33,29 @@ class Engine:
         chosen_for: why, in a clause.
         measure: the step.
         fallback: says why steps run batched after all; gives nothing where they do not.
+        guard: the step of all restarts together, where there is one.
     """
 
     chosen: str
     chosen_for: str
     measure: Measure
     fallback: Callable[[], str] = str
+    guard: Guarded | None = None
 
     @property
     def name(self) -> str:
-        """What really ran: a step that cannot be captured runs batched."""
+        """What really ran: a step that cannot be captured runs batched, one that cannot be mapped eagerly."""
+        if self.guard is not None and self.guard.refused:
+            return "eager"
         return "batched" if self.fallback() else self.chosen
 
     @property
     def reason(self) -> str:
         """Why that was chosen."""
+        if self.guard is not None and self.guard.refused:
+            return f"one restart at a time, for the network cannot take them together: {self.guard.refused}"
         fallback = self.fallback()
         return f"steps cannot be captured: {fallback}" if fallback else self.chosen_for
-
-
-def check(name: str) -> None:
-    """Raise `ConfigError` where there is no such engine."""
-    if name not in get_args(EngineName):
-        raise ConfigError(f"GradientMatching engine is {name!r}; expected one of {get_args(EngineName)}")
 
 
 def choose(problem: Problem, settings: SearchSettings, restarts: int) -> Engine:
@@ -84,10 +84,13 @@ def choose(problem: Problem, settings: SearchSettings, restarts: int) -> Engine:
         raise DeviceError(
             f"engine='graphed' needs a CUDA device, got {problem.like.device}; use engine='auto'"
         )
-    if name == "graphed":
-        step = GraphedStep(build("batched", problem))
-        return Engine(chosen=name, chosen_for=reason, measure=step, fallback=lambda: step.fallback)
-    return Engine(chosen=name, chosen_for=reason, measure=build(name, problem))
+    if name == "eager":
+        return Engine(chosen=name, chosen_for=reason, measure=build(name, problem))
+    guard = Guarded(build("batched", problem), build("eager", problem), insist=settings.engine == "batched")
+    if name == "batched":
+        return Engine(chosen=name, chosen_for=reason, measure=guard, guard=guard)
+    step = GraphedStep(guard)
+    return Engine(chosen=name, chosen_for=reason, measure=step, fallback=lambda: step.fallback, guard=guard)
 
 
 def _fitting(problem: Problem, settings: SearchSettings, restarts: int) -> tuple[EngineName, str]:
@@ -107,6 +110,8 @@ def _fitting(problem: Problem, settings: SearchSettings, restarts: int) -> tuple
 def scores(problem: Problem, inputs: Tensor, logits: Tensor | None = None, *, together: int = 1) -> Tensor:
     """Return the objective of guesses, without priors, on the network as it is and in full precision.
 
+    A distance of cosines that rounding took a little below zero is zero.
+
     Args:
         problem: whose objective it is.
         inputs: normalised images ``(R, N, C, H, W)``.
@@ -114,11 +119,21 @@ def scores(problem: Problem, inputs: Tensor, logits: Tensor | None = None, *, to
         together: how many are evaluated at a time.
     """
     plain = replace(problem, inputs=_unchanged, priors=(), compute_dtype=None)
-    measure = (batched_step if together > 1 and problem.stackable else eager_step)(plain)
+    measure = eager_step(plain)
+    if together > 1 and problem.stackable:
+        measure = Guarded(batched_step(plain), measure)
     values = [inputs] if logits is None else [inputs, logits]
     rows = torch.arange(len(inputs)).split(together)
     parts = [measure([v[r] for v in values], r.tolist(), None, 1.0, slopes=False) for r in rows]
-    return torch.cat([objective for _, objective, _ in parts])
+    found = torch.cat([objective for _, objective, _ in parts])
+    return found.clamp_min(0) if _from_zero(problem.objective) else found
+
+
+def _from_zero(objective: object) -> bool:
+    """Say whether an objective is one of cosines, which rounding alone takes below zero."""
+    while inner := getattr(objective, "func", None) or getattr(objective, "objective", None):
+        objective = inner  # of a partial function, or where a mask is not zero
+    return getattr(objective, "__name__", "") in ("cosine", "layerwise_cosine")
 
 
 def _unchanged(inputs: Tensor) -> Tensor:
