@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from invlib.attacks.base import Settings, closed_form, known_labels
+from invlib.attacks.base import Settings, closed_form, known_labels, of_classes, with_labels
 from invlib.attacks.chain import Chain, Stage, chain, outside, precise, sent, undo
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.core.observation import Observation
@@ -245,6 +245,8 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
 def _unbiased_head(model: nn.Module, observation: Observation, head: Stage) -> tuple[Tensor, Tensor]:
     """Return delta and input of a last layer without bias, from its weight gradient and the softmax."""
     gradient = head.gradient(precise(observation.mean_gradient(head.weight_name)))
+    if not of_classes(model, observation):
+        raise RecoveryError(f"the labels are no classes, by which the scale of {head.name!r} is found")
     label = int(known_labels(model, observation)[0])
     columns, sizes, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
     u, s, v = columns[:, 0], sizes[0], rows[0]
@@ -350,7 +352,8 @@ class FullyConnected(Settings):
             )
         labels: Tensor | None = None
         try:
-            labels = known_labels(model, observation)
+            told = with_labels(model, observation)
+            labels, doubts = told.labels, [*doubts, *told.notes]
         except RecoveryError as error:
             note += f"; the labels are unknown: {error}"
         result = closed_form(

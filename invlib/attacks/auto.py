@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from invlib.attacks.base import Settings, index_of_best, known_labels
+from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
@@ -204,6 +204,7 @@ class Best(Settings):
         if path is not None:
             try_writing(path)
         model = observation.validate(model)
+        observation = with_loss(self.matching.loss, observation)
         generator = generator or torch.Generator().manual_seed(0)
         saved = None
         if path is not None:
@@ -475,7 +476,7 @@ def _noise(
         observation.protocol,
         normalization=observation.normalization,
         training_mode=observation.training_mode,
-        loss=matching.loss,
+        loss=observation.loss or matching.loss,
     )
     smoothing, asked, score = Smoothing(), 2, matching.scorer(model, of_noise, labels)
     for _ in range(_SHARPENINGS):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from types import FunctionType
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.labels import infer
-from invlib.core.observation import Observation
+from invlib.attacks.labels import contradiction, infer
+from invlib.attacks.losses import kind_of
+from invlib.core.network import like, num_classes
+from invlib.core.observation import Loss, Observation, words_of
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.settings import Checked
 
@@ -61,14 +64,58 @@ def words(value: object) -> str:
     return repr(value)
 
 
-def known_labels(model: nn.Module, observation: Observation) -> Tensor:
-    """Return the labels that the server was told, or else infers, int64 ``(N,)``, on the model's device.
+def loss_of(attack_loss: Loss, observation: Observation) -> Loss:
+    """Return the loss that counts: the attack's, or the observation's where the attack has the default."""
+    known = observation.loss if attack_loss is F.cross_entropy else None
+    return known or attack_loss
+
+
+def with_loss(attack_loss: Loss, observation: Observation) -> Observation:
+    """Return an observation with the loss that counts; where two were said, the doubt is among its notes."""
+    loss, said = loss_of(attack_loss, observation), observation.loss
+    if said is None or said == loss:
+        return replace(observation, loss=loss)
+    doubt = f"the attack's loss, {words_of(loss)}, counts, and not the observation's, {words_of(said)}"
+    return replace(observation, loss=loss, notes=(*observation.notes, doubt))
+
+
+def with_labels(model: nn.Module, observation: Observation) -> Observation:
+    """Return an observation with its labels, told or inferred, on the model's device.
+
+    Where they were guessed, or contradict the update, that is among its notes.
 
     Raises:
         RecoveryError: they are hidden and the update does not tell them.
     """
-    labels = infer(model, observation).labels if observation.labels is None else observation.labels
-    return labels.to(next(model.parameters()).device)
+    labels, some = observation.labels, like(model)
+    if labels is None:
+        found = infer(model, observation)
+        labels, doubt = found.labels, str(found) if found.guess else None
+    else:
+        doubt = contradiction(model, observation)
+    labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
+    notes = observation.notes if doubt is None else (*observation.notes, doubt)
+    return replace(observation, labels=labels, notes=notes)
+
+
+def of_classes(model: nn.Module, observation: Observation) -> bool:
+    """Say whether labels are classes int64 ``(N,)``: those that were told, or those that the loss takes."""
+    if (labels := observation.labels) is not None:
+        return labels.ndim == 1 and not labels.is_floating_point()
+    classes = num_classes(model, observation.image_shape)
+    loss = loss_of(F.cross_entropy, observation)
+    return kind_of(loss, observation.num_images, classes, like(model)) == "classes"
+
+
+def known_labels(model: nn.Module, observation: Observation) -> Tensor:
+    """Return the labels that the server was told, or else infers, on the model's device.
+
+    Raises:
+        RecoveryError: they are hidden and the update does not tell them.
+    """
+    labels = with_labels(model, observation).labels
+    assert labels is not None
+    return labels
 
 
 def index_of_best(scores: Tensor) -> int:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
-from invlib.attacks.base import Settings
+from invlib.attacks.base import Settings, loss_of
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching, hooks_of, reconstruction
 from invlib.core.network import forward, in_mode, trainable_parameters
-from invlib.core.observation import Observation
+from invlib.core.observation import Observation, words_of
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError
 from invlib.federated import FedSGD
@@ -78,7 +78,7 @@ class ForwardMatching(Settings):
 
         Raises:
             ObservationError: the observation does not fit the model.
-            ConfigError: it is not of a FedSGD step in evaluation mode.
+            ConfigError: it is not of a FedSGD step in evaluation mode, or its loss is not cross-entropy.
         """
         began = time.perf_counter()
         model = observation.validate(model)
@@ -86,6 +86,8 @@ class ForwardMatching(Settings):
             mode = "training" if observation.training_mode else "evaluation"
             kind = type(observation.protocol).__name__
             raise ConfigError(f"the client ran {kind} in {mode} mode; expected FedSGD in evaluation mode")
+        if loss_of(F.cross_entropy, observation) is not F.cross_entropy:
+            raise ConfigError(f"the client's loss is {words_of(observation.loss)}; expected cross_entropy")
         matching = GradientMatching(
             objective=cosine_by_block(trainable_parameters(model)),
             priors=((self.tv[0], priors.total_variation),),

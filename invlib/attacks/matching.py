@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.base import Settings, index_of_best, known_labels, words
+from invlib.attacks.base import Settings, index_of_best, with_labels, with_loss, words
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.losses import taking_probabilities
 from invlib.attacks.orders import likely_orders
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.smoothing import Smoothing, rounded
@@ -83,7 +84,8 @@ class GradientMatching(Settings):
         labels: ``"auto"`` takes the observed labels and infers them where they are hidden;
             ``"optimize"`` finds soft labels, one for each image, together with the images;
             ``"optimize_shared"`` finds one soft label for all images, as the 2020 code does.
-        loss: the client's loss ``(logits, labels) -> scalar``.
+        loss: the client's loss ``(logits, labels) -> scalar``; where the observation knows it, the default
+            gives way to it.
         smoothing: a softplus in the place of ReLU while the images are optimised; None keeps ReLU. With it,
             each restart keeps its last iterate.
         fading: decay of the priors' weights: the part of them that is left at the last step, towards which
@@ -239,8 +241,17 @@ class GradientMatching(Settings):
         boxed = self.box and self.coordinates is None
         images = Variable(name="images", low=lower, high=upper) if boxed else Variable(name="images")
         optimized = self.labels != "auto" and labels is None
-        if not optimized:
-            labels = known_labels(model, observation) if labels is None else labels.to(some.device)
+        observation = with_loss(self.loss, observation)
+        assert observation.loss is not None
+        loss, classes = observation.loss, num_classes(model, observation.image_shape) if optimized else None
+        if classes is not None:
+            loss, doubts = taking_probabilities(loss, observation.num_images, classes, some)
+            observation = replace(observation, notes=(*observation.notes, *doubts))
+        elif labels is None:
+            observation = with_labels(model, observation)
+            labels = observation.labels
+        else:
+            labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
         if isinstance(self.objective, objectives.Masked):
             self.objective.check([target[i] for i in indices])
         names, masks = list(own), [observation.sent.get(name) for name in own]
@@ -259,7 +270,7 @@ class GradientMatching(Settings):
                     name: b.detach().clone() if observation.training_mode else b.detach()
                     for name, b in model.named_buffers()
                 },
-                "loss": self.loss,
+                "loss": loss,
             }
             if understands:
                 sent = protocol(model, inputs, targets, **settings, mode=mode)
@@ -285,7 +296,8 @@ class GradientMatching(Settings):
             priors=tuple((w, bound(prior, model, observation, labels)) for w, prior in self.priors),
             variables=[images, Variable(name="labels", signed=False)] if optimized else [images],
             labels=labels,
-            classes=num_classes(model, observation.image_shape) if optimized else None,
+            classes=classes,
+            notes=observation.notes,
             inputs=inputs,
             decode=observation.normalization.decode,
             encode=observation.normalization.encode,
@@ -470,6 +482,7 @@ def reconstruction(
         engine=result.engine,
         engine_reason=result.engine_reason,
         chunks=result.chunks,
+        warnings=problem.notes,
     )
 
 

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import layer_input
-from invlib.attacks.base import Settings, closed_form, known_labels
+from invlib.attacks.base import Settings, closed_form, with_labels
 from invlib.attacks.chain import Stage, chain, outside, sent, undo
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching
@@ -96,7 +96,9 @@ class RecursiveInversion(Settings):
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
         inputs = _image(_chain(model, observation), observation, self.iterations)
         inputs = inputs.reshape(1, *observation.image_shape).to(like(model))
-        found, labels = observation.normalization.decode(inputs), known_labels(model, observation)
+        found, observation = observation.normalization.decode(inputs), with_labels(model, observation)
+        labels = observation.labels
+        assert labels is not None
         images, measure = found.clamp(0, 1), GradientMatching().scorer(model, observation, labels)
         # rounding may leave the cosine a little above one
         score = max(0.0, measure(images))

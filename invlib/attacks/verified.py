@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment, minimize_scalar
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import fully_connected, input_direction
-from invlib.attacks.base import closed_form, known_labels
+from invlib.attacks.base import closed_form, known_labels, of_classes
 from invlib.attacks.chain import Chain, chain, outside
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.recursive import recursive_inversion
@@ -233,7 +233,8 @@ def _guesses(model: nn.Module, observation: Observation) -> Iterator[Observation
     """Yield the observation, and if its one label is hidden, again with each label that it may be."""
     yield observation
     classes = num_classes(model, observation.image_shape)
-    if observation.labels is None and observation.num_images == 1 and classes <= _CLASSES:
+    hidden = observation.labels is None and of_classes(model, observation)
+    if hidden and observation.num_images == 1 and classes <= _CLASSES:
         for label in range(classes):
             yield replace(observation, labels=torch.tensor([label]))
 
@@ -291,6 +292,8 @@ def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -
     Raises:
         RecoveryError: no layer gives the logits, or it was not sent.
     """
+    if not of_classes(model, observation):
+        raise RecoveryError("the labels are no classes, by which images of a batch are told apart")
     count = observation.num_images
     layer = logits_layer(model, observation.image_shape)
     inputs = observation.normalization.encode(found.images)

@@ -80,6 +80,7 @@ class Problem:
         recompute: compute local steps anew in the backward pass.
         compute_dtype: the type in which layers multiply; None keeps the parameters' own.
         activations: bytes that the client's passes through the network make; None where that is unknown.
+        notes: what is doubtful about it, such as labels that were guessed, a sentence each.
     """
 
     update: Update
@@ -99,6 +100,7 @@ class Problem:
     recompute: bool
     compute_dtype: torch.dtype | None
     activations: int | None
+    notes: tuple[str, ...] = ()
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:
         """Return the labels of a guess: those that are known, or the softmax of logits."""
