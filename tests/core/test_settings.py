@@ -315,6 +315,10 @@ def test_numbers_of_numpy_and_lists_become_pythons():
             lambda: iv.Normalization(mean=(0.5,), std=(math.nan,)),
             "Normalization std is (nan,); expected a tuple, each a positive number",
         ),
+        (
+            lambda: iv.Normalization(mean=(0.5, 0.5), std=(1.0, math.nan)),
+            "Normalization std is (1.0, nan); expected a tuple, each a positive number",
+        ),
         (lambda: iv.Frames(every=0), "Frames every is 0; expected a whole number of at least 1"),
         (
             lambda: iv.models.build("LeNetZhu", seed=2**64),
