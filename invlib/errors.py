@@ -35,3 +35,7 @@ class DependencyError(DeviceError):
 
 class WorkerError(InvlibError, RuntimeError):
     """A process that ran attacks for this one ended before its work was done."""
+
+
+class DoubtWarning(UserWarning):
+    """Something may not be as it was said: a result is given, and stands under a doubt."""

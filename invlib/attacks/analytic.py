@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, closed_form, known_labels
-from invlib.core.network import record_layers
+from invlib.attacks.chain import Chain, Stage, chain, outside, precise, sent, undo
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -138,7 +139,7 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
             f"{layer!r} is {type(module).__name__}; "
             f"expected a fully connected layer with a bias, one of {known}"
         )
-    return layer_input(_sent(observation, f"{layer}.weight"), _sent(observation, f"{layer}.bias"))
+    return layer_input(sent(observation, f"{layer}.weight"), sent(observation, f"{layer}.bias"))
 
 
 # Of a batch: rows that are compared with one another, in so many random directions, and the share of their
@@ -146,57 +147,18 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
 _ROWS, _VIEWS, _AGREEING = 4096, 16, 1e-5
 
 
-def _sent(observation: Observation, name: str) -> Tensor:
-    """Return one tensor of the update; a frozen layer is not sent."""
-    if name not in observation.update:
-        raise RecoveryError(f"the update lacks {name!r}; expected it, since the input follows from it")
-    return observation.update[name]
-
-
-# The slope of an activation from its output alone, which is what a recovered layer input is.
-SLOPES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
-    nn.Identity: lambda _, a: torch.ones_like(a),
-    # An output that is 0 comes back as 0 but for rounding, and its unit must not count as active.
-    nn.ReLU: lambda _, a: (a > 1e-5 * a.abs().max()).to(a.dtype),
-    nn.LeakyReLU: lambda m, a: torch.where(a > 0, torch.ones_like(a), torch.full_like(a, m.negative_slope)),  # type: ignore[arg-type]
-    nn.Sigmoid: lambda _, a: a * (1 - a),
-    nn.Tanh: lambda _, a: 1 - a.square(),
-    nn.Softplus: lambda m, a: 1 - torch.exp(-m.beta * a),  # type: ignore[operator]
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """One fully connected layer and the activation after it."""
-
-    name: str
-    layer: nn.Linear
-    activation: nn.Module
-
-
-def _stages(model: nn.Module, observation: Observation) -> tuple[list[_Stage], bool]:
-    """Return the fully connected layers from the image on, as they run, and whether they are the network."""
-    logits, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
-    stages: list[_Stage] = []
-    for call in calls:
-        module = call.layer
-        if isinstance(module, nn.Linear):
-            stages.append(_Stage(name=call.name, layer=module, activation=nn.Identity()))
-        elif stages and type(module) in SLOPES:
-            if not isinstance(module, nn.Identity):
-                stages[-1] = replace(stages[-1], activation=module)
-        elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
-            break
-    pixels = math.prod(observation.image_shape)
-    if not stages or stages[0].layer.in_features != pixels:
-        first = f"{calls[0].name!r} ({type(calls[0].layer).__name__})" if calls else "nothing"
+def _stages(model: nn.Module, observation: Observation) -> Chain:
+    """Return the layers from the image on, of which the first sees all numbers of the image at once."""
+    found = chain(model, observation)
+    if not found.stages or found.stages[0].window is not None:
+        first = f"convolution {found.stages[0].name!r}" if found.stages else f"nothing to undo ({found.why})"
         raise RecoveryError(
             f"{type(model).__name__} begins with {first}; expected a fully connected layer on all "
-            f"{pixels} numbers of the image (use layer_input_of for the input of a later layer, or gradient "
-            "matching for the image)"
+            f"{math.prod(observation.image_shape)} numbers of the image (use layer_input_of for the input of "
+            "a later layer, or gradient matching for the image)"
         )
-    whole = isinstance(calls[-1].layer, nn.Linear) and calls[-1].name == stages[-1].name
-    return stages, whole and torch.equal(calls[-1].output, logits)
+    ends = [k for k, stage in enumerate(found.stages) if stage.window is not None]
+    return replace(found, stages=found.stages[: ends[0]], why="a convolution") if ends else found
 
 
 def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, float]:
@@ -209,8 +171,8 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
     softmax's own equation :math:`\mathrm{softmax}(W a) - e_y = \delta` fixes.
 
     Args:
-        model: a chain of flatten, fully connected layers and activations (ReLU, leaky ReLU, sigmoid,
-            tanh, softplus).
+        model: a chain of fully connected layers and activations (ReLU, leaky ReLU, ELU, sigmoid, tanh,
+            softplus), as modules, functions or operators.
         observation: what the server saw of *one* image; FedAvg is exact only where the first layer has a
             bias, since later layers' inputs change from step to step.
 
@@ -223,30 +185,33 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
     Source: Geiping et al. 2020, arXiv 2003.14053, proposition 3.1; without biases, compare Zhu and
     Blaschko 2021 (R-GAP), arXiv 2010.07733.
     """
-    stages, whole = _stages(model, observation)
-    biased = [k for k, s in enumerate(stages) if s.layer.bias is not None]
-    if not biased and not whole:
+    found = _stages(model, observation)
+    stages = found.stages
+    biased = [(k, s.bias_name) for k, s in enumerate(stages) if s.bias_name is not None]
+    if not biased and (found.why or stages[-1].after):
+        why = f" ({found.why})" if found.why else ""
         raise RecoveryError(
             f"no layer up to {stages[-1].name!r} has a bias, and it is not the last one of "
-            f"{type(model).__name__}; expected a bias before the first activation other than "
-            f"{', '.join(kind.__name__ for kind in SLOPES)}"
+            f"{type(model).__name__}{why}; expected a bias before what cannot be undone"
         )
-    top = biased[0] if biased else len(stages) - 1
-    weights = {s.name: _sent(observation, f"{s.name}.weight") for s in stages[: top + 1]}
+    top = biased[0][0] if biased else len(stages) - 1
+    weights = [stage.gradient(sent(observation, stage.weight_name)) for stage in stages[: top + 1]]
     if biased:
-        delta = _sent(observation, f"{stages[top].name}.bias")
-        inputs = layer_input(weights[stages[top].name], delta).inputs
+        delta = sent(observation, biased[0][1])
+        inputs = layer_input(weights[top], delta.flatten()).inputs
     else:
+        # The head's delta is one of the mean gradient, and so have to be the weights below it.
+        weights = [stage.gradient(precise(observation.mean_gradient(stage.weight_name))) for stage in stages]
         delta, inputs = _unbiased_head(model, observation, stages[-1])
     for k in range(top, 0, -1):
         below = stages[k - 1]
-        slope = SLOPES[type(below.activation)](below.activation, inputs)
-        delta = (stages[k].layer.weight.detach().T @ delta) * slope
+        _, behind, _ = undo(below.after, inputs)
+        delta = behind(stages[k].weight.to(delta).T @ delta.flatten())
         if not delta.any():
             raise RecoveryError(f"the gradient behind {below.name!r} is all zero; expected an active unit")
-        inputs = layer_input(weights[below.name], delta).inputs
-    first = weights[stages[0].name]
-    return inputs, _residual(first / delta.abs().max(), delta / delta.abs().max(), inputs)
+        inputs = layer_input(weights[k - 1], delta).inputs
+    residual = _residual(weights[0] / delta.abs().max(), delta.flatten() / delta.abs().max(), inputs)
+    return undo(found.first, inputs)[0], residual
 
 
 def input_direction(model: nn.Module, observation: Observation) -> Tensor:
@@ -267,7 +232,8 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
 
     Source: this project's, of the same equation as `layer_input`.
     """
-    gradient = _sent(observation, f"{_stages(model, observation)[0][0].name}.weight")
+    found = _stages(model, observation)
+    gradient = found.stages[0].gradient(sent(observation, found.stages[0].weight_name))
     matrix = gradient.double() / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
     direction = matrix[matrix.norm(dim=1).argmax()]
     for _ in range(20):  # power iterations: noise apart, the first is exact
@@ -276,19 +242,17 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
     return direction.to(gradient)
 
 
-def _unbiased_head(model: nn.Module, observation: Observation, head: _Stage) -> tuple[Tensor, Tensor]:
+def _unbiased_head(model: nn.Module, observation: Observation, head: Stage) -> tuple[Tensor, Tensor]:
     """Return delta and input of a last layer without bias, from its weight gradient and the softmax."""
-    gradient = observation.protocol.mean_gradient(
-        observation.update[f"{head.name}.weight"], observation.num_images
-    )
+    gradient = head.gradient(precise(observation.mean_gradient(head.weight_name)))
     label = int(known_labels(model, observation)[0])
     columns, sizes, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
     u, s, v = columns[:, 0], sizes[0], rows[0]
     if u[label] > 0:
         u, v = -u, -v
-    weight = head.layer.weight.detach().double()
+    weight = head.weight.to(gradient.device).double()
     logits = weight @ v * s
-    hot = torch.nn.functional.one_hot(torch.tensor(label), len(u)).to(logits)
+    hot = F.one_hot(torch.tensor(label), len(u)).to(logits)
 
     def gap(log_alpha: float) -> float:
         alpha = math.exp(log_alpha)
@@ -345,6 +309,7 @@ class FullyConnected(Settings):
     tolerance: NotNegative = 1e-2
     agreement: bool = False
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -361,11 +326,16 @@ class FullyConnected(Settings):
             RecoveryError: the closed form does not apply to this model or gradient.
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
+        doubts = doubts_of(model, observation)
         if observation.num_images == 1:
             flat, residual = network_input(model, observation)
             inputs = flat[None]
-            what = "exact" if residual <= self.tolerance else "approximate"
+            fits = residual <= self.tolerance
+            images = observation.normalization.decode(inputs.view(1, *observation.image_shape))
+            cut = outside(images, fits=fits)
+            doubts += [cut] if cut else []
+            what = "exact" if fits and not cut else "approximate"
             note = f"{what}: one image explains all but {residual:.1e} of the first layer's gradient"
         else:
             inputs, residual, count, agreed = _mixtures(model, observation, self.agreement)
@@ -383,7 +353,7 @@ class FullyConnected(Settings):
             labels = known_labels(model, observation)
         except RecoveryError as error:
             note += f"; the labels are unknown: {error}"
-        return closed_form(
+        result = closed_form(
             observation.normalization.decode(inputs.view(-1, *observation.image_shape)).clamp(0, 1),
             labels,
             residual,
@@ -391,20 +361,23 @@ class FullyConnected(Settings):
             note=note,
             began=began,
         )
+        return doubted(result, doubts)
 
 
 def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tuple[Tensor, float, int, int]:
     """Return what rows say of a batch, its residual, how many they are, and on how many images some agree."""
-    first = _stages(model, observation)[0][0]
-    if first.layer.bias is None:
+    found = _stages(model, observation)
+    first = found.stages[0]
+    if first.bias_name is None:
         raise RecoveryError(
             f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
         )
-    weight, bias = _sent(observation, f"{first.name}.weight"), _sent(observation, f"{first.name}.bias")
+    weight = first.gradient(sent(observation, first.weight_name))
+    bias = sent(observation, first.bias_name).flatten()
     numbers, rows = row_inputs(weight, bias)
     groups = _agreeing(rows, bias[numbers], observation.num_images) if agreement else []
     agreed = [layer_input(weight[numbers[group]], bias[numbers[group]]).inputs for group in groups]
-    rows = torch.stack([*agreed, *rows])
+    rows = torch.stack([undo(found.first, row)[0] for row in (*agreed, *rows)])
     images = observation.normalization.decode(rows.view(-1, *observation.image_shape)).flatten(1)
     outside = (images - images.clamp(0, 1)).square().mean(1)
     outside[: len(agreed)] = -1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib.attacks.base import Attack, Settings, known_labels
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching, checked_starts
 from invlib.attacks.published import preset
 from invlib.attacks.shifts import Shifting, continuing, joined, moves
@@ -169,6 +170,7 @@ class Best(Settings):
     near_grey: bool = True
     measured_smoothing: bool = True
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -179,18 +181,21 @@ class Best(Settings):
         progress: bool = False,
     ) -> Reconstruction:
         """Attack an observation; arguments and errors as for `invlib.GradientMatching`."""
-        observation.validate(model)
-        closed = closest_closed_form(model, observation, self.matching.loss)
+        model = observation.validate(model)
+        closed, tried = closest_closed_form(model, observation, self.matching.loss)
         if closed is not None and closed.determined and closed.share <= EXACT:
-            return closed.result
+            return doubted(closed.result, doubts_of(model, observation))
         if closed is not None and closed.determined and closed.share <= _NEAR:
-            return self._polished(closed.result, model, observation, self.evaluations, callback, progress)
+            found = self._polished(closed.result, model, observation, self.evaluations, callback, progress)
+            return doubted(found, [*doubts_of(model, observation), *tried.doubts])
         result, spare = self._searched(model, observation, generator, callback, progress)
         plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
         if plain and spare >= _STAGE and result.status == "max_steps":
             told = self.matching.steps
             result = self._polished(result, model, observation, spare, callback, progress, told)
-        return result if closed is None else self._nearer(closed, result, model, observation)
+        result = result if closed is None else self._nearer(closed, result, model, observation)
+        note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
+        return doubted(replace(result, note=note), tried.doubts)
 
     def _searched(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
 from invlib.attacks.base import Settings
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching, hooks_of, reconstruction
 from invlib.core.network import forward, in_mode, trainable_parameters
 from invlib.core.observation import Observation
@@ -63,6 +64,7 @@ class ForwardMatching(Settings):
     lr: Positive = 0.1
     tv: tuple[Positive, Positive] = (1.0, 1.0)
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -79,7 +81,7 @@ class ForwardMatching(Settings):
             ConfigError: it is not of a FedSGD step in evaluation mode.
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         if type(observation.protocol) is not FedSGD or observation.training_mode:
             mode = "training" if observation.training_mode else "evaluation"
             kind = type(observation.protocol).__name__
@@ -104,7 +106,8 @@ class ForwardMatching(Settings):
         )
         with in_mode(model, training=False):
             [result] = run(problem, [starts], settings, hooks_of(callback, progress), engine=engine)
-            return reconstruction(problem, result, observation, "cosine by block", began)
+            found = reconstruction(problem, result, observation, "cosine by block", began)
+        return doubted(found, doubts_of(model, observation))
 
 
 class _QuarterCosine:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, words
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.orders import likely_orders
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.smoothing import Smoothing, rounded
+from invlib.core.convert import as_images, as_labels
 from invlib.core.fingerprint import describe
 from invlib.core.network import in_mode, num_classes, probe, trainable_parameters
-from invlib.core.observation import Loss, Observation, stackable, takes_mode
+from invlib.core.observation import ClientStep, Loss, Observation, stackable, takes_mode
 from invlib.core.reconstruction import Callback, Reconstruction
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, DoubtWarning
 from invlib.federated import FedAvg, FedSGD
 from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
@@ -37,6 +41,8 @@ from invlib.search.settings import EngineName, Schedule, SearchSettings
 from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
 
 _SLACK = 1e-3  # how far rounding may take given images beyond black and white
+_NONE = 1e-5  # up to this a score is that of the client's own images, in float32
+_REORDERED = 16  # up to so many images a score looks for other orders without being told
 MANY_LOCAL_STEPS = 10  # from here on they are computed anew in the backward pass
 
 Images = Annotated[
@@ -143,6 +149,7 @@ class GradientMatching(Settings):
                 "given, for a median filter works on pixels"
             )
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -172,15 +179,18 @@ class GradientMatching(Settings):
                 tell this run from another one (a setting is a lambda, say).
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         problem = self.problem(model, observation)
         starts = self.starts(problem, observation, generator or torch.Generator().manual_seed(0))
         hooks = hooks_of(callback, progress)
         if checkpoint is not None:
             hooks.insert(0, Checkpoint(Path(checkpoint), _identity(self, model, observation, starts)))
-        with in_mode(model, training=observation.training_mode):
+        generator = generator or torch.Generator().manual_seed(0)
+        with in_mode(model, training=observation.training_mode, seed=generator.initial_seed()):
+            doubts = [*doubts_of(model, observation), *length_doubts(problem, observation)]
             [result] = run(problem, starts, self.search, hooks)
-            return reconstruction(problem, result, observation, words(self.objective), began)
+            found = reconstruction(problem, result, observation, words(self.objective), began)
+        return doubted(found, doubts)
 
     @property
     def search(self) -> SearchSettings:
@@ -207,7 +217,7 @@ class GradientMatching(Settings):
             labels = known_labels(model, observation) if labels is None else labels.to(some.device)
         if isinstance(self.objective, objectives.Masked):
             self.objective.check([target[i] for i in indices])
-        names = list(own)
+        names, masks = list(own), [observation.sent.get(name) for name in own]
         protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
         def update(
@@ -218,15 +228,23 @@ class GradientMatching(Settings):
         ) -> list[Tensor]:
             settings: dict[str, Any] = {
                 "params": own if params is None else params,
-                "buffers": {name: b.detach() for name, b in model.named_buffers()},
+                # What a forward pass writes into, in training mode, begins anew at each evaluation.
+                "buffers": {
+                    name: b.detach().clone() if observation.training_mode else b.detach()
+                    for name, b in model.named_buffers()
+                },
                 "loss": self.loss,
             }
             if understands:
                 sent = protocol(model, inputs, targets, **settings, mode=mode)
             else:
-                with rounded(mode.sharpness):
+                settings["params"] = {
+                    name: p if p.requires_grad else p.detach().requires_grad_()
+                    for name, p in settings["params"].items()
+                }
+                with rounded(mode.sharpness), torch.enable_grad():
                     sent = protocol(model, inputs, targets, **settings)
-            return [sent[names[i]] for i in indices]
+            return [_sent_part(sent, names[i], masks[i]) for i in indices]
 
         def inputs(place: Tensor) -> Tensor:
             if self.coordinates is None:
@@ -290,6 +308,7 @@ class GradientMatching(Settings):
             starts.append(torch.stack(logits).to(problem.like))
         return starts
 
+    @torch.inference_mode(mode=False)
     def score(self, model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
         """Return the objective of some images, the number that restarts are chosen by.
 
@@ -302,18 +321,40 @@ class GradientMatching(Settings):
         Raises:
             ObservationError: the observation does not fit the model.
         """
-        observation.validate(model)
-        return self.scorer(model, observation, labels)(images)
+        model = observation.validate(model)
+        images, labels = as_images(images), as_labels(labels, classes_only=False)
+        score, protocol = self.scorer(model, observation, labels)(images), observation.protocol
+        if not _reorders(protocol, observation.num_images) or score <= _NONE:
+            return score
+        _, least = likely_orders(
+            lambda client: self.scorer(model, replace(observation, protocol=client), labels)(images),
+            protocol,
+            observation.num_images,
+        )
+        if least > _NONE or protocol.shuffle:
+            return min(score, least) if protocol.shuffle else score
+        doubt = (
+            f"in the order of the protocol these images score {score:.1e}, and in another order for each "
+            f"epoch {least:.1e}, which is what counts: the client shuffles (FedAvg(shuffle=True))"
+        )
+        warnings.warn(doubt, DoubtWarning, stacklevel=2)
+        return least
 
     def scorer(self, model: nn.Module, observation: Observation, labels: Tensor) -> Callable[[Tensor], float]:
         """Return `score` as a function of images alone, of an observation that is known to fit the model."""
         problem = self.problem(model, observation, labels)
 
         def score(images: Tensor) -> float:
-            with in_mode(model, training=observation.training_mode):
+            with in_mode(model, training=observation.training_mode, seed=0):
                 return float(selection.scores(problem, problem.encode(images)[None]))
 
         return score
+
+
+def _sent_part(update: Mapping[str, Tensor], name: str, mask: Tensor | None) -> Tensor:
+    if name not in update:
+        raise ConfigError(f"the client's step gives no {name!r}; expected each trainable parameter")
+    return update[name] if mask is None else update[name] * mask.to(update[name])
 
 
 def _identity(
@@ -325,6 +366,14 @@ def _identity(
         return {name: describe(part, code=True) for name, part in parts.items()}
     except ConfigError as error:
         raise ConfigError(f"a checkpoint cannot tell this run from others: {error}") from error
+
+
+def _reorders(protocol: ClientStep, num_images: int) -> TypeGuard[FedAvg]:
+    """Say whether a client takes its images in minibatches, so that their order changes its update."""
+    if not isinstance(protocol, FedAvg) or protocol.orders is not None:
+        return False
+    few = num_images <= _REORDERED or protocol.shuffle
+    return few and protocol.batch_size is not None and protocol.batch_size < num_images
 
 
 def _recomputes(asked: bool | None, observation: Observation) -> bool:
@@ -339,7 +388,7 @@ def _activations(model: nn.Module, observation: Observation) -> int | None:
     if not stackable(protocol) or not isinstance(protocol, (FedSGD, FedAvg)):
         return None
     steps = protocol.batches(count) if isinstance(protocol, FedAvg) else [slice(None)]
-    images = sum(len(range(count)[rows]) for rows in steps)
+    images = sum(len(torch.arange(count)[rows]) for rows in steps)
     weights = sum(p.nbytes for p in trainable_parameters(model).values())
     return images * probe(model, observation.image_shape)[1] + len(steps) * weights
 
@@ -457,7 +506,7 @@ def attack_many(
     if early or own_priors or not (attack.optimizer.together and stackable(observations[0].protocol)):
         return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
     for observation in observations:
-        observation.validate(model)
+        model = observation.validate(model)
     parts = [attack.problem(model, o) for o in observations]
     starts = [attack.starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
     common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +17,12 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 
-from invlib.attacks.analytic import SLOPES, layer_input
+from invlib.attacks.analytic import layer_input
 from invlib.attacks.base import Settings, closed_form, known_labels
+from invlib.attacks.chain import Stage, chain, outside, sent, undo
+from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching
-from invlib.core.network import record_layers
+from invlib.core.calls import Call
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -29,30 +30,8 @@ from invlib.settings import Count, NotNegative
 
 _Array = NDArray[np.float64]
 
-# Rounding may leave an output at an end of the activation's range, where the inverse is infinite.
-_EDGE = 1e-7
 _DENSE = 3072  # unknowns: up to here normal equations are factored, beyond they take too much memory and time
 _SHIFT = 1e-8  # of their diagonal, which is all ones; from 1e-10 to 1e-6 the images are the same
-# What went into an activation, from what came out.
-_INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
-    nn.Identity: lambda _, a: a,
-    nn.Sigmoid: lambda _, a: a.logit(_EDGE),
-    nn.Tanh: lambda _, a: a.clamp(_EDGE - 1, 1 - _EDGE).atanh(),
-    nn.Softplus: lambda m, a: (m.beta * a.clamp_min(_EDGE)).expm1().log() / m.beta,  # type: ignore[operator]
-    nn.LeakyReLU: lambda m, a: a / SLOPES[nn.LeakyReLU](m, a),
-    # An inactive unit has slope 0, and so its equation no weight.
-    nn.ReLU: lambda _, a: a,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """A layer of the chain, the activation after it, and the shape of what goes into it."""
-
-    name: str
-    layer: nn.Conv2d | nn.Linear
-    activation: nn.Module
-    shape: tuple[int, ...]
 
 
 def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> RecursiveInversion:
@@ -75,9 +54,9 @@ def recursive_inversion(*, tolerance: float = 1e-6, iterations: int = 5000) -> R
 
     Returns:
         An attack for one image and a chain of convolutions, fully connected layers and activations that can
-        be undone (sigmoid, tanh, softplus, leaky ReLU; of ReLU the active units) that ends in a fully
-        connected layer with a bias. Its score is the distance measured on the result, and ``evaluations`` is
-        1, for that measurement.
+        be undone (sigmoid, tanh, softplus, ELU, leaky ReLU; of ReLU the active units) up to a fully connected
+        layer with a bias, whatever comes after it. Its score is the distance measured on the result, and
+        ``evaluations`` is 1, for that measurement.
 
     Source: Zhu and Blaschko 2021 (R-GAP), arXiv 2010.07733; the weights are this project's.
 
@@ -93,6 +72,7 @@ class RecursiveInversion(Settings):
     tolerance: NotNegative = 1e-6
     iterations: Count = 5000
 
+    @torch.inference_mode(mode=False)
     def __call__(
         self,
         model: nn.Module,
@@ -110,84 +90,68 @@ class RecursiveInversion(Settings):
                 one of the layers.
         """
         began = time.perf_counter()
-        observation.validate(model)
+        model = observation.validate(model)
         if observation.num_images != 1:
             raise RecoveryError(f"num_images is {observation.num_images}; expected 1")
         inputs = _image(_chain(model, observation), observation, self.iterations)
         inputs = inputs.reshape(1, *observation.image_shape).to(next(model.parameters()))
-        images = observation.normalization.decode(inputs).clamp(0, 1)
-        labels = known_labels(model, observation)
+        found, labels = observation.normalization.decode(inputs), known_labels(model, observation)
+        images, measure = found.clamp(0, 1), GradientMatching().scorer(model, observation, labels)
         # rounding may leave the cosine a little above one
-        score = max(0.0, GradientMatching().score(model, observation, images, labels))
-        what = "exact" if score <= self.tolerance else "approximate"
+        score = max(0.0, measure(images))
+        cut = outside(found, fits=score <= self.tolerance)
+        evaluations = 1
+        if cut and score > self.tolerance:
+            cut, evaluations = outside(found, fits=measure(found) <= self.tolerance), 2
+        what = "exact" if score <= self.tolerance and not cut else "approximate"
         note = f"{what}: the update of this image is {score:.1e} from the observed one in direction"
         result = closed_form(images, labels, score, objective="cosine", note=note, began=began)
-        return replace(result, evaluations=1)
+        return doubted(
+            replace(result, evaluations=evaluations), [*doubts_of(model, observation), *filter(None, [cut])]
+        )
 
 
-def _chain(model: nn.Module, observation: Observation) -> list[_Stage]:
-    """Return the layers in the order in which they run, checked to feed one another and nothing else."""
-    probe = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0))
-    logits, calls = record_layers(model, probe)
-    stages: list[_Stage] = []
-    flowing = probe.to(logits)
-    for call in calls:
-        name, module = call.name, call.layer
-        if not torch.equal(call.given.flatten(), flowing.flatten()):
-            raise _no_chain(model, f"{name!r} does not take what the layer before it gives")
-        if isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
-        ):
-            shape = tuple(call.given.shape[1:])
-            stages.append(_Stage(name=name, layer=module, activation=nn.Identity(), shape=shape))
-        elif type(module) in _INVERSES and not isinstance(module, nn.Identity):
-            if not stages or not isinstance(stages[-1].activation, nn.Identity):
-                raise _no_chain(model, f"{name!r} is an activation that follows no layer")
-            stages[-1] = replace(stages[-1], activation=module)
-        elif not isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
-            raise _no_chain(model, f"{name!r} is {type(module).__name__}")
-        flowing = call.output
-    if not stages or not torch.equal(flowing, logits):
-        raise _no_chain(model, "it has steps that are no layers")
+def _chain(model: nn.Module, observation: Observation) -> tuple[tuple[Call, ...], list[Stage]]:
+    """Return what is done to the image first, and the layers up to the one to begin with.
+
+    That is the last one that is fully connected and has a bias, since its gradients alone tell its input.
+    """
+    found = chain(model, observation)
+    heads = [k for k, s in enumerate(found.stages) if s.window is None and s.bias_name is not None]
+    if not heads:
+        ends = f"it ends in {found.stages[-1].name!r}" if found.stages else "it has no layers"
+        raise RecoveryError(
+            f"{type(model).__name__}: {found.why or ends}; expected a chain of convolutions, fully connected "
+            "layers and activations that can be undone, up to a fully connected layer with a bias"
+        )
+    return found.first, list(found.stages[: heads[-1] + 1])
+
+
+def _image(parts: tuple[tuple[Call, ...], list[Stage]], observation: Observation, iterations: int) -> Tensor:
+    """Return the normalised input of the network, flat, float64, layer by layer from the last."""
+    first, stages = parts
     head = stages[-1]
-    if not isinstance(head.layer, nn.Linear) or head.layer.bias is None:
-        raise _no_chain(model, f"it ends in {head.name!r} ({type(head.layer).__name__})")
-    return stages
-
-
-def _no_chain(model: nn.Module, why: str) -> RecoveryError:
-    return RecoveryError(
-        f"{type(model).__name__}: {why}; expected a chain of convolutions, fully connected layers and "
-        f"{', '.join(kind.__name__ for kind in _INVERSES)} that ends in a fully connected layer with a bias"
-    )
-
-
-def _image(stages: list[_Stage], observation: Observation, iterations: int) -> Tensor:
-    """Return the normalised input of the chain's first layer, flat, float64, layer by layer from the last."""
-    gradients = {name: tensor.detach().cpu().double() for name, tensor in observation.update.items()}
-    head = stages[-1]
-    delta = observation.protocol.mean_gradient(gradients[f"{head.name}.bias"], 1)
-    a = layer_input(gradients[f"{head.name}.weight"], gradients[f"{head.name}.bias"]).inputs
-    behind = _double(head.layer.weight).T @ delta
+    sizes = _double(sent(observation, head.bias_name or "")).flatten()
+    delta = _double(observation.mean_gradient(head.bias_name or "")).flatten()
+    a = layer_input(head.gradient(_double(sent(observation, head.weight_name))), sizes).inputs
+    behind = _double(head.weight).T @ delta
     for stage in reversed(stages[:-1]):
-        kind = type(stage.activation)
-        # rounding may leave an output a little out of range, where the slope has the wrong sign
-        z, slope = _INVERSES[kind](stage.activation, a), SLOPES[kind](stage.activation, a).clamp_min(0)
-        delta = behind.flatten() * slope
+        z, back, slope = undo(stage.after, a)
+        delta = back(behind.flatten())
         if not delta.any():
             raise RecoveryError(f"the gradient behind {stage.name!r} is all zero; expected an active unit")
-        gradient = observation.protocol.mean_gradient(gradients[f"{stage.name}.weight"], 1)
-        weight = _double(stage.layer.weight)
-        if stage.layer.bias is not None:
-            bias = _double(stage.layer.bias)
+        gradient = stage.gradient(_double(observation.mean_gradient(stage.weight_name)))
+        weight = _double(stage.weight)
+        if stage.bias is not None:
+            bias = _double(stage.bias)
             z = (z.reshape(len(bias), -1) - bias[:, None]).flatten()
-        if isinstance(stage.layer, nn.Linear):
+        if stage.window is None:
             a = layer_input(gradient, delta).inputs
             behind = weight.T @ delta
         else:
-            a = _undo(stage, weight, z, slope, delta, gradient, iterations)
+            a = _undo(stage, weight, z, slope.abs(), delta, gradient, iterations)
             behind = _backward(stage, delta)
-    return a
+    return undo(first, a)[0]
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -195,7 +159,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _undo(
-    stage: _Stage,
+    stage: Stage,
     weight: Tensor,
     z: Tensor,
     slope: Tensor,
@@ -204,12 +168,10 @@ def _undo(
     iterations: int,
 ) -> Tensor:
     """Solve the two sets of equations of a convolution for its input, by least squares."""
-    layer = stage.layer
-    assert isinstance(layer, nn.Conv2d)
     pixels = math.prod(stage.shape)
     # unfold, given each pixel's own number, gives the pixel that each weight multiplies at each place
     numbers = torch.arange(1, pixels + 1, dtype=torch.float64).view(1, *stage.shape)
-    meets = (_unfold(layer, numbers).long() - 1).numpy()  # (C kh kw, places), -1 in the padding
+    meets = (_unfold(stage, numbers).long() - 1).numpy()  # (C kh kw, places), -1 in the padding
     out, places = len(weight), meets.shape[1]
     taps = weight.reshape(out, -1).numpy()
     trust = (slope / slope.max() / np.abs(taps).max()).reshape(out, places).numpy()
@@ -254,23 +216,24 @@ def _least_squares(matrix: Any, known: _Array, iterations: int) -> _Array:
     return np.asarray(solve(solution) / length)
 
 
-def _unfold(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    padded = F.pad(images, _padding(layer))
-    return F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)[0]
+def _window(stage: Stage) -> tuple[list[int], list[int], list[int]]:
+    assert stage.window is not None
+    return stage.window
 
 
-def _padding(layer: nn.Conv2d) -> list[int]:
-    """Return how much is padded left, right, above and below."""
-    return list(layer._reversed_padding_repeated_twice)
+def _unfold(stage: Stage, images: Tensor) -> Tensor:
+    stride, dilation, padding = _window(stage)
+    height, width = stage.weight.shape[2:]
+    return F.unfold(F.pad(images, padding), (height, width), dilation=tuple(dilation), stride=tuple(stride))[
+        0
+    ]
 
 
-def _backward(stage: _Stage, delta: Tensor) -> Tensor:
+def _backward(stage: Stage, delta: Tensor) -> Tensor:
     """Return the gradient at the input of a convolution from the one at its output."""
-    layer = stage.layer
-    assert isinstance(layer, nn.Conv2d)
-    weight = _double(layer.weight)
+    stride, dilation, padding = _window(stage)
     given = torch.zeros(1, *stage.shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
-        out = F.conv2d(F.pad(given, _padding(layer)), weight, None, layer.stride, 0, layer.dilation)
+        out = F.conv2d(F.pad(given, padding), _double(stage.weight), None, stride, 0, dilation)
         (behind,) = torch.autograd.grad(out, given, delta.view_as(out))
     return behind

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from invlib.attacks.analytic import fully_connected, input_direction
 from invlib.attacks.base import closed_form, known_labels
+from invlib.attacks.chain import Chain, chain, outside
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.recursive import recursive_inversion
-from invlib.core.network import classifier, in_mode, num_classes, record_layers
+from invlib.core.calls import MOVES, SAME, logits_layer, logits_layer_inputs, trace
+from invlib.core.network import in_mode, num_classes
 from invlib.core.observation import Loss, Observation
 from invlib.core.reconstruction import Reconstruction
-from invlib.errors import RecoveryError
+from invlib.errors import DoubtWarning, RecoveryError
 
 # Distances from the observed update, as shares of that of a noise image.
 EXACT = 1e-6
@@ -44,6 +46,19 @@ class Verified:
     result: Reconstruction
     share: float
     determined: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What was tried of closed forms.
+
+    Args:
+        why: a clause on which ran and how near they came, or why none applies.
+        doubts: what their numbers make doubtful, a sentence each.
+    """
+
+    why: str
+    doubts: tuple[str, ...] = ()
 
 
 def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Distance:
@@ -77,8 +92,10 @@ def _length(update: list[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in update))
 
 
-def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) -> Verified | None:
-    """Return the closed form whose update is nearest to the observed one; None where none applies.
+def closest_closed_form(
+    model: nn.Module, observation: Observation, loss: Loss
+) -> tuple[Verified | None, Tried]:
+    """Return the closed form whose update is nearest to the observed one, and what was tried.
 
     They are computed one by one, the cheapest first, up to one that is `EXACT`. Of a batch no other counts:
     they are mixtures of its images.
@@ -87,11 +104,16 @@ def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) 
         model: the model that the client received.
         observation: what the server saw, known to fit the model.
         loss: the client's.
+
+    Returns:
+        The nearest, None where none applies; and what was tried.
     """
     began, asked = time.perf_counter(), 0
     distance = distance_of(model, observation, loss)
-    nearest, noise = None, math.nan
-    for form, note in _candidates(model, observation, distance):
+    nearest, noise, shares = None, math.nan, dict[str, float]()
+    refusals: list[str] = []
+    doubts: list[str] = []
+    for form, note in _candidates(model, observation, distance, refusals):
         assert form.labels is not None
         if math.isnan(noise):
             generator = torch.Generator().manual_seed(0)
@@ -100,12 +122,19 @@ def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) 
         score = distance(form.images, form.labels)
         asked += 1 + form.evaluations
         share = score / max(noise, torch.finfo(torch.float64).tiny)
+        doubts += [doubt for doubt in form.warnings if "normalization" in doubt]
+        shares[note] = min(share, shares.get(note, math.inf))
         if observation.num_images > 1 and share > EXACT:
             continue  # mixtures
         if nearest is None or score < nearest.result.score:
-            note = f"closed form, {note}: its update is {score:.1e} from the observed one in direction"
+            said = f"closed form, {note}: its update is {score:.1e} from the observed one in direction"
             checked = replace(
-                form, score=score, objective="cosine", trial_scores=torch.tensor([score]), note=note
+                form,
+                score=score,
+                objective="cosine",
+                trial_scores=torch.tensor([score]),
+                note=said,
+                warnings=(),
             )
             nearest = Verified(
                 result=checked,
@@ -114,36 +143,71 @@ def closest_closed_form(model: nn.Module, observation: Observation, loss: Loss) 
             )
         if share <= EXACT:
             break
+    tried = [f"{note}, at {share:.0e} of a noise image's distance" for note, share in shares.items()]
+    if tried:
+        why = f"closed forms were tried ({'; '.join(tried)})"
+    else:
+        why = f"no closed form applies: {'; '.join(dict.fromkeys(refusals)) or 'the labels are not told'}"
+    tale = Tried(why=why, doubts=tuple(dict.fromkeys(doubts)))
     if nearest is None:
-        return None
+        return None, tale
     seconds = time.perf_counter() - began
-    return replace(nearest, result=replace(nearest.result, seconds=seconds, evaluations=asked))
+    return replace(nearest, result=replace(nearest.result, seconds=seconds, evaluations=asked)), tale
 
 
 def _candidates(
-    model: nn.Module, observation: Observation, distance: Distance
+    model: nn.Module, observation: Observation, distance: Distance, refusals: list[str]
 ) -> Iterator[tuple[Reconstruction, str]]:
-    """Yield what closed forms say, with labels, and from where they have it."""
-    with suppress(RecoveryError):
-        input_direction(model, observation)  # of no other network is each label tried
-        for guess in _guesses(model, observation):
-            with suppress(RecoveryError):
-                found = fully_connected(agreement=True)(model, guess)
-                if observation.num_images > 1:
-                    found = _paired(model, observation, found)
-                if found.labels is not None:
-                    yield found, "from the first layer's gradient"
-        if observation.num_images == 1:
-            yield _scaled(model, observation, distance), "from the direction of the first layer's gradient"
-    if observation.num_images == 1 and _entries(model, observation) <= _ENTRIES:
+    """Yield what closed forms say, with labels, and from where they have it; and note why others refuse."""
+
+    @contextmanager
+    def tried() -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DoubtWarning)  # of what may not be the result
+                yield
+        except RecoveryError as error:
+            refusals.append(str(error).partition("; expected")[0])
+
+    found = chain(model, observation)
+    if not found.stages:
+        refusals.append(found.why)
+        return
+    if found.stages[0].window is None:
         with suppress(RecoveryError):
-            yield recursive_inversion()(model, observation), "layer by layer"
+            for guess in _guesses(model, observation):
+                form = None
+                with tried():
+                    form = fully_connected(agreement=True)(model, guess)
+                    if observation.num_images > 1:
+                        form = _paired(model, observation, form)
+                if form is not None and form.labels is not None:
+                    yield form, "from the first layer's gradient"
+        if observation.num_images == 1:
+            form = None
+            with tried():
+                form = _scaled(model, observation, distance)
+            if form is not None:
+                yield form, "from the direction of the first layer's gradient"
+    if observation.num_images > 1:
+        if found.stages[0].window is not None:
+            refusals.append(f"{observation.num_images} images and a convolution first")
+    elif (entries := _entries(found)) > _ENTRIES:
+        refusals.append(f"a convolution has {entries:.0e} products, and {_ENTRIES:.0e} are the most")
+    else:
+        form = None
+        with tried():
+            form = recursive_inversion()(model, observation)
+        if form is not None:
+            yield form, "layer by layer"
 
 
-def _entries(model: nn.Module, observation: Observation) -> int:
+def _entries(found: Chain) -> int:
     """Return the most products in a convolution of one image: entries of the matrix that is to be undone."""
-    _, calls = record_layers(model, torch.zeros(1, *observation.image_shape))
-    sizes = [c.output.numel() * c.layer.weight[0].numel() for c in calls if isinstance(c.layer, nn.Conv2d)]
+    sizes = []
+    for stage in found.stages:
+        if stage.window is not None:
+            sizes.append(math.prod(stage.output) * stage.weight[0].numel())
     return max(sizes, default=0)
 
 
@@ -153,11 +217,13 @@ def _determined(model: nn.Module, observation: Observation, images: Tensor) -> b
     Its outputs give one each, but for inactive units of ReLU, and its weight's gradient one for each of its
     numbers. The gradient of a fully connected layer always suffices.
     """
-    _, calls = record_layers(model, observation.normalization.encode(images))
-    for call, after in itertools.pairwise(calls):
-        if isinstance(call.layer, nn.Conv2d):
-            active = after.output.count_nonzero() if isinstance(after.layer, nn.ReLU) else call.output.numel()
-            return int(active) + call.layer.weight.numel() >= images.numel()
+    calls = trace(model, observation.normalization.encode(images)).calls
+    for k, call in enumerate(calls):
+        if call.op == "convolution":
+            after = next((c for c in calls[k + 1 :] if c.op not in SAME | MOVES | {"add"}), call)
+            relu = after.op in ("relu", "clamp", "clamp_min", "threshold", "maximum")
+            active = after.output.count_nonzero() if relu else call.output.numel()
+            return bool(int(active) + call.args[1].numel() >= images.numel())
     return True
 
 
@@ -190,11 +256,15 @@ def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> R
         return distance(images(number), labels)
 
     # The largest numbers of both signs at which all pixels are in the box, and smaller ones.
-    ends = [
-        float(torch.where(direction * sign > 0, high, -low).div(direction.abs()).min()) for sign in (1, -1)
-    ]
+    size = direction.abs()
+    counts = size > 1e-3 * size.max()  # a black pixel's number is rounding
+    ends = [float(torch.where(direction * sign > 0, high, -low).div(size)[counts].min()) for sign in (1, -1)]
+    if not max(ends) > 0:
+        raise RecoveryError("the first layer's gradient is of no image in [0, 1], whatever its scale")
     grid = [
-        [sign * end * 2 ** (-k / 4) for k in range(_SCALES)] for sign, end in zip((1, -1), ends, strict=True)
+        [sign * end * 2 ** (-k / 4) for k in range(_SCALES)]
+        for sign, end in zip((1, -1), ends, strict=True)
+        if end > 0
     ]
     costs = {number: cost(number) for side in grid for number in side}
     near = min(costs, key=costs.__getitem__)
@@ -205,8 +275,9 @@ def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> R
         options={"xatol": 1e-9},
     )
     number = math.copysign(math.exp(found.x), near)
+    cut = outside(images(number), fits=found.fun <= EXACT)
     form = closed_form(images(number).clamp(0, 1), labels, found.fun, objective="", note="", began=began)
-    return replace(form, evaluations=asked)
+    return replace(form, evaluations=asked, warnings=(cut,) if cut else ())
 
 
 def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -> Reconstruction:
@@ -216,19 +287,15 @@ def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -
     the layer's inputs of all images. Images give :math:`P` and :math:`H`, and so :math:`Y`.
 
     Raises:
-        RecoveryError: the last fully connected layer was not sent or does not give the logits.
+        RecoveryError: no layer gives the logits, or it was not sent.
     """
-    name = classifier(model)[0]
-    if name not in observation.update:
-        raise RecoveryError(f"the update lacks {name!r}")
-    inputs = observation.normalization.encode(found.images)
-    logits, calls = record_layers(model, inputs, nn.Linear, training=observation.training_mode)
-    last = calls[-1]
-    if f"{last.name}.weight".lstrip(".") != name or not torch.equal(last.output, logits):
-        raise RecoveryError(f"{name!r} does not give the logits")
     count = observation.num_images
-    gradient = observation.protocol.mean_gradient(observation.update[name], count).to(logits).double()
-    hot = logits.double().softmax(-1) - count * (gradient @ torch.linalg.pinv(last.given.double())).T
+    layer = logits_layer(model, observation.image_shape)
+    inputs = observation.normalization.encode(found.images)
+    logits, given = logits_layer_inputs(model, inputs, training=observation.training_mode)
+    gradient = observation.mean_gradient(layer.weight).to(logits).double()
+    gradient = gradient.T if layer.transposed else gradient.flatten(1)
+    hot = logits.double().softmax(-1) - count * (gradient @ torch.linalg.pinv(given.double())).T
     if observation.labels is None:
         return replace(found, labels=hot.argmax(-1))
     labels = observation.labels.to(hot.device)

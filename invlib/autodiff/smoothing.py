@@ -56,6 +56,7 @@ class Smoothing(Checked):
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _RELU6 = {F.relu6}
 _CLIP = {F.hardtanh, F.hardtanh_}  # what nn.ReLU6 calls
+_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_, F.hardtanh_}
 
 
 class _Rounded(TorchFunctionMode):
@@ -66,13 +67,20 @@ class _Rounded(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in _RELU | _RELU6 | _CLIP:
+            return func(*args, **kwargs)
+        x, *settings = args if args else (kwargs.pop("input"),)
+        ends = 2 if func in _CLIP else 0  # what comes before the flag of in-place forms
+        in_place = func in _IN_PLACE or kwargs.pop("inplace", settings[ends:] == [True])
+        given = x.clone() if in_place else x  # softplus keeps what it is given for its backward pass
         if func in _RELU:
-            return F.softplus(args[0], beta=self.sharpness)
-        if func in _RELU6:
-            return self.clipped(args[0], 0.0, 6.0)
-        if func in _CLIP:
-            return self.clipped(*args[:3], **{k: v for k, v in (kwargs or {}).items() if k != "inplace"})
-        return func(*args, **(kwargs or {}))
+            output = F.softplus(given, beta=self.sharpness)
+        elif func in _RELU6:
+            output = self.clipped(given, 0.0, 6.0)
+        else:
+            output = self.clipped(given, *settings[:ends], **kwargs)
+        return x.copy_(output) if in_place else output
 
     def clipped(self, x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
         above = F.softplus(x - min_val, beta=self.sharpness) - F.softplus(x - max_val, beta=self.sharpness)

@@ -41,6 +41,24 @@ class Normalization(Checked):
             )
 
     @classmethod
+    def of(cls, value: Any) -> Normalization:
+        """Return a normalization that is given as one, or as a pair of tuples, lists, arrays or tensors.
+
+        Raises:
+            ConfigError: it is neither, or its numbers are out of range.
+        """
+        if isinstance(value, cls):
+            return value
+        try:
+            mean, std = (part.tolist() if hasattr(part, "tolist") else part for part in value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"normalization is {shown(value)}; expected a Normalization such as invlib.CIFAR10, or a "
+                "pair of tuples, mean and std"
+            ) from error
+        return cls(mean=mean, std=std)
+
+    @classmethod
     def from_card(cls, card: Mapping[str, Any], default: Normalization | None = None) -> Normalization:
         """Return what a model card, or the header of a saved observation, has as ``"normalization"``.
 
@@ -85,31 +103,6 @@ CIFAR100 = Normalization(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2
 MNIST = Normalization(mean=(0.1307,), std=(0.3081,))
 FASHION_MNIST = Normalization(mean=(0.2860,), std=(0.3530,))
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-
-def as_normalization(value: Any) -> Normalization:
-    """Return a normalization, or one made of a pair (mean, std) with one number for each channel.
-
-    Args:
-        value: a `Normalization`, or a pair of tuples, lists, arrays or tensors.
-
-    Raises:
-        ConfigError: it is neither, or its numbers are out of range.
-
-    Example:
-        >>> as_normalization(([0.5], [0.25]))
-        Normalization(mean=(0.5,), std=(0.25,))
-    """
-    if isinstance(value, Normalization):
-        return value
-    try:
-        mean, std = (part.tolist() if hasattr(part, "tolist") else part for part in value)
-    except (TypeError, ValueError) as error:
-        wanted = "a Normalization or a pair (mean, std) with one number for each channel"
-        raise ConfigError(f"normalization is {shown(value)}; expected {wanted}") from error
-    return Normalization(mean=mean, std=std)
-
-
 # By the names that `invlib.data.load` knows.
 NORMALIZATIONS = {
     "CIFAR10": CIFAR10,

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.core.network import num_classes, tracks_statistics, trainable_parameters
+from invlib.core.convert import as_labels, as_shape, as_tensor
+from invlib.core.network import num_classes, trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
-from invlib.errors import ObservationError
+from invlib.errors import ObservationError, RecoveryError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -71,19 +73,33 @@ def takes_mode(protocol: ClientStep) -> bool:
     return False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Observation:
     """All that an honest-but-curious server sees of one client; it holds no image.
 
+    Arrays, lists and labels of other types are converted here, once.
+
     Args:
         update: parameter name → tensor; a gradient for FedSGD, a weight difference for FedAvg.
-        protocol: the client's step (`invlib.FedSGD` or `invlib.FedAvg`), public in federated learning.
+        protocol: the client's step (`invlib.FedSGD`, `invlib.FedAvg` or a function with the same arguments),
+            public in federated learning.
         num_images: how many private images the client used.
         image_shape: ``(C, H, W)`` of one image.
-        labels: int64 ``(N,)`` where the client revealed them, else None.
-        normalization: how the client encodes images in [0, 1].
+        labels: where the client revealed them, else None: classes int64 ``(N,)``, or whatever the loss takes,
+            ``(N, ...)``.
+        normalization: how the client encodes images in [0, 1]; a pair of tuples, mean and std, will do.
         buffers: the client's buffers after its step (batch-norm statistics), where it sent them.
         training_mode: whether the client ran the model in training mode.
+        sent: parameter name → bool tensor of its shape, for those of which the client sent a part: True
+            where a number was sent. The others are zeros in ``update``, which no attack reads.
+        loss: the client's loss ``(logits, labels) -> scalar``, where it is known; None is cross-entropy,
+            unless an attack is told otherwise.
+        notes: what is doubtful about how the observation was made, a sentence each; every attack hands
+            them on in `Reconstruction.warnings`.
+
+    Raises:
+        ObservationError: something is of a kind that cannot be converted, or contradicts itself.
+        ConfigError: the normalization is none.
 
     Source: the threat model of Geiping et al. 2020, arXiv 2003.14053, section 3.
 
@@ -98,46 +114,136 @@ class Observation:
     labels: Tensor | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     training_mode: bool = False
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+    loss: Loss | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("update", "buffers", "sent"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise ObservationError(f"{name} is a {type(value).__name__}; expected name → tensor")
+        if isinstance(self.protocol, type) or not callable(self.protocol):
+            raise ObservationError(
+                f"protocol is {self.protocol!r}; expected one such as FedSGD(), an instance"
+            )
+        if not isinstance(self.training_mode, bool):
+            raise ObservationError(f"training_mode is {self.training_mode!r}; expected True or False")
+        count, shape = as_shape(self.image_shape, self.num_images)
+        normalization = Normalization.of(self.normalization)
+        if len(normalization.mean) not in (1, shape[0]):
+            raise ObservationError(
+                f"normalization has {len(normalization.mean)} channels and image_shape is {shape}; "
+                "expected the same number, or one for all"
+            )
+        known = {
+            "update": {n: as_tensor(f"update[{n!r}]", v) for n, v in self.update.items()},
+            "buffers": {n: as_tensor(f"buffers[{n!r}]", v) for n, v in self.buffers.items()},
+            "sent": {n: as_tensor(f"sent[{n!r}]", v).bool() for n, v in self.sent.items()},
+            "num_images": count,
+            "image_shape": shape,
+            "normalization": normalization,
+        }
+        if self.labels is not None:
+            plain = self.loss is None or self.loss is F.cross_entropy
+            known["labels"] = as_labels(self.labels, classes_only=plain)
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        numbers = sum(value.numel() for value in self.update.values())
+        told = "hidden" if self.labels is None else f"shape {tuple(self.labels.shape)}"
+        mode = ", training mode" if self.training_mode else ""
+        part = f", {sum(int((~m).sum()) for m in self.sent.values()):,} not sent" if self.sent else ""
+        shape = "×".join(str(n) for n in (self.num_images, *self.image_shape))
+        return (
+            f"Observation({numbers:,} numbers in {len(self.update)} tensors{part}, "
+            f"{words_of(self.protocol)}, images {shape}, labels {told}{mode})"
+        )
+
+    def mean_gradient(self, name: str) -> Tensor:
+        """Return the mean gradient of one parameter over the client's local steps.
+
+        Raises:
+            RecoveryError: it was not sent, or only in part, or the client's step cannot say how its update
+                and its gradients are related.
+        """
+        if name not in self.update:
+            raise RecoveryError(f"the update lacks {name!r}; expected its gradient")
+        if name in self.sent:
+            share = self.sent[name].double().mean().item()
+            raise RecoveryError(
+                f"only {share:.1%} of the numbers of {name!r} were sent; expected all of them"
+            )
+        turn = getattr(self.protocol, "mean_gradient", None)
+        if turn is None:
+            raise RecoveryError(
+                f"the client's step {words_of(self.protocol)} has no method mean_gradient, which turns its "
+                "update into a gradient"
+            )
+        gradient: Tensor = turn(self.update[name], self.num_images)
+        return gradient
 
     def faults(self, model: nn.Module) -> list[str]:
         """Return every way in which this observation does not fit the model, one sentence each."""
+        try:
+            model = unwrapped(model)
+        except ObservationError as error:
+            return [str(error)]
         return [
             *_name_faults(self.update, model),
-            *_value_faults(self.update, model),
+            *_value_faults(self.update, self.sent, model),
             *self._label_faults(model),
             *self._mode_faults(model),
         ]
 
-    def validate(self, model: nn.Module) -> None:
-        """Check that the observation fits the model.
+    def validate(self, model: nn.Module) -> nn.Module:
+        """Check that the observation fits the model, and return the model without its wrappers.
 
         Raises:
             ObservationError: with *all* faults at once: missing or extra names, wrong shapes,
-                non-finite numbers, labels out of range, training-mode batch norm with no statistics.
+                non-finite numbers, labels out of range, statistics that moved in evaluation mode.
         """
         if faults := self.faults(model):
             raise ObservationError("the observation does not fit the model:\n  - " + "\n  - ".join(faults))
+        return unwrapped(model)
 
     def _label_faults(self, model: nn.Module) -> list[str]:
-        if self.num_images < 1:
-            return [f"num_images is {self.num_images}; expected at least 1"]
-        if self.labels is not None and tuple(self.labels.shape) != (self.num_images,):
+        if self.labels is not None and self.labels.shape[0] != self.num_images:
             return [f"labels have shape {tuple(self.labels.shape)}; expected ({self.num_images},)"]
         try:
             classes = num_classes(model, self.image_shape)
         except ObservationError as error:
             return [str(error)]
-        if self.labels is not None and not ((self.labels >= 0) & (self.labels < classes)).all():
+        if self.labels is None or self.labels.is_floating_point() or self.labels.ndim > 1:
+            return []
+        if not ((self.labels >= 0) & (self.labels < classes)).all():
             return [f"labels {self.labels.tolist()} are out of range; expected 0 to {classes - 1}"]
         return []
 
     def _mode_faults(self, model: nn.Module) -> list[str]:
-        if not self.training_mode or self.buffers or not tracks_statistics(model):
+        """Batch-norm statistics that moved prove that the client ran the model in training mode."""
+        if self.training_mode:
+            return []
+        own = dict(model.named_buffers())
+        moved = [
+            name
+            for name, value in self.buffers.items()
+            if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+            and name in own
+            and not torch.equal(value.to(own[name]), own[name])
+        ]
+        if not moved:
             return []
         return [
-            "training_mode is True and the model has batch norm, but buffers holds no batch-norm "
-            "statistics; expected the buffers that the client sent (or training_mode=False)"
+            f"buffers {_some(moved)} differ from the model's, so that the client ran it in training mode; "
+            "expected training_mode=True (or the buffers that the client received)"
         ]
+
+
+def words_of(protocol: object) -> str:
+    """Return a client's step in a word: a function by its name."""
+    return str(getattr(protocol, "__name__", None) or protocol)
 
 
 def _name_faults(update: Mapping[str, Tensor], model: nn.Module) -> list[str]:
@@ -149,15 +255,22 @@ def _name_faults(update: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     extra = [name for name in update if name not in expected]
     faults = []
     if missing:
-        faults.append(f"update lacks {_some(missing)}; expected one tensor for each trainable parameter")
+        faults.append(
+            f"update lacks {_some(missing)}; expected one tensor for each trainable parameter "
+            "(where the others were not sent, from_arrays takes sent='given')"
+        )
     if extra:
         faults.append(f"update has {_some(extra)}, which the model's trainable parameters do not")
     return faults
 
 
-def _value_faults(update: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+def _value_faults(update: Mapping[str, Tensor], sent: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    faults = []
+    faults = [
+        f"sent[{name!r}] does not fit; expected a mask of the shape of update[{name!r}]"
+        for name, mask in sent.items()
+        if name not in update or mask.shape != update[name].shape
+    ]
     for name, value in update.items():
         if name in expected and value.shape != expected[name].shape:
             faults.append(

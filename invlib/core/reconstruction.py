@@ -51,6 +51,7 @@ class Reconstruction:
         engine_reason: why that was chosen, in a clause.
         chunks: how many restarts ran together, chunk by chunk.
         note: what the attack has to say about its result, in a sentence; may be empty.
+        warnings: what makes the result doubtful, a sentence each: facts that contradict each other, guesses.
     """
 
     images: Tensor
@@ -67,6 +68,7 @@ class Reconstruction:
     engine_reason: str = ""
     chunks: tuple[int, ...] = ()
     note: str = ""
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         shape = "×".join(str(n) for n in self.images.shape)

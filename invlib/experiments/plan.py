@@ -21,8 +21,9 @@ from invlib.experiments.gallery import Gallery
 from invlib.experiments.networks import Networks, check
 
 # Settings that the oldest records do not know, at the value that those were made with.
-ADDED_LATER = {
+ADDED_LATER: dict[str, dict[str, Any]] = {
     "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
+    "FedAvg": {"shuffle": False, "orders": None},
 }
 # How records described `best` before it was a dataclass: by the variables of a function inside it.
 _FORMER_BEST = "best.<locals>.attack"
@@ -100,7 +101,7 @@ class Plan:
             "classes": {str(old): new for old, new in case.labels.items()},
             "normalization": describe(case.normalization),
             "attack": describe(case.attack, added_later=ADDED_LATER),
-            "protocol": describe(case.protocol),
+            "protocol": describe(case.protocol, added_later=ADDED_LATER),
             "images": case.images,
             "labels": "known" if case.reveal_labels else "inferred",
         }

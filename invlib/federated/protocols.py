@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, descend, gradient
-from invlib.core.network import forward, in_mode, num_classes, trainable_parameters
+from invlib.core.convert import as_images, as_labels
+from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
-from invlib.errors import ConfigError, ObservationError
-from invlib.settings import Checked, Count, Positive, whole
+from invlib.errors import ConfigError, DoubtWarning, ObservationError
+from invlib.settings import Checked, Count, FromZero, Positive, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 _Passes = Annotated[int, whole("a whole number from 1 to 1,000,000", lambda n: 1 <= n <= 1_000_000)]
+CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,9 @@ class FedAvg(Checked):
         epochs: how many passes over the client's images.
         batch_size: images in a step; None takes all of them.
         drop_last: leave out a last, smaller minibatch instead of using it.
+        shuffle: draw a new order of the images in each epoch, as most loaders do. The server is not told;
+            an attack begins with the order as it is and looks for the client's (`GradientMatching`).
+        orders: the images in the order of each epoch, where they are known; then around again.
 
     Raises:
         ConfigError: neither or both of local_steps and epochs, or a number out of range.
@@ -94,6 +100,8 @@ class FedAvg(Checked):
     epochs: _Passes | None = None
     batch_size: Count | None = None
     drop_last: bool = False
+    shuffle: bool = False
+    orders: tuple[tuple[FromZero, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,28 +110,52 @@ class FedAvg(Checked):
                 f"FedAvg has local_steps={self.local_steps} and epochs={self.epochs}; "
                 "expected exactly one of them"
             )
+        orders = self.orders
+        if orders is not None and (not orders or any(sorted(o) != [*range(len(orders[0]))] for o in orders)):
+            raise ConfigError(f"FedAvg orders are {orders}; expected permutations of the images")
 
     @property
     def stackable(self) -> bool:
         """Whether the client treats every restart of a stack by itself; a subclass has to say so anew."""
         return type(self) is FedAvg
 
-    def batches(self, num_images: int) -> list[slice]:
+    def passes(self, num_images: int) -> int:
+        """Return how many passes over the client's images are begun."""
+        return -(-len(self.batches(num_images)) // len(replace(self, orders=None)._epoch(num_images)))
+
+    def batches(self, num_images: int) -> list[slice | list[int]]:
         """Return which images each local step uses, in order.
 
         Raises:
-            ConfigError: batch_size is larger than num_images.
+            ConfigError: batch_size is larger than num_images, or ``orders`` are of other images.
         """
+        epoch = self._epoch(num_images)
+        steps = len(epoch) * self.epochs if self.epochs is not None else self.local_steps
+        assert steps is not None
+        rows = [(k // len(epoch), epoch[k % len(epoch)]) for k in range(steps)]
+        if self.orders is None:
+            return [part for _, part in rows]
+        if len(self.orders[0]) != num_images:
+            raise ConfigError(
+                f"FedAvg orders are of {len(self.orders[0])} images; expected the {num_images} there are"
+            )
+        return [list(self.orders[k % len(self.orders)][part]) for k, part in rows]
+
+    def drawn(self, num_images: int) -> FedAvg:
+        """Return the client with the orders that it draws, from torch's global generator."""
+        if not self.shuffle or self.orders is not None:
+            return self
+        orders = [tuple(torch.randperm(num_images).tolist()) for _ in range(self.passes(num_images))]
+        return replace(self, orders=tuple(orders))
+
+    def _epoch(self, num_images: int) -> list[slice]:
         size = num_images if self.batch_size is None else self.batch_size
         if size > num_images:
             raise ConfigError(
                 f"FedAvg batch_size is {size}; expected at most the {num_images} images there are"
             )
         stop = num_images - num_images % size if self.drop_last else num_images
-        epoch = [slice(a, min(a + size, stop)) for a in range(0, stop, size)]
-        steps = len(epoch) * self.epochs if self.epochs is not None else self.local_steps
-        assert steps is not None
-        return [epoch[k % len(epoch)] for k in range(steps)]
+        return [slice(a, min(a + size, stop)) for a in range(0, stop, size)]
 
     def __call__(
         self,
@@ -156,39 +188,48 @@ def _loss_of(model: nn.Module, buffers: Mapping[str, Tensor] | None, loss: Loss)
     return lambda params, inputs, labels: loss(forward(model, params, buffers, inputs), labels)
 
 
+@torch.inference_mode(mode=False)
 def observe(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any,
     protocol: ClientStep,
     *,
     normalization: Normalization,
     reveal_labels: bool = True,
     training_mode: bool = False,
     loss: Loss = F.cross_entropy,
+    generator: torch.Generator | None = None,
 ) -> Observation:
     """Run the client's step on its private images and return what the server sees of it.
 
-    The model, its mode and its ``.grad`` are left as they were.
+    The model, its mode and its ``.grad`` are left as they were, and so is torch's global generator.
 
     Args:
-        model: any `torch.nn.Module` that gives logits ``(N, classes)``.
-        images: ``(N, C, H, W)`` in [0, 1].
-        labels: int64 ``(N,)``.
-        protocol: `FedSGD` or `FedAvg`.
+        model: any `torch.nn.Module` that gives logits ``(N, classes)``, or a tuple, dict or object with them.
+        images: ``(N, C, H, W)`` in [0, 1], or bytes; taken to the model's type.
+        labels: int64 ``(N,)``, or whatever the loss takes, ``(N, ...)``.
+        protocol: `FedSGD`, `FedAvg` or a function with the same arguments.
         normalization: how the client encodes its images.
         reveal_labels: whether the server is told the labels.
         training_mode: whether the client runs the model in training mode; batch norm then uses the
             statistics of the batch, and the updated running statistics are sent as buffers.
         loss: the client's loss ``(logits, labels) -> scalar``.
+        generator: its seed is that of the client's dropout; None takes one that no attack draws.
 
     Raises:
-        ObservationError: images or labels have the wrong shape, type or range, or the model has no
-            trainable parameter.
+        ObservationError: images or labels have the wrong shape, type or range, the loss does not take the
+            labels, or the model has no trainable parameter.
 
     Taught in: chapter 1
     """
-    _check_batch(model, images, labels)
+    model, normalization = unwrapped(model), Normalization.of(normalization)
+    trainable_parameters(model)
+    images = as_images(images, like(model))
+    labels = as_labels(labels, classes_only=loss is F.cross_entropy).to(images.device)
+    if labels.is_floating_point():
+        labels = labels.to(images)
+    _check_batch(model, images, labels, loss)
     inputs = normalization.encode(images)
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
@@ -196,14 +237,28 @@ def observe(
         with torch.no_grad(), in_mode(model, training=True, track_statistics=True):
             forward(model, params, buffers, batch)
 
-    with in_mode(model, training=training_mode):
-        update = protocol(
+    seed = CLIENT_SEED if generator is None else generator.initial_seed()
+    with in_mode(model, training=training_mode, seed=seed):
+        client = protocol.drawn(len(images)) if isinstance(protocol, FedAvg) else protocol
+        update = client(
             model,
             inputs,
             labels,
             buffers={name: b.clone() for name, b in buffers.items()},
             loss=loss,
             on_step=update_statistics if training_mode else None,
+        )
+    if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
+        raise ObservationError(
+            f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "
+            "finite weights and a loss that is finite on these images"
+        )
+    if not any(value.any() for value in update.values()):
+        warnings.warn(
+            "the client's update is all zero: its images do not show in it (a saturated loss, one class "
+            "alone or an output without a graph)",
+            DoubtWarning,
+            stacklevel=2,
         )
     return Observation(
         update={name: value.detach() for name, value in update.items()},
@@ -214,26 +269,27 @@ def observe(
         normalization=normalization,
         buffers=buffers,
         training_mode=training_mode,
+        loss=loss,
     )
 
 
-def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    if images.ndim != 4 or not images.is_floating_point() or images.shape[0] == 0:
+def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -> None:
+    if labels.shape[0] != images.shape[0]:
         raise ObservationError(
-            f"images have shape {tuple(images.shape)} and type {images.dtype}; "
-            "expected floating point (N, C, H, W) with N at least 1"
+            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; expected one for each"
         )
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ObservationError(
-            f"images lie in [{low:.4g}, {high:.4g}]; expected [0, 1] (do not normalise them)"
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ObservationError(
-            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; "
-            f"expected int64 ({images.shape[0]},)"
-        )
-    trainable_parameters(model)
     classes = num_classes(model, (images.shape[1], images.shape[2], images.shape[3]))
-    if not ((labels >= 0) & (labels < classes)).all():
+    indices = labels.ndim == 1 and not labels.is_floating_point() and loss is F.cross_entropy
+    if indices and not ((labels >= 0) & (labels < classes)).all():
         raise ObservationError(f"labels {labels.tolist()} are out of range; expected 0 to {classes - 1}")
+    try:
+        value = loss(images.new_zeros(images.shape[0], classes), labels)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ObservationError(
+            f"the loss does not take logits ({images.shape[0]}, {classes}) and labels of shape "
+            f"{tuple(labels.shape)} and type {labels.dtype}: {error}"
+        ) from error
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        raise ObservationError(
+            f"the loss gives {getattr(value, 'shape', value)!r}; expected a tensor, one number"
+        )

@@ -54,7 +54,7 @@ def as_one_gradient(
         )
     if at is not None and not 0 <= at <= 1:
         raise ConfigError(f"as_one_gradient at is {at}; expected a number in [0, 1]")
-    observation.validate(model)
+    model = observation.validate(model)
     steps = len(protocol.batches(observation.num_images))
     place = (steps - 1) / (2 * steps) if at is None else at
     moved = copy.deepcopy(model)

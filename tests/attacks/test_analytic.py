@@ -215,7 +215,7 @@ def test_behind_a_flatten_the_features_come_back():
     features = net[:3](iv.CIFAR10.encode(x))[0].detach()
     assert relative_error(analytic.layer_input_of(net, seen, "3").inputs, features) < 1e-5
     with pytest.raises(
-        RecoveryError, match=r"begins with '0' \(Conv2d\); expected a fully connected layer on all 192"
+        RecoveryError, match="begins with convolution '0'; expected a fully connected layer on all 192"
     ):
         iv.fully_connected()(net, seen)
 

@@ -97,10 +97,13 @@ class Skip(nn.Module):
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (Skip(), "'two' does not take what the layer before it gives"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)), "MaxPool2d"),
+        (Skip(), "what 'one' gives meets another value of the image in 'add'"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)),
+            "'0' is followed by max_pool2d",
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 5, bias=False)), "it ends in '1'"),
-        (nn.Sequential(nn.Sigmoid(), nn.Flatten(), nn.Linear(192, 5)), "follows no layer"),
+        (nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(192, 5)), "image is followed by relu"),
     ],
 )
 def test_what_is_no_chain_is_named(model, why):

@@ -45,9 +45,10 @@ def test_all_faults_are_listed_at_once(tiny, seen):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_images": 0}, "num_images is 0; expected at least 1"),
+        ({"num_images": 0}, "num_images is 0; expected a whole number of at least 1"),
         ({"num_images": 3}, r"labels have shape \(1,\); expected \(3,\)"),
-        ({"image_shape": (1, 8, 8)}, r"does not run on an image of shape \(1, 8, 8\)"),
+        ({"image_shape": (3, 9, 9)}, r"does not run on an image of shape \(3, 9, 9\)"),
+        ({"image_shape": (1, 8, 8)}, r"normalization has 3 channels and image_shape is \(1, 8, 8\)"),
         ({"labels": torch.tensor([-1])}, r"labels \[-1\] are out of range"),
     ],
 )
@@ -61,13 +62,13 @@ def test_infinite_numbers_are_refused(tiny, seen):
         changed(seen, **{"3.bias": torch.full((5,), torch.inf)}).validate(tiny)
 
 
-def test_training_mode_batch_norm_needs_statistics():
+def test_training_mode_needs_no_statistics_and_statistics_that_moved_need_it():
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 5))
     x, y = random_batch(2)
     good = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10, training_mode=True)
-    good.validate(net)
-    with pytest.raises(ObservationError, match="buffers holds no batch-norm statistics"):
-        replace(good, buffers={}).validate(net)
+    assert iv.GradientMatching().score(net, replace(good, buffers={}), x, y) < 1e-6
+    with pytest.raises(ObservationError, match=r"'1.running_mean'.*expected training_mode=True"):
+        replace(good, training_mode=False).validate(net)
 
 
 def test_a_model_without_parameters_is_refused(seen):

@@ -24,7 +24,6 @@ from invlib.attacks.analytic import FullyConnected
 from invlib.attacks.auto import Best
 from invlib.attacks.recursive import RecursiveInversion
 from invlib.attacks.shifts import Shifting
-from invlib.core.normalization import as_normalization
 from invlib.errors import ConfigError
 from invlib.legacy.config import AdamW
 from invlib.legacy.costs import Listed
@@ -112,7 +111,7 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
     iv.FedAvg: (
         {"lr": 0.1, "local_steps": 2},
         {"lr": "positive", "local_steps": "1 to a million", "epochs": "nothing else or None"}
-        | {"batch_size": "count or None", "drop_last": "flag"},
+        | {"batch_size": "count or None", "drop_last": "flag", "shuffle": "flag", "orders": None},
     ),
     iv.GradientMatching: (
         {},
@@ -233,7 +232,8 @@ def test_the_table_has_every_class_of_settings_and_every_field():
         thing
         for module in (iv, iv.objectives, iv.optimizers, iv.priors, iv.smoothing, iv.analytic, iv.labels)
         for name, thing in vars(module).items()
-        if not name.startswith("_") and dataclasses.is_dataclass(thing) and isinstance(thing, type)
+        if dataclasses.is_dataclass(thing) and isinstance(thing, type)
+        if not name.startswith("_") and (module is iv or thing.__module__ == module.__name__)
     }
     named = {cls for cls in own if dataclasses.is_dataclass(cls) and not cls.__name__.startswith("_")}
     assert named | public == {*CLASSES, *NO_SETTINGS}
@@ -377,15 +377,17 @@ def test_a_class_of_ones_own_is_checked_as_far_as_its_types_are_known():
 @pytest.mark.parametrize("value", [((0.5, 0.4), (0.1, 0.2)), [[0.5, 0.4], [0.1, 0.2]]])
 def test_a_pair_is_a_normalization(value):
     expected = iv.Normalization(mean=(0.5, 0.4), std=(0.1, 0.2))
-    assert as_normalization(value) == as_normalization(expected) == expected
-    assert as_normalization(np.array(value)) == as_normalization(tuple(map(np.array, value))) == expected
-    assert as_normalization(torch.tensor(value, dtype=torch.float64)) == expected
+    assert iv.Normalization.of(value) == iv.Normalization.of(expected) == expected
+    assert (
+        iv.Normalization.of(np.array(value)) == iv.Normalization.of(tuple(map(np.array, value))) == expected
+    )
+    assert iv.Normalization.of(torch.tensor(value, dtype=torch.float64)) == expected
 
 
 @pytest.mark.parametrize("value", [None, 3, "ab", (), (0.5, 0.5), ((0.5,), (0.0,)), ((0.5,), (np.nan,))])
 def test_what_is_no_normalization_is_refused(value):
     with pytest.raises(ConfigError, match=r"(?i)^normalization .*; expected "):
-        as_normalization(value)
+        iv.Normalization.of(value)
 
 
 def test_starting_points_that_no_memory_holds_are_refused_before_they_are_drawn(tiny, seen):

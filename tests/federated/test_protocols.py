@@ -176,7 +176,7 @@ def test_bad_fedavg_settings_are_refused(arguments, message):
     [
         (torch.zeros(3, 8, 8), torch.tensor([0]), r"images have shape \(3, 8, 8\)"),
         (torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64), "N at least 1"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), "torch.uint8"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), torch.tensor([0]), "torch.int64"),
         (torch.full((1, 3, 8, 8), 1.5), torch.tensor([0]), r"images lie in \[1.5, 1.5\]; expected \[0, 1\]"),
         (torch.full((1, 3, 8, 8), torch.nan), torch.tensor([0]), "expected \\[0, 1\\]"),
         (torch.zeros(1, 3, 8, 8), torch.tensor([0.0]), "expected int64"),

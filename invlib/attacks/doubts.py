@@ -1,0 +1,71 @@
+"""What makes an observation or a result doubtful: facts of one call that contradict each other."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from invlib.core.network import is_random
+from invlib.core.observation import Observation, words_of
+from invlib.core.reconstruction import Reconstruction
+from invlib.errors import DoubtWarning
+from invlib.search.problem import Problem
+
+_TOO_LONG = 1000.0  # times the length of a noise image's update
+
+
+def doubted(result: Reconstruction, doubts: Iterable[str]) -> Reconstruction:
+    """Return a result with what makes it doubtful, each once; Python warns of each once, too."""
+    together = dict.fromkeys((*result.warnings, *doubts))
+    for doubt in together:
+        if doubt not in result.warnings:
+            warnings.warn(doubt, DoubtWarning, stacklevel=1)
+    unsaid = [doubt for doubt in together if doubt not in result.note]
+    note = "; ".join(filter(None, [result.note, *unsaid]))
+    return replace(result, warnings=tuple(together), note=note)
+
+
+def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
+    """Return what is doubtful about an observation that fits the model, without an evaluation of the client.
+
+    Args:
+        model: the model that the client received, unwrapped.
+        observation: what the server saw.
+    """
+    doubts = list(observation.notes)
+    if not any(value.any() for value in observation.update.values()):
+        doubts.append("the update is all zero: it says nothing about the images, and no result is right")
+    training = observation.training_mode
+    if is_random(model, observation.image_shape, training=training, count=observation.num_images):
+        mode = "training" if training else "evaluation"
+        doubts.append(
+            f"the model is random in {mode} mode (dropout, say): what the client drew is unknown, so that "
+            "not even its own images score zero"
+        )
+    return doubts
+
+
+def length_doubts(problem: Problem, observation: Observation) -> list[str]:
+    """Return the doubt about an update that is far longer than what the client's step makes of noise.
+
+    The model has to be in the client's mode.
+    """
+    noise = torch.rand(problem.shape, generator=torch.Generator().manual_seed(0)).to(problem.like)
+    if problem.labels is None:
+        return []
+    update = problem.update(problem.encode(noise), problem.labels)
+    of_noise, sent = (
+        math.hypot(*(float(part.detach().double().norm()) for part in parts))
+        for parts in (update, problem.target)
+    )
+    if not 0 < of_noise < math.inf or sent <= _TOO_LONG * of_noise:
+        return []
+    return [
+        f"the update is {sent / of_noise:.0e} times as long as what {words_of(observation.protocol)} makes "
+        "of noise: are the client's step and the model the right ones?"
+    ]
