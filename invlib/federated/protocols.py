@@ -17,10 +17,14 @@ from invlib.core.network import forward, in_mode, like, num_classes, trainable_p
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, DoubtWarning, ObservationError
-from invlib.settings import Checked, Count, FromZero, Positive, whole
+from invlib.settings import Checked, Count, Positive, Rule, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 _Passes = Annotated[int, whole("a whole number from 1 to 1,000,000", lambda n: 1 <= n <= 1_000_000)]
+_ORDERS = Rule(
+    "permutations of the images",
+    lambda orders: bool(orders) and all(sorted(o) == [*range(len(orders[0]))] for o in orders),
+)
 CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
 
 
@@ -101,7 +105,7 @@ class FedAvg(Checked):
     batch_size: Count | None = None
     drop_last: bool = False
     shuffle: bool = False
-    orders: tuple[tuple[FromZero, ...], ...] | None = None
+    orders: Annotated[tuple[tuple[int, ...], ...], _ORDERS] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,9 +114,8 @@ class FedAvg(Checked):
                 f"FedAvg has local_steps={self.local_steps} and epochs={self.epochs}; "
                 "expected exactly one of them"
             )
-        orders = self.orders
-        if orders is not None and (not orders or any(sorted(o) != [*range(len(orders[0]))] for o in orders)):
-            raise ConfigError(f"FedAvg orders are {orders}; expected permutations of the images")
+        if self.orders is not None:
+            object.__setattr__(self, "orders", tuple(tuple(order) for order in self.orders))
 
     @property
     def stackable(self) -> bool:
