@@ -17,10 +17,20 @@ from invlib.core.network import forward, in_mode, like, num_classes, trainable_p
 from invlib.core.normalization import Normalization, as_normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, DoubtWarning, ObservationError
-from invlib.settings import Checked, Count, Positive, whole
+from invlib.settings import Checked, Count, Positive, Rule, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
+_ORDERS = Rule(
+    "permutations of the images",
+    lambda orders: (
+        isinstance(orders, (tuple, list))
+        and len(orders) > 0
+        and all(isinstance(o, (tuple, list)) and o and set(o) == {*range(len(o))} for o in orders)
+        and len({len(o) for o in orders}) == 1
+        and all(len(set(o)) == len(o) for o in orders)
+    ),
+)
 _Passes = Annotated[int, whole("a whole number from 1 to 1,000,000", lambda n: 1 <= n <= 1_000_000)]
 
 
@@ -101,7 +111,7 @@ class FedAvg(Checked):
     batch_size: Count | None = None
     drop_last: bool = False
     shuffle: bool = False
-    orders: tuple[tuple[int, ...], ...] | None = None
+    orders: Annotated[tuple[tuple[int, ...], ...], _ORDERS] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,9 +120,8 @@ class FedAvg(Checked):
                 f"FedAvg has local_steps={self.local_steps} and epochs={self.epochs}; "
                 "expected exactly one of them"
             )
-        orders = ((),) if self.orders == () else self.orders or ()
-        if any(not o or sorted(o) != list(range(len(orders[0]))) for o in orders):
-            raise ConfigError(f"FedAvg orders are {self.orders}; expected permutations of the images")
+        if self.orders is not None:
+            object.__setattr__(self, "orders", tuple(tuple(order) for order in self.orders))
 
     @property
     def stackable(self) -> bool:

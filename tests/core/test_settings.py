@@ -235,7 +235,8 @@ def test_the_table_has_every_class_of_settings_and_every_field():
         thing
         for module in (iv, iv.objectives, iv.optimizers, iv.priors, iv.smoothing, iv.analytic, iv.labels)
         for name, thing in vars(module).items()
-        if not name.startswith("_") and dataclasses.is_dataclass(thing) and isinstance(thing, type)
+        if dataclasses.is_dataclass(thing) and isinstance(thing, type)
+        if not name.startswith("_") and (module is iv or thing.__module__ == module.__name__)
     }
     named = {cls for cls in own if dataclasses.is_dataclass(cls) and not cls.__name__.startswith("_")}
     assert named | public == {*CLASSES, *NO_SETTINGS}
@@ -317,6 +318,10 @@ def test_numbers_of_numpy_and_lists_become_pythons():
             lambda: iv.Normalization(mean=(0.5,), std=(math.nan,)),
             "Normalization std is (nan,); expected a tuple, each a positive number",
         ),
+        (
+            lambda: iv.Normalization(mean=(0.5, 0.5), std=(1.0, math.nan)),
+            "Normalization std is (1.0, nan); expected a tuple, each a positive number",
+        ),
         (lambda: iv.Frames(every=0), "Frames every is 0; expected a whole number of at least 1"),
         (
             lambda: iv.models.build("LeNetZhu", seed=2**64),
@@ -375,8 +380,8 @@ def test_a_class_of_ones_own_is_checked_as_far_as_its_types_are_known():
 @pytest.mark.parametrize("value", [((0.5, 0.4), (0.1, 0.2)), [[0.5, 0.4], [0.1, 0.2]]])
 def test_a_pair_is_a_normalization(value):
     expected = iv.Normalization(mean=(0.5, 0.4), std=(0.1, 0.2))
-    assert as_normalization(value) == as_normalization(expected) == expected
-    assert as_normalization(np.array(value)) == as_normalization(tuple(map(np.array, value))) == expected
+    assert as_normalization(value) == iv.Normalization.of(expected) == expected
+    assert as_normalization(np.array(value)) == iv.Normalization.of(tuple(map(np.array, value))) == expected
     assert as_normalization(torch.tensor(value, dtype=torch.float64)) == expected
 
 
