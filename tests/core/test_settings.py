@@ -145,7 +145,6 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
 NO_SETTINGS = {  # what flows, and classes without fields
     *(iv.Observation, iv.Reconstruction, iv.Progress, iv.Report, iv.Identified, iv.FedSGD),
     *(iv.optimizers.Variable, iv.analytic.LayerInput, iv.labels.LabelInference),
-    *(iv.analytic.Chain, iv.analytic.Stage),
     *(iv.priors.Prediction, iv.priors.LastLayerInput, iv.priors.BatchNormStatistics),
 }
 
@@ -380,8 +379,8 @@ def test_a_class_of_ones_own_is_checked_as_far_as_its_types_are_known():
 @pytest.mark.parametrize("value", [((0.5, 0.4), (0.1, 0.2)), [[0.5, 0.4], [0.1, 0.2]]])
 def test_a_pair_is_a_normalization(value):
     expected = iv.Normalization(mean=(0.5, 0.4), std=(0.1, 0.2))
-    assert as_normalization(value) == iv.Normalization.of(expected) == expected
-    assert as_normalization(np.array(value)) == iv.Normalization.of(tuple(map(np.array, value))) == expected
+    assert as_normalization(value) == as_normalization(expected) == expected
+    assert as_normalization(np.array(value)) == as_normalization(tuple(map(np.array, value))) == expected
     assert as_normalization(torch.tensor(value, dtype=torch.float64)) == expected
 
 
