@@ -235,6 +235,9 @@ class Best(Settings):
             if closed is None:
                 raise
             return replace(closed.result, status="interrupted")
+        if (shuffled := self.matching.in_likely_order(model, observation, result)) is not None:
+            again = self._polished(result, model, shuffled, self.evaluations // 2, parts, self.matching.steps)
+            result = replace(again, note=f"{again.note}, in a likely order of the client's minibatches")
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
