@@ -200,12 +200,14 @@ class Best(Settings):
         A run that goes on from a checkpoint computes closed forms anew, and has the results of all other
         parts: the search, shifted copies, each round of the polish.
         """
+        checked("checkpoint", checkpoint, str | Path | None)
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None:
             try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        checked("generator", generator, torch.Generator)
         saved = None
         if path is not None:
             saved = Checkpoint(path, identity(self, model, observation, [generator.get_state()]))

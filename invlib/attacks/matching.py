@@ -28,6 +28,7 @@ from invlib.core.observation import ClientStep, Loss, Observation, stackable, ta
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError, DoubtWarning
 from invlib.federated import FedAvg, FedSGD
+from invlib.federated.protocols import check_loss
 from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
 from invlib.optim.objectives import Compared, Layers, Objective
@@ -43,6 +44,7 @@ from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
 from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
 
+_ALWAYS = 1 << 28  # bytes of starting points that are drawn whatever memory is free
 _NONE = 1e-5  # up to this a score is that of the client's own images, in float32
 _REORDERED = 16  # up to so many images a score looks for other orders without being told
 _SLACK = 1e-3  # how far rounding may take given images beyond black and white
@@ -186,11 +188,11 @@ class GradientMatching(Settings):
             DataError: the checkpoint cannot be written where it is wanted.
         """
         began = time.perf_counter()
-        if checkpoint is not None:
+        if checked("checkpoint", checkpoint, str | Path | None) is not None:
             try_writing(Path(checkpoint))
         model = observation.validate(model)
         problem = self.problem(model, observation)
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
         starts = self.starts(problem, observation, generator)
         hooks = hooks_of(callback, progress)
         saved = None
@@ -260,7 +262,10 @@ class GradientMatching(Settings):
             RecoveryError: labels are to be inferred and cannot be.
         """
         own = trainable_parameters(model)
-        some = next(iter(own.values()))
+        protocol, understands = observation.protocol, takes_mode(observation.protocol)
+        if not understands:  # a client that knows nothing of engines may use torch's own tape
+            own = {name: p.detach().requires_grad_() for name, p in own.items()}
+        some = next(iter(own.values())).detach()
         target = [observation.update[name].to(some) for name in own]
         indices, weights = self.layers.choose(target)
         lower, upper = observation.normalization.box(dtype=some.dtype, device=some.device)
@@ -278,10 +283,11 @@ class GradientMatching(Settings):
             labels = observation.labels
         else:
             labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
+        if labels is not None:
+            check_loss(loss, some.new_zeros(len(labels), num_classes(model, observation.image_shape)), labels)
         if isinstance(self.objective, objectives.Masked):
             self.objective.check([target[i] for i in indices])
         names, masks = list(own), [observation.sent.get(name) for name in own]
-        protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
         def update(
             inputs: Tensor,
@@ -301,10 +307,6 @@ class GradientMatching(Settings):
             if understands:
                 sent = protocol(model, inputs, targets, **settings, mode=mode)
             else:
-                settings["params"] = {
-                    name: p if p.requires_grad else p.detach().requires_grad_()
-                    for name, p in settings["params"].items()
-                }
                 with rounded(mode.sharpness), torch.enable_grad():
                     sent = protocol(model, inputs, targets, **settings)
             return [_sent_part(sent, names[i], masks[i]) for i in indices]
@@ -521,7 +523,7 @@ def checked_starts(restarts: int, observation: Observation) -> tuple[int, ...]:
     """Return the shape of all starting points; ConfigError where they alone would not fit in memory."""
     shape = (restarts, observation.num_images, *observation.image_shape)
     need, free = 4 * math.prod(shape), memory.available(torch.device("cpu"))
-    if need > free:
+    if need > max(free, _ALWAYS):
         raise ConfigError(
             f"GradientMatching restarts is {restarts}; expected fewer, for the starting points alone would "
             f"take {memory.words(need)} where {memory.words(free)} are free"
