@@ -188,7 +188,8 @@ class GradientMatching(Settings):
             DataError: the checkpoint cannot be written where it is wanted.
         """
         began = time.perf_counter()
-        if checked("checkpoint", checkpoint, str | Path | None) is not None:
+        checked("checkpoint", checkpoint, str | Path | None)
+        if checkpoint is not None:
             try_writing(Path(checkpoint))
         model = observation.validate(model)
         problem = self.problem(model, observation)
