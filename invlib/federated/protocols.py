@@ -94,7 +94,7 @@ class FedAvg(Checked):
         batch_size: images in a step; None takes all of them.
         drop_last: leave out a last, smaller minibatch instead of using it.
         shuffle: draw a new order of the images in each epoch, as most loaders do. The server is not told;
-            an attack begins with the order as it is and looks for the client's (`GradientMatching`).
+            `GradientMatching.score` looks for it, and a search takes the images in the order as it is.
         orders: the images in the order of each epoch, where they are known; then around again.
 
     Raises:
