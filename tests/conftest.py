@@ -1,6 +1,7 @@
 """What every test shares: one thread, no windows, the Triton interpreter where no GPU is."""
 
 import os
+import signal
 
 import torch
 
@@ -18,6 +19,13 @@ import invlib as iv
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, and tests press it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

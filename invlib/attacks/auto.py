@@ -200,12 +200,14 @@ class Best(Settings):
         A run that goes on from a checkpoint computes closed forms anew, and has the results of all other
         parts: the search, shifted copies, each round of the polish.
         """
+        checked("checkpoint", checkpoint, str | Path | None)
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None:
             try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        checked("generator", generator, torch.Generator)
         saved = None
         if path is not None:
             saved = Checkpoint(path, identity(self, model, observation, [generator.get_state()]))
@@ -235,6 +237,9 @@ class Best(Settings):
             if closed is None:
                 raise
             return replace(closed.result, status="interrupted")
+        if (shuffled := self.matching.in_likely_order(model, observation, result)) is not None:
+            again = self._polished(result, model, shuffled, self.evaluations // 2, parts, self.matching.steps)
+            result = replace(again, note=f"{again.note}, in a likely order of the client's minibatches")
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))

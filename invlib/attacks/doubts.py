@@ -23,8 +23,7 @@ def doubted(result: Reconstruction, doubts: Iterable[str]) -> Reconstruction:
     """Return a result with what makes it doubtful, each once; Python warns of each once, too."""
     together = dict.fromkeys((*result.warnings, *doubts))
     for doubt in together:
-        if doubt not in result.warnings:
-            warnings.warn(doubt, DoubtWarning, stacklevel=1)
+        warnings.warn(doubt, DoubtWarning, stacklevel=1)
     unsaid = [doubt for doubt in together if doubt not in result.note]
     note = "; ".join(filter(None, [result.note, *unsaid]))
     return replace(result, warnings=tuple(together), note=note)

@@ -28,6 +28,7 @@ from invlib.core.observation import ClientStep, Loss, Observation, stackable, ta
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError, DoubtWarning
 from invlib.federated import FedAvg, FedSGD
+from invlib.federated.protocols import check_loss
 from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
 from invlib.optim.objectives import Compared, Layers, Objective
@@ -43,6 +44,7 @@ from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
 from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
 
+_ALWAYS = 1 << 28  # bytes of starting points that are drawn whatever memory is free
 _NONE = 1e-5  # up to this a score is that of the client's own images, in float32
 _REORDERED = 16  # up to so many images a score looks for other orders without being told
 _SLACK = 1e-3  # how far rounding may take given images beyond black and white
@@ -186,11 +188,11 @@ class GradientMatching(Settings):
             DataError: the checkpoint cannot be written where it is wanted.
         """
         began = time.perf_counter()
-        if checkpoint is not None:
+        if checked("checkpoint", checkpoint, str | Path | None) is not None:
             try_writing(Path(checkpoint))
         model = observation.validate(model)
         problem = self.problem(model, observation)
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
         starts = self.starts(problem, observation, generator)
         hooks = hooks_of(callback, progress)
         saved = None
@@ -202,7 +204,33 @@ class GradientMatching(Settings):
         found = self.searched(model, observation, problem, starts, hooks, began, seed=seed)
         if saved is not None:
             saved.keep() if found.status == "interrupted" else saved.remove()
+        if (shuffled := self.in_likely_order(model, observation, found)) is not None:
+            again = replace(self, init=found.images, restarts=1)
+            found = nearer(found, again(model, shuffled, generator=generator, progress=progress))
         return doubted(found, [*doubts_of(model, observation), *length_doubts(model, observation, problem)])
+
+    def in_likely_order(
+        self, model: nn.Module, observation: Observation, found: Reconstruction
+    ) -> Observation | None:
+        """Return the observation of a client that shuffles, in the orders in which images found fit it best.
+
+        None where the client does not shuffle, or no other order fits better.
+        """
+        protocol = observation.protocol
+        unknown = _reorders(protocol, observation.num_images) and protocol.shuffle
+        if not unknown or found.labels is None or found.status in ("interrupted", "non_finite"):
+            return None
+        client, _ = self._likely(model, observation, found.images, found.labels)
+        return None if client is protocol else replace(observation, protocol=client)
+
+    def _likely(
+        self, model: nn.Module, observation: Observation, images: Tensor, labels: Tensor
+    ) -> tuple[FedAvg, float]:
+        def score(client: FedAvg) -> float:
+            return self.scorer(model, replace(observation, protocol=client), labels)(images)
+
+        assert isinstance(observation.protocol, FedAvg)
+        return likely_orders(score, observation.protocol, observation.num_images)
 
     def searched(
         self,
@@ -234,7 +262,10 @@ class GradientMatching(Settings):
             RecoveryError: labels are to be inferred and cannot be.
         """
         own = trainable_parameters(model)
-        some = next(iter(own.values()))
+        protocol, understands = observation.protocol, takes_mode(observation.protocol)
+        if not understands:  # a client that knows nothing of engines may use torch's own tape
+            own = {name: p.detach().requires_grad_() for name, p in own.items()}
+        some = next(iter(own.values())).detach()
         target = [observation.update[name].to(some) for name in own]
         indices, weights = self.layers.choose(target)
         lower, upper = observation.normalization.box(dtype=some.dtype, device=some.device)
@@ -252,10 +283,11 @@ class GradientMatching(Settings):
             labels = observation.labels
         else:
             labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
+        if labels is not None:
+            check_loss(loss, some.new_zeros(len(labels), num_classes(model, observation.image_shape)), labels)
         if isinstance(self.objective, objectives.Masked):
             self.objective.check([target[i] for i in indices])
         names, masks = list(own), [observation.sent.get(name) for name in own]
-        protocol, understands = observation.protocol, takes_mode(observation.protocol)
 
         def update(
             inputs: Tensor,
@@ -275,10 +307,6 @@ class GradientMatching(Settings):
             if understands:
                 sent = protocol(model, inputs, targets, **settings, mode=mode)
             else:
-                settings["params"] = {
-                    name: p if p.requires_grad else p.detach().requires_grad_()
-                    for name, p in settings["params"].items()
-                }
                 with rounded(mode.sharpness), torch.enable_grad():
                     sent = protocol(model, inputs, targets, **settings)
             return [_sent_part(sent, names[i], masks[i]) for i in indices]
@@ -364,11 +392,7 @@ class GradientMatching(Settings):
         score, protocol = self.scorer(model, observation, labels)(images), observation.protocol
         if not _reorders(protocol, observation.num_images) or score <= _NONE:
             return score
-        _, least = likely_orders(
-            lambda client: self.scorer(model, replace(observation, protocol=client), labels)(images),
-            protocol,
-            observation.num_images,
-        )
+        _, least = self._likely(model, observation, images, labels)
         if least > _NONE or protocol.shuffle:
             return min(score, least) if protocol.shuffle else score
         doubt = (
@@ -387,6 +411,15 @@ class GradientMatching(Settings):
                 return float(selection.scores(problem, problem.encode(images)[None]))
 
         return score
+
+
+def nearer(found: Reconstruction, other: Reconstruction) -> Reconstruction:
+    """Return the one of two results with the lower score, and what both took."""
+    evaluations, seconds = found.evaluations + other.evaluations, found.seconds + other.seconds
+    best = other if other.score < found.score else found
+    note = f"{best.note}; in a likely order of the client's minibatches".removeprefix("; ")
+    kept = best.note if best is found else note
+    return replace(best, evaluations=evaluations, seconds=seconds, note=kept)
 
 
 def _sent_part(update: Mapping[str, Tensor], name: str, mask: Tensor | None) -> Tensor:
@@ -490,7 +523,7 @@ def checked_starts(restarts: int, observation: Observation) -> tuple[int, ...]:
     """Return the shape of all starting points; ConfigError where they alone would not fit in memory."""
     shape = (restarts, observation.num_images, *observation.image_shape)
     need, free = 4 * math.prod(shape), memory.available(torch.device("cpu"))
-    if need > free:
+    if need > max(free, _ALWAYS):
         raise ConfigError(
             f"GradientMatching restarts is {restarts}; expected fewer, for the starting points alone would "
             f"take {memory.words(need)} where {memory.words(free)} are free"

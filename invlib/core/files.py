@@ -47,9 +47,9 @@ def atomic_write(path: Path, write: Callable[[Path], Any], *, private: bool = Fa
     Raises:
         DataError: the file cannot be written.
     """
-    beside = path.with_name(f"{path.name}.partial")
     try:
         regular(path, "file")
+        beside = path.with_name(f"{path.name}.partial")
         try:
             beside.unlink(missing_ok=True)
             os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))

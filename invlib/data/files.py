@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -40,6 +41,7 @@ _BROKEN = (
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MOST_BYTES = 1 << 33  # of one array: images of ImageNet's size stay in files of their own
+_MOST_ROWS = 1_000_000  # indices, which may be an endless iterator
 _LARGEST = 10_000  # pixels, the sides that images are scaled to
 
 
@@ -83,7 +85,8 @@ def check_indices(indices: Sequence[int] | None, count: int, name: str) -> np.nd
     if count < 1:
         raise DataError(f"{name} has no images; expected at least one")
     try:
-        rows = np.array(range(count) if indices is None else [index(i) for i in indices], dtype=np.int64)
+        asked = range(count) if indices is None else itertools.islice(indices, _MOST_ROWS)
+        rows = np.array([index(i) for i in asked], dtype=np.int64)
     except (TypeError, OverflowError) as error:
         raise ConfigError(f"indices of {name} are {shown(indices)}; expected whole numbers") from error
     wrong = rows[(rows < 0) | (rows >= count)]

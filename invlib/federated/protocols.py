@@ -291,11 +291,20 @@ def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -
     indices = labels.ndim == 1 and not labels.is_floating_point() and loss is F.cross_entropy
     if indices and not ((labels >= 0) & (labels < classes)).all():
         raise ObservationError(f"labels {labels.tolist()} are out of range; expected 0 to {classes - 1}")
+    check_loss(loss, images.new_zeros(images.shape[0], classes), labels)
+
+
+def check_loss(loss: Loss, logits: Tensor, labels: Tensor) -> None:
+    """Call a loss once, on logits and labels of the client's shapes.
+
+    Raises:
+        ObservationError: it does not take them, or does not give one number.
+    """
     try:
-        value = loss(images.new_zeros(images.shape[0], classes), labels)
+        value = loss(logits, labels)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ObservationError(
-            f"the loss does not take logits ({images.shape[0]}, {classes}) and labels of shape "
+            f"the loss does not take logits {tuple(logits.shape)} and labels of shape "
             f"{tuple(labels.shape)} and type {labels.dtype}: {error}"
         ) from error
     if not isinstance(value, Tensor) or value.ndim != 0:

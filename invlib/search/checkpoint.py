@@ -19,7 +19,7 @@ from torch import Tensor
 from invlib.core.files import atomic_write
 from invlib.core.fingerprint import differences
 from invlib.core.reconstruction import History, Reconstruction
-from invlib.errors import ConfigError, DataError
+from invlib.errors import ConfigError, DataError, DoubtWarning
 from invlib.search.hooks import Hook
 from invlib.search.state import RestartState, Search
 
@@ -138,9 +138,10 @@ class Checkpoint(Hook):
         """Write the file as `save` does; where that fails, say so once and go on without."""
         try:
             self.save()
-        except OSError as error:
+        except DataError as error:
             self.saved_at = time.monotonic()
-            self._warn(f"cannot be written ({_words(error)}); the attack goes on without it")
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            self._warn(f"cannot be written ({_words(cause)}); the attack goes on without it")
 
     def save(self, search: Search | None = None) -> None:
         """Write the file beside the old one, and put it in its place."""
@@ -154,13 +155,14 @@ class Checkpoint(Hook):
         }
         torch.save(saved, body)
         told = hashlib.sha256(body.getbuffer()).hexdigest().encode() + b"\n"
-        atomic_write(self.path, lambda beside: _write(beside, FORMAT + told + body.getvalue()))
+        whole = FORMAT + told + body.getvalue()
+        atomic_write(self.path, lambda beside: beside.write_bytes(whole), private=True)
         self.saved_at = time.monotonic()
 
     def _warn(self, words: str) -> None:
         if not self.warned:
             self.warned = True
-            warnings.warn(f"checkpoint {self.path} {words}", stacklevel=2)
+            warnings.warn(f"checkpoint {self.path} {words}", DoubtWarning, stacklevel=2)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -286,8 +286,10 @@ def test_a_search_that_ended_in_a_shifted_copy_finds_its_way():
     frames = iv.Frames(every=1)
     start = {"init": astray, "steps": 600}
     found = iv.best(**start)(net, seen, callback=frames)
+    assert (astray - x)[..., 4:7, 8:11].abs().mean() > 0.2
+    assert (found.images - x)[..., 4:7, 8:11].abs().mean() < 0.02
     alone = iv.best(**start, shifts=0)(net, seen)
-    assert float(iv.metrics.psnr(found.images, x)) > float(iv.metrics.psnr(alone.images, x)) + 2
+    assert found.score < alone.score
     assert found.evaluations <= 700
     assert "shifted" in found.note
     assert "shifted" not in alone.note

@@ -142,7 +142,7 @@ def settings() -> Iterator[Case]:
         "Normalization of numbers": lambda: iv.Normalization(mean=0.5, std=0.5),
         "Normalization of two lengths": lambda: iv.Normalization(mean=(0.0, 0.0), std=(1.0,)),
         "Layers of text": lambda: iv.Layers(which="some"),
-        "StepDecay of NaN": lambda: iv.StepDecay(factors=(NAN,)) if hasattr(iv.StepDecay, "factors") else iv.StepDecay(NAN),
+        "StepDecay of NaN": lambda: iv.StepDecay(gamma=NAN),
         "a model of no name": lambda: iv.models.build("NoNet"),
         "a model of -3 classes": lambda: iv.models.build("LeNetZhu", num_classes=-3),
         "a model of 10**12 classes": lambda: iv.models.build("LeNetZhu", num_classes=10**12),
@@ -498,7 +498,7 @@ OPTIONS = """
 | nonsense | --none | train | train --model NoNet --dataset CIFAR10 | train --model LeNetZhu --dataset None
 | train --model LeNetZhu --dataset CIFAR10 --epochs -1 | train --model LeNetZhu --dataset CIFAR10 --lr -1
 | train --model LeNetZhu --dataset CIFAR10 --lr nan | train --model LeNetZhu --dataset CIFAR10 --device foo
-| train --model LeNetZhu --dataset CIFAR10 --device meta | train --model LeNetZhu --dataset CIFAR10 --out /none/x.safetensors
+| train --model LeNetZhu --dataset CIFAR10 --device meta | train --model LeNetZhu --dataset CIFAR10 --out /dev/null/x.safetensors
 | train --model LeNetZhu --dataset CIFAR10 --out . | reconstruct-image --model NoNet | reconstruct-image --dataset None
 | reconstruct-image --num_images 0 --target_id -1 | reconstruct-image --num_images -3 --target_id -1
 | reconstruct-image --num_images 10**9 --target_id -1 | reconstruct-image --target_id x | reconstruct-image --restarts 0 --target_id -1
@@ -509,7 +509,7 @@ OPTIONS = """
 | reconstruct-image --lr nan --target_id -1 | reconstruct-image --lr -1 --target_id -1 --optim ours | reconstruct-image --local_lr nan --accumulation 2 --target_id -1
 | reconstruct-image --accumulation -2 --target_id -1 | reconstruct-image --batch_size -1 --accumulation 2 --target_id -1
 | reconstruct-image --dtype int8 --target_id -1 | reconstruct-image --device foo --target_id -1 | reconstruct-image --device meta --target_id -1
-| reconstruct-image --image_path /none/x --save_image --target_id -1 --model LeNetZhu --iterations 1
+| reconstruct-image --image_path /dev/null/x --save_image --target_id -1 --model LeNetZhu --iterations 1
 | rec-mult --num_exp 0 --target_id -1 | rec-mult --num_exp -1 | rec-mult --num_exp x | rec-mult --name ../../x --target_id -1 --num_exp 1
 | experiment | experiment none | experiment table1 --images 0 | experiment table1 --steps 0 | experiment table1 --first -1 --reduced
 | experiment table1 --reduced --out /dev/full | experiment table1 --reduced --out . | experiment table1 --workers -1 --reduced

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_a_new_order_in_every_epoch():
         assert score(net, seen(), x, y) < 1e-5
     matching = iv.GradientMatching()
     found, least = likely_orders(
-        lambda client: matching.score(net, seen(orders=client.orders or (range(4), range(4))), x, y),
+        lambda client: matching.score(net, seen(orders=client.orders or ((0, 1, 2, 3),) * 2), x, y),
         iv.FedAvg(lr=0.5, epochs=2, batch_size=2),
         4,
     )
@@ -166,6 +167,17 @@ def test_a_client_that_shuffles_draws_its_orders_and_keeps_them_to_itself():
     assert seen.protocol.orders is None
     assert not torch.equal(seen.update["3.bias"], other.update["3.bias"])
     assert score(net, seen, x, y) < 1e-5
+
+
+def test_an_attack_looks_for_the_orders_of_a_client_that_shuffles():
+    net, (x, y) = build_tiny(), random_batch(3)
+    protocol = iv.FedAvg(lr=2.0, epochs=2, batch_size=1, shuffle=True)
+    seen = iv.observe(net, x, y, protocol, normalization=iv.CIFAR10)
+    in_order = replace(seen, protocol=iv.FedAvg(lr=2.0, epochs=2, batch_size=1))
+    for attack, share in ((iv.inverting_gradients(steps=60), 1), (iv.best(evaluations=100), 0.5)):
+        found = attack(net, seen)
+        assert found.score <= share * attack(net, in_order).score
+    assert "in a likely order" in found.note
 
 
 def test_orders_that_are_no_permutations_are_refused(tiny):

@@ -140,7 +140,7 @@ def test_a_longer_search_that_stalls_is_none_the_worse_for_it():
     seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
     short, longer = (iv.best(steps=steps)(net, seen) for steps in (200, 400))
     assert longer.score <= short.score
-    assert longer.note.endswith("a shorter schedule came nearer")
+    assert "a shorter schedule came nearer" in longer.note
     assert longer.evaluations <= 425
     assert longer.history.steps == sorted(longer.history.steps)
 
