@@ -95,7 +95,7 @@ class FedAvg(Checked):
         drop_last: leave out a last, smaller minibatch instead of using it.
         shuffle: draw a new order of the images in each epoch, as most loaders do. The server is not told;
             an attack begins with the order as it is, looks for the client's in what it found, and goes on in
-            it; so does `GradientMatching.score` with the images that it is given.
+            it, and `GradientMatching.score` looks for it with the images that it is given.
         orders: the images in the order of each epoch, where they are known; then around again.
 
     Raises:
