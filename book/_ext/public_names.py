@@ -53,10 +53,22 @@ def plain_defaults(
     signature: str | None,
     returns: str | None,
 ) -> tuple[str | None, str | None]:
-    """Name functions that are defaults, and leave out how a field's default is made."""
+    """Name functions that are defaults, and leave out how a field's default is made and what its rule is."""
     if signature is not None:
         signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature).replace("<factory>", "...")
-    return signature, returns
+    return without_rules(signature), without_rules(returns)
+
+
+RULE = re.compile(
+    r"~?[\w.]*Annotated\[((?:(?!Annotated\[).)+?), ~?invlib\.settings\.Rule\(words=.*?, holds=[^)]*\)\]"
+)
+
+
+def without_rules(text: str | None) -> str | None:
+    """Return types as a caller reads them: without the rules by which settings are checked."""
+    while text is not None and (plain := RULE.sub(r"\1", text)) != text:
+        text = plain
+    return text
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -94,7 +94,8 @@ class FedAvg(Checked):
         batch_size: images in a step; None takes all of them.
         drop_last: leave out a last, smaller minibatch instead of using it.
         shuffle: draw a new order of the images in each epoch, as most loaders do. The server is not told;
-            an attack begins with the order as it is and looks for the client's (`GradientMatching`).
+            an attack begins with the order as it is, looks for the client's in what it found, and goes on in
+            it, and `GradientMatching.score` looks for it with the images that it is given.
         orders: the images in the order of each epoch, where they are known; then around again.
 
     Raises:
