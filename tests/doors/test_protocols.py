@@ -241,7 +241,10 @@ def test_every_attack_on_every_protocol_runs_or_is_refused_by_name(attack, proto
             assert found.labels is None or len(found.labels) == count
         assert torch.equal(torch.random.get_rng_state(), state)
     few = attack in ("fully connected", "recursive", "forward", "GradInversion", "modern")
-    assert few or refused == 0, "only closed forms, and what needs one FedSGD step or statistics, may refuse"
+    hard = protocol.startswith("Adam")  # of a batch the labels may remain unknown
+    assert few or refused <= hard, (
+        "only closed forms, and what needs one FedSGD step or statistics, may refuse"
+    )
 
 
 def dense():
