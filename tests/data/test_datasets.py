@@ -208,7 +208,7 @@ def test_corrupt_images_are_named(tmp_path: Path, name: str, content: bytes) -> 
 @pytest.mark.parametrize("size", [0, -1, 10**6, 2.5, "8"])
 def test_sizes_out_of_range_are_refused(tmp_path: Path, size: object) -> None:
     draw(tmp_path / "a.png", (1, 2, 3))
-    with pytest.raises(ConfigError, match=r"size is .*; expected a whole number of pixels"):
+    with pytest.raises(ConfigError, match=r"size is .*; expected a whole number from 1 to 10,000"):
         data.folder(tmp_path, size=size)  # type: ignore[arg-type]
 
 
