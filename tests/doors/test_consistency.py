@@ -168,7 +168,7 @@ def test_a_loss_that_does_not_take_the_labels_is_refused(tiny):
     x, y = random_batch(2)
     with pytest.raises(ObservationError, match="the loss does not take logits"):
         iv.observe(tiny, x, y, iv.FedSGD(), normalization=iv.CIFAR10, loss=F.binary_cross_entropy_with_logits)
-    with pytest.raises(ObservationError, match="expected .*one number"):
+    with pytest.raises(ObservationError, match=r"expected .*one number"):
         iv.observe(
             tiny, x, y, iv.FedSGD(), normalization=iv.CIFAR10,
             loss=lambda o, t: F.cross_entropy(o, t, reduction="none"),

@@ -213,7 +213,7 @@ def test_settings_of_another_type_are_named(settings: dict) -> None:
 
 @pytest.mark.parametrize("name", [None, 3, ["ConvNet8"], ""])
 def test_a_name_of_another_type_is_named(name: object) -> None:
-    with pytest.raises((UnknownNameError, ConfigError), match="no model|build name is"):
+    with pytest.raises((UnknownNameError, ConfigError), match=r"no model|build name is"):
         models.build(name)  # type: ignore[arg-type]
 
 
