@@ -13,7 +13,7 @@ CACHE   := _build/.computed-with
 LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
 PAGES   := _build/.looks-like
 
-.PHONY: help book test lint types unit read lab check-dist check-site check-runs hostile bench gpu clean
+.PHONY: help book test lint types unit read lab check-dist check-site check-runs hostile coverage bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make check-dist  build the archives of a release, look at their files and use the wheel alone"
 	@echo "make check-site  open every built page in Chromium and look for faults"
 	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
+	@echo "make coverage    the tests, and which lines of the library they run"
 	@echo "make hostile     try some six hundred wrong inputs and say what the library made of each"
 	@echo "make bench       time every engine against the loop of 2020 on this machine's CPU (30 minutes)"
 	@echo "make gpu         the same on a GPU, with the tests that need one"
@@ -66,7 +67,10 @@ types: $(STAMP)
 	@$(BIN)/mypy
 
 unit: $(STAMP)
-	@$(BIN)/python -m pytest --quiet --cov --cov-report=term
+	@$(BIN)/python -m pytest --quiet -n 2 --dist worksteal
+
+coverage: $(STAMP)
+	@$(BIN)/python -m pytest --quiet -n 2 --dist worksteal --cov --cov-report=term
 
 read:
 	@test -f $(SITE) || { echo "There is no built book yet: run make book first."; exit 1; }
