@@ -18,7 +18,7 @@ from invlib.errors import RecoveryError
 from invlib.federated import FedAvg, FedSGD
 
 _FOREIGN = 0.45  # share of a gradient that labels leave unexplained, from which on they are none: noise of a
-# third of its length leaves up to 0.3, soft labels 0.5, the loss of several labels at once 0.75 and more
+# third of its length leaves up to 0.3, soft labels 0.46, the loss of several labels at once 0.75 and more
 _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
 _UNEXPLAINED = 0.3  # the same, from which on other factors than 1 are tried
 _TRIED = 8  # labels or exchanges that are tried by simulating a client

@@ -8,9 +8,7 @@ from dataclasses import replace
 
 from invlib.federated import FedAvg
 
-_ALL = (
-    120  # so many orders, of all epochs together or of one, are all tried; of more, exchanges of two images
-)
+_ALL = 120  # so many orders, of all epochs or of one, are all tried; of more, exchanges of two images
 
 Order = tuple[int, ...]
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from invlib.core.files import check_writable
 from invlib.core.network import in_mode
 from invlib.core.normalization import Normalization
-from invlib.errors import ConfigError, DeviceError
+from invlib.errors import ConfigError, DeviceError, DoubtWarning
 from invlib.models import cards, zoo
 from invlib.models.cards import Trained, load, save
 from invlib.optim.schedules import StepDecay
@@ -218,7 +218,7 @@ def _warn_of_chance(model_name: str, accuracy: float, labels: Tensor) -> None:
         warnings.warn(
             f"{model_name}: the accuracy is {accuracy:.1%} on {len(labels)} images, where the same answer to "
             f"all would have {share:.1%}: the network may have learnt nothing",
-            UserWarning,
+            DoubtWarning,
             stacklevel=3,
         )
 
