@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import fields, is_dataclass, replace
 from types import FunctionType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -124,11 +124,19 @@ def index_of_best(scores: Tensor) -> int:
 
 
 def closed_form(
-    images: Tensor, labels: Tensor | None, score: float, *, objective: str, note: str, began: float
+    images: Tensor,
+    labels: Tensor | None,
+    score: float,
+    *,
+    objective: str,
+    note: str,
+    began: float,
+    **more: Any,
 ) -> Reconstruction:
     """Return the result of an attack without search that began at a time by `time.perf_counter`.
 
-    Images are ``(N, C, H, W)`` in [0, 1]; ``objective`` says what the score measures.
+    Images are ``(N, C, H, W)`` in [0, 1]; ``objective`` says what the score measures; ``more`` are further
+    fields of the result.
     """
     return Reconstruction(
         images=images,
@@ -140,4 +148,5 @@ def closed_form(
         status="closed_form",
         seconds=time.perf_counter() - began,
         note=note,
+        **more,
     )

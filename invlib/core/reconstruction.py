@@ -34,7 +34,8 @@ class Reconstruction:
     """The images that an attack recovered, and what it can say about them without the truth.
 
     Args:
-        images: ``(N, C, H, W)`` in [0, 1], of the restart with the lowest score.
+        images: ``(N, C, H, W)`` in [0, 1], of the restart with the lowest score; of `invlib.exact_batch` the
+            M of the N images that were found.
         labels: int64 ``(N,)``: those given, inferred or optimised; None where a closed form needs none and
             the update does not tell them.
         score: what the restarts are chosen by, measured on ``images``; NaN where no restart was ever finite.
@@ -52,6 +53,14 @@ class Reconstruction:
         chunks: how many restarts ran together, chunk by chunk.
         note: what the attack has to say about its result, in a sentence; may be empty.
         warnings: what makes the result doubtful, a sentence each: facts that contradict each other, guesses.
+        residuals: float64 ``(M,)``, of attacks that check each image by itself without the truth: how far it
+            is from explaining its part of the update; 0 is exact, NaN could not be checked.
+        certified: bool ``(M,)``: whether the server could prove that this image, with its label, is one of
+            the client's.
+        expected_psnr: ``(M,)`` in dB: how near the truth the attack says each image is, without seeing it.
+        tokens: of text, int64 ``(N, T)``: the tokens of each sequence, -1 where none is known; ``images`` and
+            ``trials`` are then empty.
+        text: of text with a vocabulary, the sequences as they read.
     """
 
     images: Tensor
@@ -69,13 +78,24 @@ class Reconstruction:
     chunks: tuple[int, ...] = ()
     note: str = ""
     warnings: tuple[str, ...] = ()
+    residuals: Tensor | None = None
+    certified: Tensor | None = None
+    expected_psnr: Tensor | None = None
+    tokens: Tensor | None = None
+    text: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        shape = "×".join(str(n) for n in self.images.shape)
+        if self.tokens is not None:
+            known = int((self.tokens >= 0).sum())
+            what = f"tokens {'×'.join(str(n) for n in self.tokens.shape)}, {known} known"
+        else:
+            what = f"images {'×'.join(str(n) for n in self.images.shape)}"
+        if self.certified is not None:
+            what += f", {int(self.certified.sum())} of {len(self.certified)} certified"
         measured = f" ({self.objective})" if self.objective else ""
         score = in_digits(self.score)
         return (
-            f"Reconstruction(images {shape}, score {score}{measured}, status {self.status!r}, "
+            f"Reconstruction({what}, score {score}{measured}, status {self.status!r}, "
             f"{len(self.trial_scores)} restart(s), {self.evaluations} evaluations, {self.seconds:.1f} s)"
         )
 
