@@ -60,6 +60,10 @@ class TextDecoder(nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """Map words, int64 ``(N, T)``, to what the head reads after each of them, ``(N, T, width)``."""
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(
+                f"TextDecoder was given {tokens.dtype} {tuple(tokens.shape)}; expected words, int64 (N, T)"
+            )
         if not 1 <= tokens.shape[1] <= self.position_embedding.num_embeddings:
             raise ConfigError(
                 f"the text has {tokens.shape[1]} words; "

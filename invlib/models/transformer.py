@@ -54,7 +54,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, T, width)`` to the same shape."""
         x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        result: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return result
 
 
 def initialise(model: nn.Module) -> None:
