@@ -18,6 +18,7 @@ _SWEEPS, _FINISHING = 60, 12
 _EXTRA = 40  # singular values beyond those that are expected, by which the noise is seen
 _LAST = 4  # directions that are missing, from which on they are looked for by what is left
 _ROWS = 512  # at least, of the rows that a cone is made of
+_KEPT = 8  # directions for each that there is
 _ZERO, _LOOSEST_ZERO = 1e-7, 0.05  # of the largest number of a direction
 _BYTES = 2**28  # of one product of weights and columns
 
@@ -105,11 +106,16 @@ def span_of(weight_gradient: Tensor, *, expected: int = 32) -> Span:
 def _rank(values: Tensor, expected: int) -> int:
     """Return how many singular values lie above the noise: where they fall by two for the last time."""
     falls = values[:-1] / values[1:].clamp_min(1e-16 * values[0])
-    if expected <= len(falls) and falls[expected - 1] > 10:
+    if expected <= len(falls) and falls[expected - 1] > 1e4:
         return expected
     end = len(falls) - len(falls) // 10  # the last of all are smaller in any noise
     steps = (falls[:end] > 2).nonzero().flatten()
-    return int(steps[-1]) + 1 if len(steps) else len(values)
+    if not len(steps):
+        return len(values)
+    rank = int(steps[-1]) + 1
+    # Images far weaker than the others, down in the noise, would take the others with them.
+    weak = (falls[: rank - 1] > 30) & (values[1:rank] < 1e3 * values[rank])
+    return int(weak.nonzero()[0]) + 1 if weak.any() else rank
 
 
 def directions(
@@ -173,7 +179,8 @@ def directions(
         if len(new):
             new = finished(span, new)
             new = new[span.silent(new) > chance]
-            found = distinct(torch.cat([found, new]), 0.9999)
+            found = distinct(torch.cat([basis, new, found]), 0.9999)
+            found = found[span.silent(found).argsort(descending=True, stable=True)[: _KEPT * r]]
         before, total = len(basis), float(zeros.sum())
         basis, zeros = sparsest(span, found)
         changed = float(zeros.sum()) > total + 1e-9
