@@ -13,6 +13,7 @@ from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,
     client_privacy_leakage,
@@ -108,6 +109,7 @@ __all__ = [
     "objectives",
     "observe",
     "optimizers",
+    "patch_embedding",
     "priors",
     "recursive_inversion",
     "save_observation",
