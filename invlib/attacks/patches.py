@@ -116,7 +116,9 @@ def patch_step(
     before = _path_to(start)
     pixels, factor, offset = _affine(before, start, probe.shape, lambda x: _rows(start, x))
     places, times, _ = _affine(path, added, start.output.shape, lambda z: z)
-    table = _constant(twins[1]).expand(added.output.shape).long()
+    table = _constant(twins[1])
+    assert table is not None
+    table = table.expand(added.output.shape).long()
     used = times != 0
     numbers = torch.arange(start.output.numel(), device=probe.device).view(start.output.shape)
     rows = _tokens(start, numbers)
@@ -228,7 +230,7 @@ class PatchEmbedding(Settings):
             doubts.append(cut)
         if not fits:
             doubts.append(
-                f"{system.residual:.1%} of the update of {step.weight!r} is of no image: it has noise, or the "
+                f"{system.residual:.1%} of the update of {step.weight!r} is of no image: it has noise, the "
                 "client's step is not linear in its gradients (Adam), or there was more than one image"
             )
         note = (
@@ -277,7 +279,7 @@ def _of_a_batch(seen: Tensor, count: int) -> str:
 
 def _rounding(tensor: Tensor) -> float:
     """Return the relative rounding of a tensor whose numbers were all in half precision once, else 0."""
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return torch.finfo(dtype).eps
     return 0.0
@@ -327,12 +329,11 @@ def _sum(model: nn.Module, ran: Trace, start: Call, positions: str | None) -> tu
             blocked.insert(0, "add of fixed or computed positions (sinusoidal, say)")
         elif name not in trained:
             blocked.insert(0, f"add of {name!r}, which is frozen")
-    stem = (
-        "a convolutional stem: " if "convolution" in [c.op for c in ran.calls if c is not start][:6] else ""
-    )
-    raise _no(
-        model, f"{stem}no trained positions are added to its embedding before {blocked[:1] or 'its end'}"
-    )
+    end = f"before {blocked[0]!r}" if blocked else "at all"
+    why = f"no trained positions are added to what {start.op!r} makes of the image, {end}"
+    if any(call.op == "convolution" and call is not start for call in ran.calls):
+        why = f"it begins with a convolutional stem: {why}"
+    raise _no(model, why)
 
 
 def _constant(call: Call) -> Tensor | None:
@@ -362,10 +363,10 @@ def _weight(call: Call) -> Tensor:
     if call.op == "convolution":
         if call.args[6] or call.args[8] != 1 or call.given.ndim != 4:
             raise RecoveryError("the first product is a transposed, grouped or 1-d convolution")
-        return call.args[1].flatten(1)
-    left, right = call.args[-2:]
-    other = right.mT if left is call.given else left
-    return other.reshape(other.shape[-2:]) if other.numel() == other.shape[-1] * other.shape[-2] else other[0]
+        weight: Tensor = call.args[1].flatten(1)
+        return weight
+    other: Tensor = call.args[-1].mT if call.args[-2] is call.given else call.args[-2]
+    return other.reshape(-1, *other.shape[-2:])[0]  # the same for all places where it is expanded
 
 
 def _rows(call: Call, given: Tensor) -> Tensor:
@@ -402,7 +403,8 @@ def _affine(
     gap = run(noise) - (factor * noise.flatten()[index] + offset)
     if not gap.abs().max() < 1e-4 * (1 + factor.abs().max()):
         raise RecoveryError(
-            f"{[call.op for call in path]} lie before {end.op!r} and do more than choose, shift and scale numbers"
+            f"{[call.op for call in path]} lie before {end.op!r}; expected operations that choose, shift and "
+            "scale numbers, and no others"
         )
     return index, factor, offset
 
@@ -412,10 +414,7 @@ def _check(model: nn.Module, params: dict[str, Tensor], probe: Tensor, step: Pat
     leaves = {name: params[name].clone().requires_grad_() for name in (step.weight, step.positions)}
     with torch.enable_grad(), in_mode(model, training=False):
         logits = forward(model, params | leaves, None, probe)
-        loss = (
-            logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-        ).sum()
-        weight, table = torch.autograd.grad(loss, [*leaves.values()])
+        weight, table = torch.autograd.grad(logits.flatten()[0], [*leaves.values()])
     signals, seen = step.of_positions(table.cpu()), step.of_weight(weight.cpu())
     gap = (signals.T @ step.patches(probe.cpu()) - seen).norm() / seen.norm()
     if not gap < 1e-3:
@@ -496,10 +495,9 @@ def _without_decay(step: PatchStep, model: nn.Module, update: dict[str, Tensor],
     best = (plain, 0.0, 0.0)
     if fit and plain > 1e-6 * float(seen.norm()):
         for tied in (0.0, 1.0):
-            starts = (
-                [0.0, *(sign * unit * 10.0**k for k in range(-3, 2) for sign in (1, -1))] if tied else [0.0]
-            )
-            for c in starts:
+            # Without the table's share it is linear, and one step from zero is enough.
+            starts = [sign * unit * 10.0**k for k in range(-3, 2) for sign in (1, -1)]
+            for c in [0.0, *(starts if tied else [])]:
                 for _ in range(12):
                     gap, change = left(c, tied)
                     best = min(best, (gap, c, tied))

@@ -1,4 +1,4 @@
-"""The closed form of vision transformers: layouts, clients, what it expects of itself, and what it refuses."""
+"""The closed form of vision transformers: layouts, clients, expectations and refusals."""
 
 import math
 from dataclasses import replace
@@ -51,7 +51,7 @@ class Small(nn.Module):
 
 
 class LinearPatches(Small):
-    """Flattened patches in an order of their own, a Linear, positions from nn.Embedding, no position of cls."""
+    """Patches in an order of their own, a Linear, positions from nn.Embedding, none of the class token."""
 
     def __init__(self):
         super().__init__()
@@ -251,7 +251,7 @@ def test_noise_is_expected_by_the_residual(share):
     with pytest.warns(DoubtWarning, match="it has noise"):
         rec = iv.patch_embedding()(net, replace(seen, update=noisy))
     assert psnr(rec, x) > 17
-    assert rec.expected_psnr[0] == pytest.approx(psnr(rec, x), abs=4)
+    assert rec.expected_psnr[0] == pytest.approx(psnr(rec, x), abs=5)
     assert rec.certified.tolist() == [False]
 
 
@@ -337,13 +337,13 @@ def zero_head():
 
 
 REFUSED = {
-    "sinusoidal": (Sinusoidal, "fixed or computed positions"),
-    "rotary": (Rotary, "no trained positions are added to its embedding before .'native_layer_norm'"),
+    "sinusoidal": (Sinusoidal, "before 'add of fixed or computed positions"),
+    "rotary": (Rotary, "positions are added to what 'convolution' makes of the image, before 'native_layer"),
     "stem": (Stem, "a convolutional stem"),
-    "normed": (Normed, "no trained positions are added to its embedding before .'native_layer_norm'"),
+    "normed": (Normed, "positions are added to what 'convolution' makes of the image, before 'native_layer"),
     "twice": (Twice, "'pos_embed' or 'proj.weight' is used for more"),
-    "computed": (Computed, "fixed or computed positions"),
-    "frozen table": (frozen("pos_embed"), "'pos_embed', which is frozen"),
+    "computed": (Computed, "before 'add of fixed or computed positions"),
+    "frozen table": (frozen("pos_embed"), "add of 'pos_embed', which is frozen"),
     "frozen embedding": (frozen("proj.weight"), "'proj.weight', which is frozen"),
     "head of zeros": (zero_head, "a head of zeros"),
     "narrow": (lambda: Small(patch=4, width=48), "48 equations for each pixel of a patch have 64 unknowns"),
@@ -378,5 +378,5 @@ def test_names_may_be_given():
     net = made(Small)
     x, seen = see(net)
     assert psnr(iv.patch_embedding(weight="proj.weight", positions="pos_embed")(net, seen), x) > 100
-    with pytest.raises(RecoveryError, match=r"no product of the image with 'head\.weight'|head"):
+    with pytest.raises(RecoveryError, match="no product of the image with 'norm"):
         iv.patch_embedding(weight="norm.weight")(net, seen)
