@@ -380,3 +380,13 @@ def test_names_may_be_given():
     assert psnr(iv.patch_embedding(weight="proj.weight", positions="pos_embed")(net, seen), x) > 100
     with pytest.raises(RecoveryError, match="no product of the image with 'norm"):
         iv.patch_embedding(weight="norm.weight")(net, seen)
+
+
+def test_best_takes_it_and_believes_its_certificate_where_dropout_hides_the_step():
+    net = made(Small)
+    for options in ({}, {"protocol": CLIENTS["ten local steps"], "training_mode": True}):
+        x, seen = see(net, **options)
+        rec = iv.best()(net, seen)
+        assert psnr(rec, x) > 80
+        assert rec.note.startswith("closed form, from the patch embedding and its positions, certified")
+        assert rec.certified.all()
