@@ -445,22 +445,23 @@ class _System:
 
 
 def _system(signals: Tensor, seen: Tensor, decay: tuple[float, float] = (0.0, 0.0)) -> _System:
-    """Weigh the equations. Rounding goes with a row's size and noise does not: less residual decides."""
+    """Weigh the equations: rounding goes with a row's size and noise does not, whichever is likelier."""
     n, rows = signals.shape
+    spare = rows - n
     basis, _ = torch.linalg.qr(signals.T)
     residual = float((seen - basis @ (basis.T @ seen)).norm() / seen.norm())
     size = seen.square().mean(1).add(seen.square().mean() * 1e-12).log() / 2
     tried = []
     for weights in (torch.ones_like(size), (size.mean() - size).exp()):  # of geometric mean 1
         scaled, right = signals * weights, seen * weights[:, None]
-        basis, _ = torch.linalg.qr(scaled.T)
-        left = float((right - basis @ (basis.T @ right)).square().sum())
-        noise = math.sqrt(left / (max(rows - n, 1) * seen.shape[1]))
-        least = torch.finfo(torch.float64).eps * float(right.square().mean().sqrt())
-        tried.append(
-            _System(signals=scaled, seen=right, noise=max(noise, least), residual=residual, decay=decay)
-        )
-    return min(tried, key=lambda system: system.noise)
+        basis, triangle = torch.linalg.qr(scaled.T)
+        left = (right - basis @ (basis.T @ right)).square().sum() / (max(spare, 1) * seen.shape[1])
+        noise = max(left.sqrt(), torch.finfo(right.dtype).eps * right.square().mean().sqrt())
+        # The restricted likelihood, of what the equations leave when all patches are possible.
+        cost = spare * noise.log() + triangle.diagonal().abs().log().sum()
+        told = _System(signals=scaled, seen=right, noise=float(noise), residual=residual, decay=decay)
+        tried.append((float(cost), told))
+    return min(tried if spare else tried[:1], key=lambda pair: pair[0])[1]
 
 
 def _without_decay(step: PatchStep, model: nn.Module, update: dict[str, Tensor], fit: bool) -> _System:
