@@ -492,19 +492,14 @@ def _without_decay(step: PatchStep, model: nn.Module, update: dict[str, Tensor],
         return float(gap.norm()), float((gap * slope).sum() / slope.square().sum().clamp_min(1e-300))
 
     plain = left(0.0, 0.0)[0]
-    unit = float(seen.norm() / weight.norm().clamp_min(1e-300))
     best = (plain, 0.0, 0.0)
     if fit and plain > 1e-6 * float(seen.norm()):
         for tied in (0.0, 1.0):
-            # Without the table's share it is linear, and one step from zero is enough.
-            starts = [sign * unit * 10.0**k for k in range(-3, 2) for sign in (1, -1)]
-            for c in [0.0, *(starts if tied else [])]:
-                for _ in range(12):
-                    gap, change = left(c, tied)
-                    best = min(best, (gap, c, tied))
-                    c += change
-                    if abs(change) < 1e-13 * abs(c):
-                        break
+            c = 0.0
+            for _ in range(20):
+                gap, change = left(c, tied)
+                best = min(best, (gap, c, tied))
+                c += change
     gap, c, tied = best
     # One number more explains this much by chance only in updates of pure noise.
     if gap**2 > (1 - 100 / seen.numel()) * plain**2:
