@@ -221,13 +221,18 @@ class PatchEmbedding(Settings):
         rounding = max(self.tolerance, *(_rounding(part) for part in update.values()))
         fits, checked = system.residual <= rounding, count < width
         linear = fits or hasattr(observation.protocol, "mean_gradient")
-        expected = _expected(step, observation, system) if checked and linear else math.nan
+        expected = _expected(step, observation, system) if linear else math.nan
 
         doubts = doubts_of(model, observation)
         # What dropout drew does not matter here.
         doubts = [doubt for doubt in doubts if not doubt.startswith("the model is random")]
         if expected >= _CLOSE and (cut := outside(images, fits=fits)):
             doubts.append(cut)
+        if not checked:
+            doubts.append(
+                f"{count} unknowns and as many equations leave none to check: what is expected counts on an "
+                "update that has no noise and is of one image"
+            )
         if not fits:
             doubts.append(
                 f"{system.residual:.1%} of the update of {step.weight!r} is of no image: it has noise, the "
@@ -341,9 +346,10 @@ def _constant(call: Call) -> Tensor | None:
 
 
 def _owner(ran: Trace, tensor: Tensor) -> str | None:
-    """Return the parameter that all numbers of a tensor are of."""
+    """Return the parameter that a tensor's numbers are of, by some of them: no two parameters share many."""
+    some = tensor.flatten()[:: max(1, tensor.numel() // 100)]
     for name, p in ran.params.items():
-        if p.numel() >= tensor.numel() and (p == tensor.flatten()[0]).any() and torch.isin(tensor, p).all():
+        if p.numel() >= tensor.numel() and torch.isin(some, p).all():
             return name
     return None
 
@@ -444,8 +450,13 @@ class _System:
     decay: tuple[float, float] = (0.0, 0.0)
 
 
-def _system(signals: Tensor, seen: Tensor, decay: tuple[float, float] = (0.0, 0.0)) -> _System:
-    """Weigh the equations: rounding goes with a row's size and noise does not, whichever is likelier."""
+def _system(
+    signals: Tensor, seen: Tensor, rounding: float, decay: tuple[float, float] = (0.0, 0.0)
+) -> _System:
+    """Weigh the equations: rounding goes with a row's size and noise does not, whichever is likelier.
+
+    Where no equation is left over to show noise it is taken to be ``rounding``, relative to a number.
+    """
     n, rows = signals.shape
     spare = rows - n
     basis, _ = torch.linalg.qr(signals.T)
@@ -456,7 +467,8 @@ def _system(signals: Tensor, seen: Tensor, decay: tuple[float, float] = (0.0, 0.
         scaled, right = signals * weights, seen * weights[:, None]
         basis, triangle = torch.linalg.qr(scaled.T)
         left = (right - basis @ (basis.T @ right)).square().sum() / (max(spare, 1) * seen.shape[1])
-        noise = max(left.sqrt(), torch.finfo(right.dtype).eps * right.square().mean().sqrt())
+        least = torch.finfo(right.dtype).eps if spare else rounding
+        noise = max(left.sqrt(), least * right.square().mean().sqrt())
         # The restricted likelihood, of what the equations leave when all patches are possible.
         cost = spare * noise.log() + triangle.diagonal().abs().log().sum()
         told = _System(signals=scaled, seen=right, noise=float(noise), residual=residual, decay=decay)
@@ -504,7 +516,8 @@ def _without_decay(step: PatchStep, model: nn.Module, update: dict[str, Tensor],
     # One number more explains this much by chance only in updates of pure noise.
     if gap**2 > (1 - 100 / seen.numel()) * plain**2:
         c = 0.0
-    return _system(signals - c * tied * table, seen - c * weight, (c * tied, c))
+    rounding = max(max(_rounding(part), torch.finfo(part.dtype).eps) for part in update.values())
+    return _system(signals - c * tied * table, seen - c * weight, rounding, (c * tied, c))
 
 
 def _solve(step: PatchStep, observation: Observation, system: _System) -> Tensor:

@@ -381,6 +381,16 @@ def test_refusals_of_observations():
         iv.patch_embedding(positions="pos")(net, seen)
 
 
+def test_as_many_unknowns_as_equations_leave_nothing_to_certify():
+    net = made(lambda: Small(patch=4))
+    x, seen = see(net)
+    with pytest.warns(DoubtWarning, match="64 unknowns and as many equations leave none to check"):
+        rec = iv.patch_embedding()(net, seen)
+    assert psnr(rec, x) > 35
+    assert rec.expected_psnr[0] < psnr(rec, x) + 3
+    assert rec.certified.tolist() == [False]
+
+
 def test_names_may_be_given():
     net = made(Small)
     x, seen = see(net)
