@@ -14,6 +14,7 @@ from invlib.attacks.auto import best
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,
     client_privacy_leakage,
@@ -110,6 +111,7 @@ __all__ = [
     "objectives",
     "observe",
     "optimizers",
+    "patch_embedding",
     "priors",
     "recursive_inversion",
     "save_observation",
