@@ -17,6 +17,7 @@ from invlib.metrics.quality import SSIM_SIDE, mse, originals, psnr, ssim, unit_i
 
 _SHIFT = 8  # pixels: trained networks give copies moved by the product of their strides
 _MUCH = 3.0  # dB, from which on another PSNR is worth a line
+_EXACT = 60.0  # dB, beyond which no difference can be seen and no cause of it is worth a line
 _LINES = 3  # of each kind
 
 
@@ -111,7 +112,7 @@ class Report:
         return [
             k
             for k, (value, known) in enumerate(zip(values, plain, strict=False))
-            if value > max(known) + _MUCH
+            if value > max(known) + _MUCH and max(known) < _EXACT
         ]
 
     def __str__(self) -> str:

@@ -285,7 +285,8 @@ def test_a_good_or_a_useless_result_is_said_in_two_lines():
     truth, _ = random_batch(1, side=16)
     noise = torch.rand(truth.shape, generator=torch.Generator().manual_seed(0))
     grey = torch.full_like(truth, 0.5)
-    for images in (truth, 0.98 * truth + 0.02 * noise, noise, grey, torch.full_like(truth, torch.nan)):
+    exact = truth * (1 + 1e-6)
+    for images in (truth, exact, 0.98 * truth + 0.02 * noise, noise, grey, torch.full_like(truth, torch.nan)):
         report = iv.evaluate(made(images), truth)
         assert str(report).count("\n") == 1, report
     assert iv.evaluate(made(truth), truth).shifts == ((0, 0),)
