@@ -43,7 +43,7 @@ class Span:
 
     @property
     def rank(self) -> int:
-        """How many directions there are: the images whose signals differ."""
+        """How many directions there are, one for each image whose signal differs."""
         return self.columns.shape[1]
 
     def floor(self, q: Tensor) -> Tensor:
