@@ -149,6 +149,10 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
             f"reconstruction is a {type(reconstruction).__name__}; expected what an attack returned "
             "(invlib.metrics.psnr compares images)"
         )
+    if reconstruction.tokens is not None:
+        raise ConfigError(
+            "the reconstruction is of text; expected images (compare its tokens with the truth)"
+        )
     _, truth = pair(reconstruction.images, truth)
     truth = truth.detach()
     order = matching_order(reconstruction.images, truth)
