@@ -9,8 +9,10 @@ from pathlib import Path
 from invlib import data, models
 from invlib.core.normalization import NORMALIZATIONS, Normalization
 from invlib.core.optional import device_of
+from invlib.data import text
 from invlib.errors import ConfigError, DataError, UnknownNameError
 from invlib.models import cards, training
+from invlib.models.decoder import TextDecoder
 from invlib.models.weights import locate
 
 TOLERANCE = 0.005  # share of the images: half a percent of them, either way
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights", metavar="WEIGHTS", help="a .safetensors file, or shipped weights as MODEL-DATASET"
     )
-    parser.add_argument("--dataset", choices=list(NORMALIZATIONS), help="another than the card's")
+    parser.add_argument("--dataset", choices=[*NORMALIZATIONS, text.NAME], help="another than the card's")
     parser.add_argument("--split", default="test", choices=["train", "test"], help="(%(default)s)")
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
 
@@ -51,17 +53,28 @@ def run(args: argparse.Namespace) -> int:
     trained = cards.load(path)
     card = trained.card
     dataset = args.dataset or card.get("dataset")
-    if dataset not in NORMALIZATIONS:
+    model = trained.model.to(device)
+    if dataset == text.NAME:
+        if not isinstance(model, TextDecoder) or args.split != "test":
+            raise ConfigError(
+                f"{dataset} has sentences to test a TextDecoder on; expected one, and --split test"
+            )
+        sentences = [text.encode(sentence) for sentence in text.sentences()]
+        measured = training.next_word(model, sentences)["accuracy"]
+        title, count = f"next words of {text.TITLE}", len(sentences)
+    elif dataset in NORMALIZATIONS:
+        images, labels = data.load(dataset, split=args.split)
+        print(f"{path.name}: {len(images)} images on {device} …", file=sys.stderr, flush=True)
+        normalization = Normalization.from_card(card, NORMALIZATIONS[dataset])
+        measured = training.accuracy(model, images, labels, normalization=normalization)
+        kind = "training" if args.split == "train" else "test"
+        title, count = f"{data.describe(dataset)}, {kind} images", len(images)
+    else:
         raise ConfigError(
-            f"the card of {path.name} has dataset {dataset!r}; expected one of {', '.join(NORMALIZATIONS)} "
-            "(give --dataset)"
+            f"the card of {path.name} has dataset {dataset!r}; "
+            f"expected one of {', '.join([*NORMALIZATIONS, text.NAME])} (give --dataset)"
         )
-    images, labels = data.load(dataset, split=args.split)
-    print(f"{path.name}: {len(images)} images on {device} …", file=sys.stderr, flush=True)
-    normalization = Normalization.from_card(card, NORMALIZATIONS[dataset])
-    measured = training.accuracy(trained.model.to(device), images, labels, normalization=normalization)
-    title = f"{data.describe(dataset)}, {'training' if args.split == 'train' else 'test'} images"
-    print(f"measured: {measured:.4f} on {title}, the {len(images)} on this disk")
+    print(f"measured: {measured:.4f} on {title}, the {count} on this disk")
     if "accuracy" not in card:
         raise DataError(f"the card of {path.name} states no accuracy; expected one to compare with")
     print(f"card:     {card['accuracy']:.4f} on {card.get('test_set', 'images that it does not name')}")

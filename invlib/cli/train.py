@@ -12,9 +12,10 @@ from invlib.cli.status import POSITIVE, SEED, check_ranges
 from invlib.core.files import check_writable
 from invlib.core.normalization import NORMALIZATIONS
 from invlib.core.optional import device_of
+from invlib.data import text
 from invlib.errors import ConfigError
 from invlib.models.cards import Trained, save
-from invlib.models.training import train
+from invlib.models.training import train, train_text
 
 DESCRIPTION = EPILOG = None
 _RANGES = {
@@ -28,7 +29,9 @@ _RANGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``python -m invlib train`` understands to a parser."""
     parser.add_argument("--model", required=True, help="name of a network of the zoo")
-    parser.add_argument("--dataset", required=True, choices=list(NORMALIZATIONS), help="what to train on")
+    parser.add_argument(
+        "--dataset", required=True, choices=[*NORMALIZATIONS, text.NAME], help="what to train on"
+    )
     parser.add_argument("--strategy", default="conservative", choices=["conservative", "adam"])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument(
@@ -41,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-batch-norm", action="store_true", help="leave batch normalisation out")
     parser.add_argument("--no-augment", action="store_true", help="neither shift nor mirror the images")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--half", action="store_true", help="keep the trained weights in half precision")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--note", help="what a reader of the card must know about the copy of the data")
     parser.add_argument(
@@ -62,34 +66,39 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.out, args.out.with_suffix(".json"), args.resume):
         if path is not None:
             check_writable(path)
-    images, labels = data.load(args.dataset, split="train")
-    val_images, val_labels = data.load(args.dataset, split="test")
-    trained = train(
-        args.model,
-        images,
-        labels,
-        val_images,
-        val_labels,
-        normalization=NORMALIZATIONS[args.dataset],
-        strategy=args.strategy,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        num_classes=len(data.class_names(args.dataset)),
-        activation=args.activation,
-        batch_norm=not args.no_batch_norm,
-        augment=not args.no_augment,
-        precision=args.precision,
-        device=device,
-        resume=args.resume,
-    )
+    shared = {
+        name: getattr(args, name) for name in ("strategy", "epochs", "batch_size", "lr", "seed", "resume")
+    }
+    shared |= {"activation": args.activation, "half": args.half, "device": device}
+    if args.dataset == text.NAME:
+        if args.no_batch_norm or args.no_augment or args.precision != "float32":
+            raise ConfigError(
+                f"{text.NAME} is text; expected neither --no-batch-norm nor --no-augment nor --precision"
+            )
+        sentences = [text.encode(sentence) for sentence in text.sentences()]
+        words = len(text.vocabulary())
+        trained = train_text(args.model, text.training_text(), sentences, num_classes=words, **shared)
+        title, parts = text.TITLE, ("the first nine tenths of each", "sentences from the last tenths")
+    else:
+        images, labels = data.load(args.dataset, split="train")
+        trained = train(
+            args.model,
+            images,
+            labels,
+            *data.load(args.dataset, split="test"),
+            normalization=NORMALIZATIONS[args.dataset],
+            num_classes=len(data.class_names(args.dataset)),
+            batch_norm=not args.no_batch_norm,
+            augment=not args.no_augment,
+            precision=args.precision,
+            **shared,
+        )
+        title, parts = data.describe(args.dataset), ("training images", "test images")
     copy = f" ({args.note})" if args.note else ""
-    title = data.describe(args.dataset)
     about = {
         "dataset": args.dataset,
-        "data": f"{title}, training images{copy}",
-        "test_set": f"{title}, test images{copy}",
+        "data": f"{title}, {parts[0]}{copy}",
+        "test_set": f"{title}, {parts[1]}{copy}",
         "command": _command(args),
     }
     card = save(Trained(model=trained.model, card=about | trained.card), args.out)
@@ -106,7 +115,9 @@ def _command(args: argparse.Namespace) -> str:
         if getattr(args, flag) is not None:
             words += [f"--{flag}", getattr(args, flag)]
     words += [
-        f"--{flag}" for flag in ("no-batch-norm", "no-augment") if getattr(args, flag.replace("-", "_"))
+        f"--{flag}"
+        for flag in ("no-batch-norm", "no-augment", "half")
+        if getattr(args, flag.replace("-", "_"))
     ]
     if args.precision != "float32":
         words += ["--precision", args.precision]

@@ -1,6 +1,7 @@
-"""Images to attack and to train on: the embedded samples, a folder of your own, or torchvision's data sets.
+"""Images and text to attack and to train on: embedded samples, your own folder, torchvision's data sets.
 
-Every function returns images as float32 of shape (N, C, H, W) in [0, 1] and labels as int64 of shape (N,).
+Images are float32 of shape (N, C, H, W) in [0, 1] and their labels int64 of shape (N,); a text is the numbers
+of its words, int64 (T,).
 """
 
 from invlib.data.datasets import (
@@ -14,15 +15,20 @@ from invlib.data.datasets import (
     samples,
     slug,
 )
+from invlib.data.text import decode, encode, sentences, vocabulary
 
 __all__ = [
     "class_names",
+    "decode",
     "default",
     "describe",
+    "encode",
     "folder",
     "load",
     "resource",
     "sample_names",
     "samples",
+    "sentences",
     "slug",
+    "vocabulary",
 ]

@@ -147,7 +147,7 @@ def load(
     kept = _on_disk(name, split, root, indices)
     if kept is not None:
         return kept
-    place = _root(root)
+    place = data_folder(root)
     help_ = f"Set INVLIB_DATA to a folder that holds {file} ({_NPZ}), or a copy that torchvision made."
     if name == "ImageNet" or not download:
         why = "must be fetched by hand" if name == "ImageNet" else "may not be downloaded (download=False)"
@@ -258,7 +258,8 @@ def describe(name: str, index: int | None = None) -> str:
     return f"patch {index}, a {side}-pixel square of {names.PHOTOGRAPHS[which]}, 32×32"
 
 
-def _root(root: str | os.PathLike[str] | None) -> Path:
+def data_folder(root: str | os.PathLike[str] | None) -> Path:
+    """Return the folder that data sets are looked for in: `root`, ``INVLIB_DATA`` or the user's cache."""
     given = root or os.environ.get("INVLIB_DATA")
     if given:
         return Path(given).expanduser()
@@ -271,7 +272,7 @@ def _on_disk(
     """Return the data set from the folder that the user gives or the cache, or None where neither has it."""
     if split not in ("train", "test"):
         raise ConfigError(f"split={split!r} is unknown; expected 'train' or 'test'")
-    place, (short, size) = _root(root), _SETS[name]
+    place, (short, size) = data_folder(root), _SETS[name]
     if (root or os.environ.get("INVLIB_DATA")) and not place.is_dir():
         raise DataError(f"{place}: no such folder (from {'root' if root else 'INVLIB_DATA'})")
     file = place / f"{short}_{split}.npz"

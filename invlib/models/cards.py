@@ -36,7 +36,8 @@ class Trained:
 def save(trained: Trained, path: str | os.PathLike[str]) -> Path:
     """Write the weights as safetensors and the card beside them as JSON of the same name.
 
-    Both are written beside their place and then renamed.
+    Weights are kept in half precision where the card has ``"stored": "float16"``. Both files are written
+    beside their place and then renamed.
 
     Returns:
         The path of the card.
@@ -50,7 +51,11 @@ def save(trained: Trained, path: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{target} ends in {target.suffix!r}; expected a name that ends in '.safetensors'")
     if bad := not_finite(trained.model):
         raise ConfigError(f"{bad} of the network has numbers that are not finite; expected none to save it")
-    state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    half = trained.card.get("stored") == "float16"
+    state = {
+        name: (tensor.half() if half and tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in trained.model.state_dict().items()
+    }
     card = target.with_suffix(".json")
     text = json.dumps(trained.card, indent=1, ensure_ascii=False) + "\n"
     check_writable(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,14 @@ from invlib.core.normalization import Normalization
 from invlib.errors import ConfigError, DeviceError, DoubtWarning
 from invlib.models import cards, zoo
 from invlib.models.cards import Trained, load, save
+from invlib.models.decoder import TextDecoder
 from invlib.optim.schedules import StepDecay
 from invlib.settings import Count, Positive, Seed, checks
 
-__all__ = ["Trained", "accuracy", "load", "save", "train"]
+__all__ = ["Trained", "accuracy", "load", "next_word", "save", "train", "train_text"]
 
 _WARM_UP = 0.05  # of all steps
+_RATES = {"conservative": 0.1, "adam": 3e-3}
 
 
 @checks
@@ -47,6 +49,7 @@ def train(
     batch_norm: bool = True,
     augment: bool = True,
     precision: Literal["float32", "bfloat16"] = "float32",
+    half: bool = False,
     device: str | torch.device = "cpu",
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -77,6 +80,8 @@ def train(
         augment: shift each image by up to 4 pixels (black comes in) and mirror half of them.
         precision: ``"float32"``, or ``"bfloat16"`` for convolutions and products in half as many bits, which
             takes half the time on processors that have them; the weights stay in float32.
+        half: round the trained weights to float16, in which `save` then keeps them, and measure the accuracy
+            then.
         device: where to train; the returned model is on the CPU.
         resume: a checkpoint file, written after every epoch; where it exists, training goes on from it, and
             ends at the same weights as without the interruption.
@@ -96,10 +101,9 @@ def train(
     Taught in: chapter 3
     """
     num_classes = _classes(num_classes, ("training", images, labels), ("validation", val_images, val_labels))
-    gpus, kind = _gpus(device), torch.device(device).type
-    commit = cards.commit()  # now: after hours the checkout may be another one
+    _gpus(device)
     batch_size = min(batch_size, len(images))
-    lr = {"conservative": 0.1, "adam": 3e-3}[strategy] if lr is None else lr
+    lr = _RATES[strategy] if lr is None else lr
     model = zoo.build(
         model_name,
         num_classes=num_classes,
@@ -128,15 +132,155 @@ def train(
         "seed": seed,
         "train_images": len(images),
     }
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        inputs = normalization.encode(x).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = model(inputs)
+        return F.cross_entropy(logits.float(), y)
+
+    trained = _fit(
+        model,
+        card,
+        steps=len(images) // batch_size,
+        batches=lambda generator: _batches(images, labels, batch_size, augment, generator),
+        loss=loss,
+        measure=lambda: {"accuracy": accuracy(model, val_images, val_labels, normalization=normalization)},
+        half=half,
+        resume=resume,
+        progress=progress,
+    )
+    _warn_of_chance(model_name, trained.card["accuracy"], val_labels)
+    return Trained(model=trained.model, card=trained.card | {"test_images": len(val_images)})
+
+
+@checks
+def train_text(
+    model_name: str,
+    tokens: Tensor,
+    sentences: Sequence[Tensor],
+    *,
+    num_classes: Count,
+    strategy: Literal["conservative", "adam"] = "adam",
+    epochs: Count,
+    batch_size: Count = 32,
+    lr: Positive | None = None,
+    seed: Seed = 0,
+    activation: str | None = None,
+    half: bool = False,
+    device: str | torch.device = "cpu",
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train a TextDecoder to predict the next word after every word of a text.
+
+    The text is cut into windows as long as the network has places, elsewhere in every epoch. Unknown words
+    (number 1) are read, and never predicted.
+
+    Args:
+        model_name: ``"TextDecoder"``.
+        tokens: the text, int64 (T,), as of `invlib.data.text.encode`.
+        sentences: texts that are not in it, int64 (T,) each, which accuracy and perplexity are measured on.
+        num_classes: words of the vocabulary.
+        strategy: as for `train`.
+        epochs: passes over the text.
+        batch_size: windows a step.
+        lr: as for `train`.
+        seed: for the initial weights, the windows and dropout.
+        activation: as for `train`.
+        half: as for `train`.
+        device: as for `train`.
+        resume: as for `train`.
+        progress: as for `train`.
+
+    Returns:
+        The network in evaluation mode and its card; ``accuracy`` is the share of words that the network puts
+        first, ``perplexity`` the exponential of the mean loss.
+
+    Raises:
+        ConfigError: another network, a short text or one with words outside the vocabulary; as for `train`.
+        DataError: as for `train`.
+        DeviceError: as for `train`.
+    """
+    model = zoo.build(model_name, num_classes=num_classes, seed=seed, activation=activation)
+    if not isinstance(model, TextDecoder):
+        raise ConfigError(f"model is {model_name!r}; expected 'TextDecoder' to train on text")
+    window = model.position_embedding.num_embeddings + 1
+    for text in (tokens, *sentences):
+        if text.dtype != torch.int64 or text.ndim != 1 or len(text) < 2:
+            raise ConfigError(f"text is {text.dtype} {tuple(text.shape)}; expected int64 (T,) with T >= 2")
+        if not 0 <= int(text.min()) <= int(text.max()) < num_classes:
+            raise ConfigError(
+                f"tokens run from {int(text.min())} to {int(text.max())}; expected 0 to {num_classes - 1}"
+            )
+    rows = len(tokens) // window - 1
+    if rows < batch_size:
+        raise ConfigError(
+            f"the text has {len(tokens)} tokens; expected {(batch_size + 1) * window} or more for "
+            f"batch_size={batch_size}"
+        )
+    _gpus(device)
+    model.to(device)
+    card: dict[str, Any] = {
+        "model": model_name,
+        "num_classes": num_classes,
+        "activation": activation,
+        "strategy": strategy,
+        "lr": _RATES[strategy] if lr is None else lr,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "train_words": len(tokens),
+    }
+
+    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        start = int(torch.randint(window, (), generator=generator))
+        windows = tokens[start : start + rows * window].view(rows, window)
+        order = torch.randperm(rows, generator=generator)[: rows // batch_size * batch_size]
+        for chosen in order.split(batch_size):
+            yield windows[chosen, :-1], windows[chosen, 1:]
+
+    trained = _fit(
+        model,
+        card,
+        steps=rows // batch_size,
+        batches=batches,
+        loss=lambda x, y: F.cross_entropy(
+            model.head(model.features(x)).flatten(0, 1), y.masked_fill(y == 1, -100).flatten()
+        ),
+        measure=lambda: next_word(model, sentences),
+        half=half,
+        resume=resume,
+        progress=progress,
+    )
+    return Trained(model=trained.model, card=trained.card | {"test_sentences": len(sentences)})
+
+
+def _fit(
+    model: nn.Module,
+    card: dict[str, Any],
+    *,
+    steps: int,
+    batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    measure: Callable[[], dict[str, float]],
+    half: bool,
+    resume: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Trained:
+    """Train a network as its card says; `steps` are those of an epoch, `measure` looks at it after each."""
+    device = next(model.parameters()).device
+    gpus = _gpus(device)
+    commit = cards.commit()  # now: after hours the checkout may be another one
+    name, strategy, lr, epochs, seed = (card[k] for k in ("model", "strategy", "lr", "epochs", "seed"))
     if resume is not None:
         check_writable(Path(resume))  # now, and not after the first epoch
     optimizer = _optimizer(strategy, model, lr)
     history: list[dict[str, float]] = []
     if resume is not None and Path(resume).exists():
         history = cards.read_checkpoint(Path(resume), card, model, optimizer)
-    steps = len(images) // batch_size
     done, total = len(history) * steps, epochs * steps
-    with tqdm(total=total, initial=done, disable=not progress, desc=model_name) as bar:
+    with tqdm(total=total, initial=done, disable=not progress, desc=name) as bar:
         for epoch in range(len(history), epochs):
             # one seed an epoch: a resumed training draws what the uninterrupted one would have drawn
             stream = (seed * 1_000_003 + epoch + 1) % 2**63
@@ -147,44 +291,36 @@ def train(
                 torch.default_generator.manual_seed(stream)
                 if gpus:
                     torch.cuda.manual_seed(stream)
-                generator = torch.Generator().manual_seed(stream)
-                for x, y in _batches(images, labels, batch_size, augment, generator):
+                for x, y in batches(torch.Generator().manual_seed(stream)):
                     for group in optimizer.param_groups:
                         group["lr"] = lr * _schedule(strategy, (done + 0.5) / total)
                     optimizer.zero_grad()
-                    inputs = normalization.encode(x.to(device)).contiguous(memory_format=torch.channels_last)
-                    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
-                        logits = model(inputs)
-                    loss = F.cross_entropy(logits.float(), y.to(device))
-                    loss.backward()
+                    value = loss(x.to(device), y.to(device))
+                    value.backward()
                     optimizer.step()
-                    losses += loss.detach()
+                    losses += value.detach()
                     done += 1
                     bar.update()
             mean_loss = float(losses) / steps
             bad = f"the loss became {mean_loss}" if not math.isfinite(mean_loss) else cards.not_finite(model)
             if bad:
                 raise ConfigError(
-                    f"{model_name}: {bad} {'' if ' ' in bad else 'became infinite or not a number '}in epoch "
+                    f"{name}: {bad} {'' if ' ' in bad else 'became infinite or not a number '}in epoch "
                     f"{epoch + 1} with strategy={strategy!r}, lr={lr}; expected finite numbers, as from a "
                     "lower lr"
                 )
-            measured = accuracy(model, val_images, val_labels, normalization=normalization)
-            history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6), "accuracy": measured})
-            bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{measured:.4f}")
+            measured = measure()
+            history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6), **measured})
+            bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{measured['accuracy']:.4f}")
             if resume is not None:
                 cards.write_checkpoint(Path(resume), card, model, optimizer, history)
-    _warn_of_chance(model_name, history[-1]["accuracy"], val_labels)
-    card |= {
-        "accuracy": history[-1]["accuracy"],
-        "test_images": len(val_images),
-        "history": history,
-        "device": kind,
-        "commit": commit,
-        "torch": torch.__version__,
-    }
+    measured = {key: value for key, value in history[-1].items() if key not in ("epoch", "loss")}
+    about = {"history": history, "device": device.type, "commit": commit, "torch": torch.__version__}
+    if half:
+        model.half().float()
+        measured, about["stored"] = measure(), "float16"
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return Trained(model=model.cpu().eval(), card=card)
+    return Trained(model=model.cpu().eval(), card=card | measured | about)
 
 
 @torch.no_grad()
@@ -209,6 +345,29 @@ def accuracy(
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             right += int((model(normalization.encode(x.to(device))).argmax(1) == y.to(device)).sum())
     return right / len(images)
+
+
+@torch.no_grad()
+def next_word(model: TextDecoder, sentences: Sequence[Tensor]) -> dict[str, float]:
+    """Return how well a network predicts each word of a text from those before it, in evaluation mode.
+
+    Args:
+        model: the network; its mode is as before afterwards.
+        sentences: int64 (T,) each, T at least 2.
+
+    Returns:
+        ``accuracy``, the share of words put first, and ``perplexity``.
+    """
+    device = next(model.parameters()).device
+    right, loss, words = 0, 0.0, 0
+    with in_mode(model, training=False):
+        for length in sorted({len(sentence) for sentence in sentences}):
+            rows = torch.stack([s for s in sentences if len(s) == length]).to(device)
+            logits, target = model.head(model.features(rows[:, :-1])).flatten(0, 1), rows[:, 1:].flatten()
+            right += int((logits.argmax(1) == target).sum())
+            loss += float(F.cross_entropy(logits, target, reduction="sum"))
+            words += len(target)
+    return {"accuracy": round(right / words, 4), "perplexity": round(math.exp(loss / words), 2)}
 
 
 def _warn_of_chance(model_name: str, accuracy: float, labels: Tensor) -> None:

@@ -12,7 +12,19 @@ import torch
 from torch import nn
 
 from invlib.errors import ConfigError, UnknownNameError
-from invlib.models import convnet, densenet, efficientnet, imagenet, irevnet, lenet, mlp, mobile, resnet
+from invlib.models import (
+    convnet,
+    decoder,
+    densenet,
+    efficientnet,
+    imagenet,
+    irevnet,
+    lenet,
+    mlp,
+    mobile,
+    resnet,
+    vit,
+)
 from invlib.models.layers import at_least
 from invlib.models.weights import card_settings, fit, is_file, locate, read
 from invlib.settings import Seed, checked
@@ -25,6 +37,8 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     **densenet.MODELS,
     **mobile.MODELS,
     **irevnet.MODELS,
+    **vit.MODELS,
+    **decoder.MODELS,
     **imagenet.MODELS,
     **efficientnet.MODELS,
 }

@@ -48,6 +48,7 @@ COUNTS = {
     "MNASNet": 3_115_122,
     "iRevNet": 6_274_826,
 }
+TRANSFORMERS = {"ViT": 719_690, "TextDecoder": 717_520}
 SMALL = (
     "ConvNet8",
     "LeNetZhu",
@@ -63,7 +64,7 @@ SMALL = (
 
 def test_every_name_of_the_paper_is_there() -> None:
     capital = tuple(name for name in models.names() if name != name.lower())
-    assert capital == tuple(COUNTS)
+    assert capital == (*COUNTS, *TRANSFORMERS)
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
