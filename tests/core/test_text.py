@@ -59,7 +59,8 @@ def test_tokens_are_observed_as_their_gradient_by_hand(net):
 @pytest.mark.parametrize("protocol", [iv.FedSGD(), iv.FedAvg(lr=0.1, local_steps=3, batch_size=1)])
 def test_dropout_and_local_steps(net, protocol):
     seen = seen_by(net, protocol=protocol, training_mode=True)
-    set(seen.update["words.weight"].any(1).nonzero().flatten().tolist()) <= {*TOKENS.flatten().tolist()}
+    used = seen.update["words.weight"].any(1).nonzero().flatten().tolist()
+    assert set(used) <= {*TOKENS.flatten().tolist()}
 
 
 def test_logits_of_each_place_have_labels_of_each_place():

@@ -1,0 +1,381 @@
+"""The span check: a layer's gradient is made of its inputs, so that wrong tokens do not lie in its span."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from invlib.core.network import in_mode, like, num_classes
+from invlib.core.observation import Observation
+from invlib.errors import InvlibError, RecoveryError
+
+_MARGIN = 30.0  # times what a simulated client's own inputs miss its span by, up to which a token passes
+_MOST = 0.05  # the largest such limit
+_CLEAR = 10.0  # times what passes at most, from which on what does not pass is told apart
+_ROWS = 16_384  # inputs of a layer that are computed at a time
+
+
+def basis(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis ``(d, r)`` of a matrix's columns, and its singular values.
+
+    Args:
+        matrix: ``(d, n)``.
+        tolerance: share of the largest singular value below which others are rounding.
+    """
+    columns, sizes, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return columns[:, sizes > tolerance * sizes[0].clamp_min(1e-300)], sizes
+
+
+def outside_span(vectors: Tensor, span: Tensor) -> Tensor:
+    r"""Return which share of each vector's length lies outside a span: :math:`\|(I - R R^\top) u\| / \|u\|`.
+
+    Args:
+        vectors: ``(..., d)``.
+        span: an orthonormal basis ``(d, r)``.
+    """
+    vectors = vectors.double()
+    rest = vectors - (vectors @ span) @ span.T
+    lengths: Tensor = vectors.norm(dim=-1).clamp_min(1e-300)
+    share: Tensor = rest.norm(dim=-1) / lengths
+    return share
+
+
+class _Done(Exception):
+    """Raised to leave a network whose later layers nobody needs."""
+
+
+class _Products(TorchDispatchMode):
+    """Notes every product with a parameter: its name, the view of it that is multiplied, and the input."""
+
+    def __init__(self, model: nn.Module, most: int | None = None) -> None:
+        super().__init__()
+        self.names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+        self.found: list[tuple[str, Tensor, Tensor]] = []
+        self.most = most
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::_addmm_activation"):
+            given, weight = (args if func._schema.name == "aten::mm" else args[1:])[:2]
+            name = self.names.get(weight.untyped_storage().data_ptr())
+            if name is not None:
+                self.found.append((name, weight, given))
+                if self.most is not None and len(self.found) >= self.most:
+                    raise _Done
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Run torch's transformer layers as they are written, not as one operation."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _inputs(model: nn.Module, tokens: Tensor, most: int | None = None) -> list[tuple[str, Tensor, Tensor]]:
+    products = _Products(model, most)
+    with torch.no_grad(), in_mode(model, training=False), _plain_attention(), suppress(_Done), products:
+        model(tokens)
+    return products.found
+
+
+@dataclass(kw_only=True, eq=False)
+class Layer:
+    """One input of linear layers, and the span that their update confines it to.
+
+    Args:
+        names: the parameters that multiply it.
+        first: which of the network's products has it, counted from 0.
+        kind: whether the input at a place depends on the token there, on those up to there, or on all.
+        places: at which places a simulated client's input lies in the span of its update.
+        limit: share outside of the span up to which an input passes.
+        span: orthonormal basis ``(d, r)`` of what the observed update says; None where it says nothing.
+        rank: of the observed update.
+        most: the rank that no update exceeds.
+        passed: the largest share that passed.
+        failed: the smallest that did not.
+    """
+
+    names: list[str]
+    first: int
+    kind: Literal["token", "prefix", "whole"]
+    places: list[int]
+    limit: float
+    span: Tensor | None
+    rank: int
+    most: int
+    passed: float = field(default=0.0)
+    failed: float = field(default=math.inf)
+
+    def passes(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which vectors lie in the span, and by what they miss it."""
+        assert self.span is not None
+        miss = outside_span(vectors, self.span)
+        right = miss <= self.limit
+        self.passed = max(self.passed, float(miss[right].max()) if right.any() else 0.0)
+        self.failed = min(self.failed, float(miss[~right].min()) if not right.all() else math.inf)
+        return right, miss
+
+
+def layers_of(model: nn.Module, observation: Observation, vocabulary: int) -> list[Layer]:
+    """Return the inputs of a network's linear layers that depend on tokens, and what the update says of them.
+
+    What an input depends on, and at which places the client's update shows it, is found by running the model
+    and the client's step on tokens of our own.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw.
+        vocabulary: how many tokens there are.
+    """
+    length = observation.image_shape[0]
+    own = (vocabulary - 1 - torch.arange(length) % vocabulary)[None].to(like(model).device)
+    first, last = own.clone(), own.clone()
+    first[0, 0] = last[0, -1] = (int(own[0, 0]) + vocabulary // 2) % vocabulary
+    runs = [_inputs(model, tokens) for tokens in (own, first, last)]
+    grouped: dict[tuple[int, torch.Size], list[int]] = {}
+    for k, (_, _, given) in enumerate(runs[0]):
+        grouped.setdefault((given.data_ptr(), given.shape), []).append(k)
+    simulated = _simulated(model, observation, own)
+    found = []
+    for group in grouped.values():
+        inputs = [run[group[0]][2] for run in runs]
+        if len(inputs[0]) not in (1, length):
+            continue
+        moved = [((x - inputs[0]).norm(dim=1) > 1e-6 * inputs[0].norm(dim=1)) for x in inputs[1:]]
+        pooled = len(inputs[0]) == 1 < length
+        early = pooled or bool(moved[1][:-1].any())
+        kind: Literal["token", "prefix", "whole"]
+        kind = "whole" if early else "prefix" if bool(moved[0][1:].any()) else "token"
+        weights = [(runs[0][k][0], runs[0][k][1]) for k in group]
+        guess = _update_of(weights, simulated, model)
+        seen = _update_of(weights, observation.update, model)
+        if guess is None or seen is None or not guess.any():
+            continue
+        eps = torch.finfo(like(model).dtype).eps
+        columns, sizes = basis(guess, 64 * eps)
+        miss = outside_span(inputs[0], columns)
+        places = (miss < _MOST / _MARGIN).nonzero().flatten().tolist()
+        if not places or columns.shape[1] >= min(guess.shape):
+            continue
+        noise = float(sizes[columns.shape[1]] / sizes[0])
+        span, _ = basis(seen, max(64 * eps, 4 * noise))
+        found.append(
+            Layer(
+                names=[name for name, _ in weights],
+                first=group[0],
+                kind=kind,
+                places=places,
+                limit=max(_MARGIN * float(miss[places].max()), 256 * eps),
+                span=span if 0 < span.shape[1] < min(seen.shape) else None,
+                rank=span.shape[1],
+                most=min(seen.shape),
+            )
+        )
+    return found
+
+
+def _update_of(
+    weights: Sequence[tuple[str, Tensor]], update: Mapping[str, Tensor], model: nn.Module
+) -> Tensor | None:
+    """Return the update of several weights with one input, side by side ``(inputs, outputs)``."""
+    params = dict(model.named_parameters())
+    parts = []
+    for name, weight in weights:
+        if name in update:
+            offset = weight.storage_offset() - params[name].storage_offset()
+            part = update[name].to(params[name].device).contiguous()
+            part = part.as_strided(weight.size(), weight.stride(), offset).double()
+            parts.append(part / part.abs().max().clamp_min(1e-300))
+    return torch.cat(parts, 1) if parts else None
+
+
+def _simulated(model: nn.Module, observation: Observation, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the update of the client's step on tokens and a label of our own."""
+    labels, loss = observation.labels, observation.loss or F.cross_entropy
+    one = torch.ones(1, dtype=torch.int64) if labels is None else labels[:1]
+    if labels is None and num_classes(model, observation.image_shape) < 2:
+        one = one - 1
+    try:
+        with in_mode(model, training=observation.training_mode, seed=0):
+            made = observation.protocol(model, tokens, one.to(tokens.device), loss=loss)
+    except (InvlibError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise RecoveryError(f"the client's step does not run on one sequence of our own: {error}") from error
+    return {name: value.detach() for name, value in made.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spanned:
+    """What the span check found.
+
+    Args:
+        tokens: int64 ``(M, T)``; -1 after the end of a sequence, and where several tokens are possible.
+        residuals: float64 ``(M,)``: the largest share outside of a span.
+        certified: bool ``(M,)``.
+        note: what there is to say.
+    """
+
+    tokens: Tensor
+    residuals: Tensor
+    certified: Tensor
+    note: str
+
+
+def span_check(
+    model: nn.Module, observation: Observation, tokens: Tensor, vocabulary: int, *, most: int = 4096
+) -> Spanned:
+    r"""Recover a batch of sequences from the spans of linear layers' gradients.
+
+    A linear layer's gradient is :math:`\sum_t u_t \delta_t^\top` over all tokens of the batch, so that as
+    long as they are fewer than the layer is wide its columns span the inputs :math:`u_t` and little else. In
+    the first layers an input depends on one token and its place alone: each token is tried at each place. In
+    a causal network the inputs of later layers depend on the tokens up to a place: sequences grow from the
+    left, and only those stay whose inputs lie in the span. Other networks are tried with whole sequences.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw.
+        tokens: which tokens are tried, int64 ``(K,)``.
+        vocabulary: how many tokens the model knows.
+        most: how many sequences are tried at a place.
+
+    Raises:
+        RecoveryError: no update of a layer confines its inputs; the message says why.
+
+    Source: Petrov et al. 2024 (DAGER), arXiv 2405.15586; which layers and places can be used is found here by
+    simulating the client.
+    """
+    length = observation.image_shape[0]
+    layers = layers_of(model, observation, vocabulary)
+    usable = [layer for layer in layers if layer.span is not None]
+    firsts = [layer for layer in usable if layer.kind == "token"]
+    if not firsts:
+        raise RecoveryError(_why_not(layers, observation))
+    tried = tokens.to(like(model).device)
+    everywhere = tried[:, None].expand(-1, length)
+    allowed = torch.ones(len(tried), length, dtype=torch.bool, device=tried.device)
+    miss = torch.zeros(len(tried), length, dtype=torch.float64, device=tried.device)
+    _test(model, everywhere, firsts, allowed, miss, range(length))
+    choices = [tried[allowed[:, t]] for t in range(length)]
+    later = [layer for layer in usable if layer.kind == "prefix"]
+    ends: list[tuple[Tensor, float]] = []
+    prefixes = tried[:1].expand(1, length).clone()
+    worst = torch.zeros(1, dtype=torch.float64, device=tried.device)
+    for t in range(length):
+        children = len(prefixes) * len(choices[t])
+        if children > most:
+            return _unordered(choices, observation, f"{children:,} sequences would have to be tried")
+        if not children:
+            ends += [(_cut(prefix, t), float(w)) for prefix, w in zip(prefixes, worst, strict=True) if t]
+            prefixes = prefixes[:0]
+            break
+        grown = prefixes.repeat_interleave(len(choices[t]), 0)
+        grown[:, t] = choices[t].repeat(len(prefixes))
+        own = miss[allowed[:, t], t].repeat(len(prefixes))
+        worse = torch.maximum(worst.repeat_interleave(len(choices[t])), own)
+        right = torch.ones(children, length, dtype=torch.bool, device=tried.device)
+        far = torch.zeros(children, length, dtype=torch.float64, device=tried.device)
+        _test(model, grown, [layer for layer in later if t in layer.places], right, far, [t])
+        kept = right[:, t]
+        dead = ~kept.view(len(prefixes), -1).any(1)
+        ends += [(_cut(p, t), float(w)) for p, w in zip(prefixes[dead], worst[dead], strict=True) if t]
+        prefixes, worst = grown[kept], torch.maximum(worse, far[:, t])[kept]
+    whole = [layer for layer in usable if layer.kind == "whole"]
+    if whole and len(prefixes):
+        right = torch.ones(len(prefixes), length, dtype=torch.bool, device=tried.device)
+        far = torch.zeros(len(prefixes), length, dtype=torch.float64, device=tried.device)
+        _test(model, prefixes, whole, right, far, range(length))
+        kept = right.all(1)
+        prefixes, worst = prefixes[kept], torch.maximum(worst, far.max(1).values)[kept]
+    found = [*((prefix, float(w)) for prefix, w in zip(prefixes, worst, strict=True)), *ends]
+    if not found:
+        raise RecoveryError(
+            "no token lies in the span of the first layers' update at the first place; expected the model "
+            "that the client received, and its step"
+        )
+    count = observation.num_images
+    found.sort(key=lambda pair: pair[1])
+    checked = bool(later or whole) or all(len(choice) == 1 for choice in choices)
+    clear = checked and len(found) <= count
+    clear &= all(layer.failed > _CLEAR * layer.passed for layer in usable)
+    some = found[:count]
+    note = f"{len(found)} sequence(s) lie in the spans of {len(firsts)} layer(s) of one token"
+    note += f" and {len(later) + len(whole)} of several; the batch has {count}"
+    return Spanned(
+        tokens=torch.stack([row for row, _ in some]),
+        residuals=torch.tensor([w for _, w in some], dtype=torch.float64),
+        certified=torch.full((len(some),), clear),
+        note=note,
+    )
+
+
+def _cut(prefix: Tensor, length: int) -> Tensor:
+    row = prefix.clone()
+    row[length:] = -1
+    return row
+
+
+def _test(
+    model: nn.Module,
+    sequences: Tensor,
+    layers: Sequence[Layer],
+    right: Tensor,
+    miss: Tensor,
+    at: Sequence[int],
+) -> None:
+    """Note in ``right`` and ``miss`` ``(B, T)`` where sequences ``(B, T)`` have inputs in layers' spans."""
+    length = sequences.shape[1]
+    most = max((layer.first for layer in layers), default=-1) + 1
+    for part in torch.arange(len(sequences)).split(max(1, _ROWS // length)) if layers else ():
+        runs = _inputs(model, sequences[part], most)
+        for layer in layers:
+            given = runs[layer.first][2]
+            pooled = len(given) == len(part)
+            vectors = given.view(len(part), -1, given.shape[1])
+            for t in at:
+                if t not in layer.places and not pooled:
+                    continue
+                good, far = layer.passes(vectors[:, 0 if pooled else t])
+                right[part, t] &= good
+                miss[part, t] = torch.maximum(miss[part, t], far)
+
+
+def _unordered(choices: list[Tensor], observation: Observation, why: str) -> Spanned:
+    row = torch.tensor([int(c[0]) if len(c) == 1 else -1 for c in choices])
+    numbers = ", ".join(str(len(c)) for c in choices)
+    return Spanned(
+        tokens=row[None].expand(observation.num_images, -1).clone(),
+        residuals=torch.full((observation.num_images,), math.nan, dtype=torch.float64),
+        certified=torch.zeros(observation.num_images, dtype=torch.bool),
+        note=f"tokens that are possible at each place: {numbers}; which go together is not told: {why}",
+    )
+
+
+def _why_not(layers: list[Layer], observation: Observation) -> str:
+    firsts = [layer for layer in layers if layer.kind == "token"]
+    total = observation.num_images * observation.image_shape[0]
+    if full := [layer for layer in firsts if layer.rank >= layer.most]:
+        return (
+            f"the update of {full[0].names[0]!r} has rank {full[0].rank}, all that it can have: the {total} "
+            f"tokens of the batch confine nothing; expected fewer than {full[0].most}"
+        )
+    if firsts:
+        return f"the update of {firsts[0].names[0]!r} is zero; expected one of rank 1 and more"
+    mode = " in training mode, with dropout," if observation.training_mode else ""
+    return (
+        f"no linear layer's update{mode} spans the inputs that one token gives it; expected a gradient, or a "
+        "step of plain SGD, of a layer that follows the embedding, and fewer tokens than it is wide"
+    )
