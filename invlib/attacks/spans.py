@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,22 +16,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from invlib.core.network import in_mode, like, num_classes
 from invlib.core.observation import Observation
 from invlib.errors import InvlibError, RecoveryError
+from invlib.federated import FedAvg
 
 _MARGIN = 30.0  # times what a simulated client's own inputs miss its span by, up to which a token passes
+_EXACT = 1e3  # times the type's rounding: singular values up to which are no part of a sum
 _MOST = 0.05  # the largest such limit
-_CLEAR = 10.0  # times what passes at most, from which on what does not pass is told apart
+_CLEAR = 4.0  # times what a sequence misses its spans by, from which on others are told apart
 _ROWS = 16_384  # inputs of a layer that are computed at a time
 
 
-def basis(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis ``(d, r)`` of a matrix's columns, and its singular values.
+def basis(matrix: Tensor, most: int, eps: float) -> tuple[Tensor, float, bool]:
+    """Return an orthonormal basis ``(d, r)`` of a sum of outer products, and how exact it is.
 
     Args:
         matrix: ``(d, n)``.
-        tolerance: share of the largest singular value below which others are rounding.
+        most: how many products it is the sum of: further singular values are rounding, and so are others
+            that are not four times as large.
+        eps: of the type in which it was computed.
+
+    Returns:
+        The basis, the rounding as a share of the smallest singular value in it, and whether the matrix is
+        such a sum: over several local steps, whose inputs move, it is one of many more.
     """
     columns, sizes, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return columns[:, sizes > tolerance * sizes[0].clamp_min(1e-300)], sizes
+    floor, largest = float(sizes[most]) if most < len(sizes) else 0.0, float(sizes[0])
+    exact = floor <= _EXACT * eps * largest
+    floor = max(floor, eps * largest) if exact else 16 * eps * largest
+    kept = int((sizes > 4 * floor).sum())
+    return columns[:, :kept], floor / float(sizes[kept - 1]) if kept else 1.0, exact
 
 
 def outside_span(vectors: Tensor, span: Tensor) -> Tensor:
@@ -104,9 +116,11 @@ class Layer:
         limit: share outside of the span up to which an input passes.
         span: orthonormal basis ``(d, r)`` of what the observed update says; None where it says nothing.
         rank: of the observed update.
-        most: the rank that no update exceeds.
-        passed: the largest share that passed.
-        failed: the smallest that did not.
+        most: the rank that the update has for very many tokens, at most the layer's width: after a layer norm
+            without a bias it is one less.
+        exact: the client's update is that of one gradient.
+        swapped: rows are by place first, ``(T, N)``, and not by sequence.
+        failed: the smallest share that did not pass.
     """
 
     names: list[str]
@@ -117,7 +131,8 @@ class Layer:
     span: Tensor | None
     rank: int
     most: int
-    passed: float = field(default=0.0)
+    swapped: bool
+    exact: bool
     failed: float = field(default=math.inf)
 
     def passes(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +140,6 @@ class Layer:
         assert self.span is not None
         miss = outside_span(vectors, self.span)
         right = miss <= self.limit
-        self.passed = max(self.passed, float(miss[right].max()) if right.any() else 0.0)
         self.failed = min(self.failed, float(miss[~right].min()) if not right.all() else math.inf)
         return right, miss
 
@@ -146,6 +160,11 @@ def layers_of(model: nn.Module, observation: Observation, vocabulary: int) -> li
     first, last = own.clone(), own.clone()
     first[0, 0] = last[0, -1] = (int(own[0, 0]) + vocabulary // 2) % vocabulary
     runs = [_inputs(model, tokens) for tokens in (own, first, last)]
+    width = max((given.shape[1] for _, _, given in runs[0]), default=0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(vocabulary, (2 * width // length + 2, length), generator=generator)
+    several = torch.cat([own, noise.to(own.device)])
+    many, full = _inputs(model, several), _simulated(model, observation, several)
     grouped: dict[tuple[int, torch.Size], list[int]] = {}
     for k, (_, _, given) in enumerate(runs[0]):
         grouped.setdefault((given.data_ptr(), given.shape), []).append(k)
@@ -166,23 +185,28 @@ def layers_of(model: nn.Module, observation: Observation, vocabulary: int) -> li
         if guess is None or seen is None or not guess.any():
             continue
         eps = torch.finfo(like(model).dtype).eps
-        columns, sizes = basis(guess, 64 * eps)
+        columns, _, exact = basis(guess, length, eps)
         miss = outside_span(inputs[0], columns)
         places = (miss < _MOST / _MARGIN).nonzero().flatten().tolist()
-        if not places or columns.shape[1] >= min(guess.shape):
+        if not places:
             continue
-        noise = float(sizes[columns.shape[1]] / sizes[0])
-        span, _ = basis(seen, max(64 * eps, 4 * noise))
+        span, rounding, _ = basis(seen, observation.num_images * length, eps)
+        every = _update_of(weights, full, model)
+        most = 0 if every is None else basis(every, several.numel(), eps)[0].shape[1]
+        rows = many[group[0]][2][:length]
+        swapped = not pooled and not torch.allclose(rows, inputs[0], rtol=1e-3, atol=1e-5)
         found.append(
             Layer(
                 names=[name for name, _ in weights],
                 first=group[0],
                 kind=kind,
                 places=places,
-                limit=max(_MARGIN * float(miss[places].max()), 256 * eps),
-                span=span if 0 < span.shape[1] < min(seen.shape) else None,
+                limit=min(max(_MARGIN * float(miss[places].max()), _MARGIN * rounding, 256 * eps), _MOST),
+                span=span if 0 < span.shape[1] < most else None,
                 rank=span.shape[1],
-                most=min(seen.shape),
+                most=most,
+                swapped=swapped,
+                exact=exact,
             )
         )
     return found
@@ -205,13 +229,16 @@ def _update_of(
 
 def _simulated(model: nn.Module, observation: Observation, tokens: Tensor) -> dict[str, Tensor]:
     """Return the update of the client's step on tokens and a label of our own."""
-    labels, loss = observation.labels, observation.loss or F.cross_entropy
+    labels, loss, client = observation.labels, observation.loss or F.cross_entropy, observation.protocol
+    if isinstance(client, FedAvg):  # of other numbers of sequences, too
+        client = replace(client, batch_size=None, shuffle=False, orders=None)
     one = torch.ones(1, dtype=torch.int64) if labels is None else labels[:1]
     if labels is None and num_classes(model, observation.image_shape) < 2:
         one = one - 1
+    one = one.to(tokens.device).expand(len(tokens), *one.shape[1:])
     try:
         with in_mode(model, training=observation.training_mode, seed=0):
-            made = observation.protocol(model, tokens, one.to(tokens.device), loss=loss)
+            made = client(model, tokens, one, loss=loss)
     except (InvlibError, RuntimeError, ValueError, IndexError, TypeError) as error:
         raise RecoveryError(f"the client's step does not run on one sequence of our own: {error}") from error
     return {name: value.detach() for name, value in made.items()}
@@ -235,7 +262,7 @@ class Spanned:
 
 
 def span_check(
-    model: nn.Module, observation: Observation, tokens: Tensor, vocabulary: int, *, most: int = 4096
+    model: nn.Module, observation: Observation, tokens: Tensor, vocabulary: int, *, most: int = 16_384
 ) -> Spanned:
     r"""Recover a batch of sequences from the spans of linear layers' gradients.
 
@@ -259,10 +286,13 @@ def span_check(
     simulating the client.
     """
     length = observation.image_shape[0]
+    total = observation.num_images * length
     layers = layers_of(model, observation, vocabulary)
     usable = [layer for layer in layers if layer.span is not None]
+    # a tied table's update is no product of inputs, and over several local steps none is
+    usable = [layer for layer in usable if layer.exact] or usable
     firsts = [layer for layer in usable if layer.kind == "token"]
-    if not firsts:
+    if all(layer.kind == "whole" for layer in usable):
         raise RecoveryError(_why_not(layers, observation))
     tried = tokens.to(like(model).device)
     everywhere = tried[:, None].expand(-1, length)
@@ -277,6 +307,8 @@ def span_check(
     for t in range(length):
         children = len(prefixes) * len(choices[t])
         if children > most:
+            if not any(t in layer.places for layer in (*firsts, *later)):
+                raise RecoveryError(_why_not(layers, observation))
             return _unordered(choices, observation, f"{children:,} sequences would have to be tried")
         if not children:
             ends += [(_cut(prefix, t), float(w)) for prefix, w in zip(prefixes, worst, strict=True) if t]
@@ -303,21 +335,23 @@ def span_check(
     found = [*((prefix, float(w)) for prefix, w in zip(prefixes, worst, strict=True)), *ends]
     if not found:
         raise RecoveryError(
-            "no token lies in the span of the first layers' update at the first place; expected the model "
-            "that the client received, and its step"
+            f"no token lies in the span of the first layers' update at the first place, for {total} tokens "
+            f"and inputs of {usable[0].most} dimensions; expected fewer tokens (rounding hides the last "
+            "directions), and the model and the step of the client"
         )
     count = observation.num_images
     found.sort(key=lambda pair: pair[1])
     checked = bool(later or whole) or all(len(choice) == 1 for choice in choices)
-    clear = checked and len(found) <= count
-    clear &= all(layer.failed > _CLEAR * layer.passed for layer in usable)
     some = found[:count]
+    other = min([layer.failed for layer in usable] + [w for _, w in found[count:]])
+    checked &= all(layer.exact for layer in usable)
+    clear = [checked and _CLEAR * w < other for _, w in some]
     note = f"{len(found)} sequence(s) lie in the spans of {len(firsts)} layer(s) of one token"
     note += f" and {len(later) + len(whole)} of several; the batch has {count}"
     return Spanned(
         tokens=torch.stack([row for row, _ in some]),
         residuals=torch.tensor([w for _, w in some], dtype=torch.float64),
-        certified=torch.full((len(some),), clear),
+        certified=torch.tensor(clear),
         note=note,
     )
 
@@ -344,7 +378,9 @@ def _test(
         for layer in layers:
             given = runs[layer.first][2]
             pooled = len(given) == len(part)
-            vectors = given.view(len(part), -1, given.shape[1])
+            shape = (len(part), -1) if not layer.swapped else (-1, len(part))
+            vectors = given.view(*shape, given.shape[1])
+            vectors = vectors.transpose(0, 1) if layer.swapped else vectors
             for t in at:
                 if t not in layer.places and not pooled:
                     continue
@@ -365,17 +401,23 @@ def _unordered(choices: list[Tensor], observation: Observation, why: str) -> Spa
 
 
 def _why_not(layers: list[Layer], observation: Observation) -> str:
-    firsts = [layer for layer in layers if layer.kind == "token"]
     total = observation.num_images * observation.image_shape[0]
-    if full := [layer for layer in firsts if layer.rank >= layer.most]:
+    early = [layer for layer in layers if layer.kind != "whole"]
+    places = max((len(layer.places) for layer in early), default=0)
+    widest = [layer for layer in early if len(layer.places) == places]
+    if full := [layer for layer in widest if layer.rank >= layer.most]:
         return (
             f"the update of {full[0].names[0]!r} has rank {full[0].rank}, all that it can have: the {total} "
             f"tokens of the batch confine nothing; expected fewer than {full[0].most}"
         )
-    if firsts:
-        return f"the update of {firsts[0].names[0]!r} is zero; expected one of rank 1 and more"
+    if widest:
+        return (
+            f"the update of {widest[0].names[0]!r} shows the inputs of {places} of "
+            f"{observation.image_shape[0]} places, and no other shows more; expected a network of two blocks "
+            "and more, or a loss of all places"
+        )
     mode = " in training mode, with dropout," if observation.training_mode else ""
     return (
         f"no linear layer's update{mode} spans the inputs that one token gives it; expected a gradient, or a "
-        "step of plain SGD, of a layer that follows the embedding, and fewer tokens than it is wide"
+        "step of plain SGD, of a layer that follows the embedding"
     )

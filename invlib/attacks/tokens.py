@@ -135,7 +135,6 @@ def order_of_tokens(
     found.sets()
     left = [k for k in range(len(rows)) if k not in found.of.values()]
     free = [t for t in range(len(places)) if t not in found.of]
-    clear = (found.clear and padding is None) or not free
     if len(left) == 1 and free and padding is None:
         found.of |= dict.fromkeys(free, left[0])
         left = []
@@ -152,7 +151,7 @@ def order_of_tokens(
         left=used[left],
         errors=errors,
         length=len(seen),
-        certified=bool((tokens[seen] >= 0).all()) and not left and clear and found.clear,
+        certified=bool((tokens[seen] >= 0).all()) and not left and found.clear,
     )
 
 
@@ -395,7 +394,7 @@ def token_embedding(
     tokens: str | None = None,
     positions: str | None = None,
     method: Literal["auto", "rows", "spans"] = "auto",
-    most: int = 4096,
+    most: int = 16_384,
 ) -> TokenEmbedding:
     """Return the closed-form attack on text: which tokens the client's sequences have, and in which order.
 
@@ -429,7 +428,7 @@ class TokenEmbedding(Settings):
     tokens: str | None = None
     positions: str | None = None
     method: Literal["auto", "rows", "spans"] = "auto"
-    most: Count = 4096
+    most: Count = 16_384
 
     @torch.inference_mode(mode=False)
     def __call__(
