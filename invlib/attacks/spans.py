@@ -289,8 +289,11 @@ def span_check(
     total = observation.num_images * length
     layers = layers_of(model, observation, vocabulary)
     usable = [layer for layer in layers if layer.span is not None]
-    # a tied table's update is no product of inputs, and over several local steps none is
-    usable = [layer for layer in usable if layer.exact] or usable
+    # A tied table's update is no sum of products, and over several local steps none is.
+    client = observation.protocol
+    steps = len(client.batches(observation.num_images)) if isinstance(client, FedAvg) else 1
+    single = steps == 1 and 2 * sum(layer.exact for layer in usable) > len(usable)
+    usable = [layer for layer in usable if (layer.exact if single else len(layer.places) == length)]
     firsts = [layer for layer in usable if layer.kind == "token"]
     if all(layer.kind == "whole" for layer in usable):
         raise RecoveryError(_why_not(layers, observation))
@@ -344,7 +347,7 @@ def span_check(
     checked = bool(later or whole) or all(len(choice) == 1 for choice in choices)
     some = found[:count]
     other = min([layer.failed for layer in usable] + [w for _, w in found[count:]])
-    checked &= all(layer.exact for layer in usable)
+    checked &= single
     clear = [checked and _CLEAR * w < other for _, w in some]
     note = f"{len(found)} sequence(s) lie in the spans of {len(firsts)} layer(s) of one token"
     note += f" and {len(later) + len(whole)} of several; the batch has {count}"

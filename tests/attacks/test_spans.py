@@ -164,11 +164,10 @@ def test_adapters_leak_fewer_tokens_than_their_rank(started):
 @pytest.mark.parametrize("client", [{"local_steps": 3}, {"epochs": 1, "batch_size": 1}], ids=str)
 def test_several_local_steps_certify_nothing_that_is_wrong(client):
     net, tokens = Net(width=32), drawn(2, 6)
-    result = ATTACK(net, seen_by(net, tokens, iv.FedAvg(lr=0.01, **client)))
+    result = ATTACK(net, seen_by(net, tokens, iv.FedAvg(lr=0.1, **client)))
     right = torch.stack([(row == tokens).all(1).any() for row in result.tokens])
     assert right.any()
-    assert (right | ~result.certified).all()
-    assert not result.certified.all()
+    assert not result.certified.any()
 
 
 def test_what_hides_the_inputs_is_named():
