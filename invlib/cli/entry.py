@@ -14,6 +14,7 @@ from invlib import data, models
 from invlib.cli import evaluate, experiment, reconstruct, series, train
 from invlib.cli.status import exit_status
 from invlib.core.version import __version__
+from invlib.data import text
 from invlib.errors import DeviceError
 from invlib.models import efficientnet
 
@@ -73,5 +74,6 @@ def _models(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace) -> int:
     for name in data.sample_names():
         print(f"{name:14} {len(data.samples(name)[0]):>4} images: {data.describe(name)}")
+    print(f"{text.NAME:14} {len(text.sentences()):>4} sentences: {text.TITLE}")
     print("from INVLIB_DATA, the cache or a download: CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageNet")
     return 0

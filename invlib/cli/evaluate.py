@@ -20,6 +20,7 @@ DESCRIPTION = "Measure the accuracy of trained weights and compare it with what 
 EPILOG = f"""\
 examples:
   python -m invlib evaluate ConvNet8-fashion-mnist
+  python -m invlib evaluate TextDecoder-austen
   python -m invlib evaluate models/ResNet20-cifar10.safetensors --device cuda
 
 The test images are those of the card's data set, from INVLIB_DATA, the cache or torchvision. The two agree

