@@ -11,6 +11,7 @@ from invlib import errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
+from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.matching import GradientMatching, attack_many
 from invlib.attacks.published import (
@@ -94,6 +95,7 @@ __all__ = [
     "deep_leakage",
     "errors",
     "evaluate",
+    "exact_batch",
     "from_arrays",
     "from_gradients",
     "from_state_dicts",

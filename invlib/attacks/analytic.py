@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, closed_form, known_labels, of_classes, with_labels
 from invlib.attacks.chain import Chain, Stage, chain, outside, precise, sent, undo
+from invlib.attacks.directions import BatchInputs as BatchInputs
+from invlib.attacks.directions import batch_inputs as batch_inputs
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction

@@ -1,0 +1,546 @@
+"""Whole batches, exactly: every image behind one gradient, each with a proof that needs no truth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from tqdm.auto import tqdm
+
+from invlib.attacks.base import Settings, closed_form, loss_of, of_classes
+from invlib.attacks.chain import chain, outside, sent, undo
+from invlib.attacks.directions import Span, directions, separated, span_of
+from invlib.attacks.doubts import doubted, doubts_of
+from invlib.core.network import in_mode, like, logits_of, num_classes, record_layers
+from invlib.core.observation import Observation
+from invlib.core.reconstruction import Callback, Reconstruction
+from invlib.errors import RecoveryError
+from invlib.settings import Positive
+
+_TOLERANCE = 1e-6  # of the residual of a certified image; more where the update itself is rounded
+_LOOSEST = 1e-2
+_AT_ONCE = 512  # simulated images
+_SILENT = 0.02  # share of exact zeros below which an activation has none
+_REFERENCES = 32  # inputs that signals before the activation are means over
+_DRY = 6  # rounds that bring nothing, after which enough directions are what they are
+_REPLAYED = 1e-3  # distance of the whole client's step on all images, as a share, that is rounding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """The fully connected layer that a batch is read from.
+
+    Args:
+        name: the layer's, for messages.
+        weight_gradient: ``(m, d)``, up to a factor, float64.
+        bias_gradient: ``(m,)``, or None.
+        bias_name: of the parameter; None where there is no bias.
+        module: the layer, where it is a module.
+        image_of: takes one input ``(d,)`` to the normalised image, flat; None where the layer sees features.
+        in_range: says of inputs ``(K, d)`` which may be an image's, bool ``(K,)``.
+    """
+
+    name: str
+    weight_gradient: Tensor
+    bias_gradient: Tensor | None
+    bias_name: str | None
+    module: nn.Linear | None
+    image_of: Callable[[Tensor], Tensor] | None
+    in_range: Callable[[Tensor], Tensor]
+
+
+Signals = Callable[[Tensor], Tensor]  # inputs (M, d) -> the layer's signals for every label (M, L, m)
+
+
+def exact_batch(*, layer: str | None = None, seconds: float = 60.0) -> ExactBatch:
+    r"""Return the attack that recovers whole batches from a fully connected layer with exact zeros.
+
+    The layer's gradient :math:`G = D X` has the rank of the batch, and D's columns, zero where a unit is
+    silent, are the directions of its column space with the most zeros. All of them together give every
+    input. Then the server runs its own copy of the network on each: the signal that it sends back to the
+    layer for one of the labels has to be that column of D. Where it is, to rounding, the image and its label
+    are *certified*.
+    Images whose units are alone active, and those that are certified, are taken out of the gradient first.
+
+    Behind convolutions the inputs are features: they are certified alike, ``note`` says so, and each is
+    searched for by itself.
+
+    Args:
+        layer: the layer's name; None takes the first fully connected one whose signals have zeros.
+        seconds: how long to look for directions at most.
+
+    Returns:
+        An attack. Its result holds the M images that were found, ``labels``, ``residuals`` (the distance of
+        both signals of unit length), and ``certified``; its score is the share of the layer's gradient left
+        unexplained.
+
+    Source: the rank and the sparsity: Dimitrov et al. 2024 (SPEAR), arXiv 2403.03945; peeling: Shariati and
+    Alambardar Meybodi 2026; directions and certificate are this project's.
+
+    Taught in: chapter 5
+    """
+    return ExactBatch(layer=layer, seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExactBatch(Settings):
+    """The attack that `exact_batch` returns."""
+
+    layer: str | None = None
+    seconds: Positive = 60.0
+
+    @torch.inference_mode(mode=False)
+    def __call__(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        *,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Reconstruction:
+        """Attack an observation; the callback is not called, since images come all at once.
+
+        Raises:
+            ObservationError: the observation does not fit the model.
+            RecoveryError: the layer's activation has no exact zeros, its gradient shows no rank, or it was
+                not sent.
+        """
+        began = time.perf_counter()
+        model = observation.validate(model)
+        doubts = doubts_of(model, observation)
+        generator = generator or torch.Generator().manual_seed(0)
+        layer = layer_of(model, observation, self.layer)
+        span = span_of(layer.weight_gradient, expected=observation.num_images)
+        targets = _targets(model, observation)
+        signals = signals_of(model, observation, layer, targets)
+        sent_back = signals(_references(layer))
+        zeros = float((sent_back == 0).double().mean())
+        if zeros < _SILENT:
+            raise RecoveryError(
+                f"{zeros:.0%} of the signals of {layer.name!r} are exactly zero; expected an activation with "
+                "zeros, such as ReLU, after it (GELU, sigmoid and leaky ReLU have none)"
+            )
+        with tqdm(total=span.rank, disable=not progress, desc="exact batch", unit="image") as bar:
+            found = _search(layer, signals, _ungated(sent_back), began + self.seconds, generator, bar)
+        labels = targets.to(found.labels.device)[found.labels]
+        note, more = _note(observation, layer, span, found)
+        assert layer.image_of is not None
+        images = _each(layer.image_of, found.inputs, observation.image_shape)
+        images = observation.normalization.decode(images)
+        if len(images) and (cut := outside(images, fits=bool(found.certified.any()))):
+            more.append(cut)
+        images = images.clamp(0, 1)
+        if len(images) == observation.num_images and not found.certified.all():
+            gap = _replayed(model, observation, images, labels)
+            note += f"; the client's step on all of them is {gap:.1e} from the update"
+            if gap <= _REPLAYED:
+                found = replace(
+                    found,
+                    residuals=torch.full_like(found.residuals, gap),
+                    certified=torch.ones_like(found.certified),
+                )
+        rows = torch.linalg.qr(found.inputs.T)[0]
+        left = layer.weight_gradient - (layer.weight_gradient @ rows) @ rows.T
+        result = closed_form(
+            images.to(like(model)),
+            labels,
+            float(left.norm() / layer.weight_gradient.norm()),
+            objective="unexplained share of the layer's gradient",
+            note=note,
+            began=began,
+            residuals=found.residuals,
+            certified=found.certified,
+        )
+        return doubted(result, [*doubts, *more])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """Inputs of a layer and what proves them.
+
+    Args:
+        inputs: ``(M, d)`` float64.
+        labels: ``(M,)``, which of the targets each has.
+        residuals: ``(M,)``, distance of the network's signal and the update's, both of length one.
+        certified: ``(M,)``, whether that is rounding.
+        weights: ``(M,)``, the share of the batch that each is, where the update's factor is known.
+        story: how they were found, in clauses.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    residuals: Tensor
+    certified: Tensor
+    weights: Tensor
+    story: tuple[str, ...] = ()
+
+
+def layer_of(model: nn.Module, observation: Observation, name: str | None) -> Layer:
+    """Return the fully connected layer to read a batch from: the named one, or the first.
+
+    Raises:
+        RecoveryError: there is none, or it was not sent.
+    """
+    stages = chain(model, observation)
+    first = stages.stages[0] if stages.stages and stages.stages[0].window is None else None
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if first is not None and name in (None, first.name):
+
+        def image_of(inputs: Tensor) -> Tensor:
+            return undo(stages.first, inputs)[0]
+
+        def in_box(inputs: Tensor) -> Tensor:
+            images = observation.normalization.decode(_each(image_of, inputs, observation.image_shape))
+            return ((images > -1e-3) & (images < 1 + 1e-3)).flatten(1).all(1)
+
+        return Layer(
+            name=first.name,
+            weight_gradient=first.gradient(_gradient(observation, first.weight_name)),
+            bias_gradient=None
+            if first.bias_name is None
+            else _gradient(observation, first.bias_name).flatten(),
+            bias_name=first.bias_name,
+            module=modules.get(first.name),
+            image_of=image_of,
+            in_range=in_box,
+        )
+    _, calls = record_layers(model, torch.rand(1, *observation.image_shape), nn.Linear)
+    names = [call.name for call in calls if call.given.ndim == 2]
+    if not names or name not in (None, *names):
+        known = ", ".join(map(repr, names)) or "none"
+        raise RecoveryError(
+            f"{name!r} is no fully connected layer that {type(model).__name__} runs once an image; "
+            f"expected one of: {known}"
+        )
+    chosen = name or names[0]
+    module = modules[chosen]
+    bias = f"{chosen}.bias" if module.bias is not None else None
+    return Layer(
+        name=chosen,
+        weight_gradient=_gradient(observation, f"{chosen}.weight"),
+        bias_gradient=None if bias is None else _gradient(observation, bias),
+        bias_name=bias,
+        module=module,
+        image_of=None,
+        in_range=lambda inputs: (inputs > -1e-6 * inputs.abs().amax(1, keepdim=True)).all(1),
+    )
+
+
+def _each(image_of: Callable[[Tensor], Tensor], inputs: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return normalised images ``(K, C, H, W)`` of inputs ``(K, d)``."""
+    if not len(inputs):
+        return inputs.new_zeros(0, *shape)
+    return torch.stack([image_of(row) for row in inputs]).view(-1, *shape)
+
+
+def _gradient(observation: Observation, name: str) -> Tensor:
+    """Return a gradient in double precision, of unknown factor where the client's step does not tell it."""
+    raw = sent(observation, name)
+    known = hasattr(observation.protocol, "mean_gradient")
+    return (observation.mean_gradient(name).to(raw) if known else raw).double()
+
+
+def _targets(model: nn.Module, observation: Observation) -> Tensor:
+    """Return the labels that an image may have: those that were told, each once, or all classes."""
+    if observation.labels is not None:
+        told: Tensor = observation.labels.unique(dim=0)  # type: ignore[no-untyped-call]
+        return told
+    if not of_classes(model, observation):
+        raise RecoveryError(
+            "the labels are hidden and no classes, so that they cannot all be tried; expected labels"
+        )
+    return torch.arange(num_classes(model, observation.image_shape))
+
+
+def signals_of(model: nn.Module, observation: Observation, layer: Layer, targets: Tensor) -> Signals:
+    """Return a function that runs the server's copy: what each input sends back to the layer for each label.
+
+    It takes inputs ``(M, d)`` and returns ``(M, L, m)`` in double precision, gradients of the loss of one
+    image at the layer's output, in evaluation mode.
+    """
+    loss = loss_of(F.cross_entropy, observation)
+    params = {n: p.detach().double() for n, p in model.named_parameters()}
+    buffers = {n: b.detach() for n, b in model.named_buffers()}
+    buffers = {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
+    targets = targets.double() if targets.is_floating_point() else targets
+    targets = targets.to(layer.weight_gradient.device)
+    units = len(layer.weight_gradient)
+    swapped: dict[str, Tensor] = {}
+
+    def swap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (swapped["inputs"],) if "inputs" in swapped else None
+
+    def add(_: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output + swapped["shift"]
+
+    def one(inputs: Tensor, target: Tensor) -> Tensor:
+        def cost(shift: Tensor) -> Tensor:
+            own = dict(params)
+            if layer.bias_name is not None:
+                own[layer.bias_name] = own[layer.bias_name] + shift.view(own[layer.bias_name].shape)
+            swapped["shift"] = shift
+            if layer.image_of is None:
+                swapped["inputs"], image = inputs[None], inputs.new_zeros(1, *observation.image_shape)
+            else:
+                image = layer.image_of(inputs).view(1, *observation.image_shape)
+            return loss(logits_of(functional_call(model, {**own, **buffers}, (image,))), target[None])
+
+        slope: Tensor = grad(cost)(inputs.new_zeros(units))
+        return slope
+
+    every = vmap(vmap(one, (None, 0)), (0, None))
+
+    def signals(inputs: Tensor) -> Tensor:
+        handles = []
+        if layer.module is not None and layer.image_of is None:
+            handles.append(layer.module.register_forward_pre_hook(swap))
+        if layer.module is not None and layer.bias_name is None:
+            handles.append(layer.module.register_forward_hook(add))
+        try:
+            with torch.enable_grad(), in_mode(model, training=False):
+                parts = [every(part, targets) for part in inputs.split(max(1, _AT_ONCE // len(targets)))]
+        finally:
+            swapped.clear()
+            for handle in handles:
+                handle.remove()
+        return torch.cat(parts).detach() if parts else inputs.new_zeros(0, len(targets), units)
+
+    return signals
+
+
+def _references(layer: Layer) -> Tensor:
+    """Return inputs of about the batch's size, of which nothing is known yet: what single rows say."""
+    weight, bias = layer.weight_gradient, layer.bias_gradient
+    if bias is None:
+        rows = weight[weight.norm(dim=1).argsort(descending=True)[:_REFERENCES]]
+        return rows / rows.square().mean(1, keepdim=True).sqrt()
+    kept = bias.abs().argsort(descending=True)[:_REFERENCES]
+    return (weight[kept] / bias[kept, None]).clamp(-3, 3)
+
+
+def _ungated(signals: Tensor) -> Tensor:
+    """Return what is sent back before the activation: means of signals ``(R, L, m)`` of active units."""
+    groups = signals.split(max(1, len(signals) // 4))
+    means = [g.sum(0) / (g != 0).sum(0).clamp_min(1) for g in groups]
+    return torch.cat(means)
+
+
+def _search(
+    layer: Layer,
+    signals: Signals,
+    sent_back: Tensor,
+    until: float,
+    generator: torch.Generator,
+    bar: tqdm[Any],
+) -> Found:
+    """Take images out of the gradient, certified ones first, till none is left or the time is over."""
+    weight, bias = layer.weight_gradient, layer.bias_gradient
+    whole = span = span_of(weight, expected=bar.total)
+    tolerance = min(_LOOSEST, max(_TOLERANCE, 10 * whole.floor if whole.floor > 1e-7 else 0.0))
+    out: list[Found] = []
+    while True:
+        rest = replace(layer, weight_gradient=weight, bias_gradient=bias)
+        found = _alone(rest, span, signals, tolerance)
+        if found is None:
+            found = _separate(rest, span, signals, sent_back, until, tolerance, generator)
+        sure, last = found.certified, found
+        out.append(_only(found, sure))
+        bar.update(int(sure.sum()))
+        left = whole.rank - sum(len(part.inputs) for part in out)
+        if not sure.any() or left <= 0:
+            break
+        columns = signals(found.inputs[sure])[torch.arange(len(out[-1].inputs)), found.labels[sure]].T
+        columns = columns * found.weights[sure]
+        weight = weight - columns @ found.inputs[sure]
+        bias = None if bias is None else bias - columns.sum(1)
+        span = _left(span_of(weight, expected=left), left, whole)
+    if not last.certified.all() or not len(last.inputs):
+        out.append(_only(last, ~last.certified))
+    return _polished(layer, signals, whole, _joined(out), tolerance)
+
+
+def _left(span: Span, rank: int, whole: Span) -> Span:
+    """Return what is left of a span after some images were taken out: so many directions, and more noise."""
+    values = span.values
+    noise = float(values[rank] / values[rank - 1]) if rank < len(values) else 0.0
+    left = torch.linalg.svd(span.columns @ span.core, full_matrices=False) if span.rank < rank else None
+    columns = span.columns[:, :rank] if left is None else left[0][:, :rank]
+    core = span.core[:rank] if left is None else (left[1][:rank, None] * left[2][:rank])
+    return replace(span, columns=columns, core=core, floor=min(0.05, max(whole.floor, 3 * noise)))
+
+
+def _alone(layer: Layer, span: Span, signals: Signals, tolerance: float) -> Found | None:
+    r"""Return certified inputs that single rows give: of units that are active for one of them alone.
+
+    Row j is then :math:`\delta_j x` and its bias gradient :math:`\delta_j`. Their quotient is an image if
+    it lies in the range of images, and it is the client's if the signal of it lies in the column space.
+    """
+    if layer.bias_gradient is None:
+        return None
+    size = layer.bias_gradient.abs()
+    rows = (size > 1e-6 * size.max()).nonzero().flatten()
+    rows = rows[size[rows].argsort(descending=True)]
+    inputs = layer.weight_gradient[rows] / layer.bias_gradient[rows, None]
+    fits = layer.in_range(inputs)
+    rows, inputs = rows[fits][:_AT_ONCE], inputs[fits][:_AT_ONCE]
+    if not len(rows):
+        return None
+    views = inputs / inputs.norm(dim=1, keepdim=True)
+    near, keep = torch.cdist(views, views) < 1e-4, torch.ones(len(rows), dtype=torch.bool)
+    for k in range(len(rows)):
+        if keep[k]:
+            keep[k + 1 :] &= ~near[k, k + 1 :].cpu()
+    rows, inputs = rows[keep], inputs[keep]
+    back = signals(inputs)
+    left = back - (back @ span.columns) @ span.columns.T
+    residuals, labels = (left.norm(dim=2) / back.norm(dim=2).clamp_min(1e-300)).min(1)
+    own = back[torch.arange(len(rows)), labels]
+    at = own[torch.arange(len(rows)), rows]
+    weights = torch.where(at != 0, layer.bias_gradient[rows] / at, torch.zeros_like(at))
+    sure = (residuals <= tolerance) & (weights != 0)
+    if not sure.any():
+        return None
+    found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
+    return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
+
+
+def _separate(
+    layer: Layer,
+    span: Span,
+    signals: Signals,
+    sent_back: Tensor,
+    until: float,
+    tolerance: float,
+    generator: torch.Generator,
+) -> Found:
+    """Look for the directions of a span, and check what they give as soon as there are enough of them."""
+    best: Found | None = None
+    dry = 0
+    for q, _ in directions(span, sent_back, generator, until=until):
+        story = (f"{len(q)} of {span.rank} directions by their zeros",)
+        if len(q) < span.rank:
+            continue
+        inputs, columns = separated(span, q, layer.bias_gradient)
+        if layer.bias_gradient is None:
+            inputs, columns = _scaled(inputs, columns, signals)
+        found = replace(_checked(inputs, columns, signals, tolerance), story=story)
+        better = best is None or float(found.residuals.sum()) < 0.999 * float(best.residuals.sum())
+        best, dry = (found, 0) if better or best is None else (best, dry + 1)
+        # Those that are certain make room for the others; where nothing is, more rounds may bring it.
+        if best.certified.all() or dry >= (1 if best.certified.any() else _DRY):
+            return best
+    return best or replace(_checked(span.core[:0], span.columns[:, :0], signals, 0.0), story=story)
+
+
+def _checked(inputs: Tensor, columns: Tensor, signals: Signals, tolerance: float) -> Found:
+    """Compare the columns of D with the signals that the network gives for each label, up to a factor."""
+    back, unit = signals(inputs), columns.T / columns.norm(dim=0)[:, None].clamp_min(1e-300)
+    length = back.norm(dim=2).clamp_min(1e-300)
+    along = (back * columns.T[:, None]).sum(2)
+    gaps = (unit[:, None] - along.sign()[..., None] * back / length[..., None]).norm(dim=2)
+    residuals, labels = gaps.min(1) if len(inputs) else (gaps.new_zeros(0), gaps.new_zeros(0).long())
+    weights = (along / length.square()).gather(1, labels[:, None])[:, 0]
+    return Found(
+        inputs=inputs, labels=labels, residuals=residuals, certified=residuals <= tolerance, weights=weights
+    )
+
+
+def _scaled(inputs: Tensor, columns: Tensor, signals: Signals) -> tuple[Tensor, Tensor]:
+    """Return inputs of which the scale is unknown at the one whose signal is nearest to their column."""
+    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+
+    def gap(scale: Tensor) -> Tensor:
+        return _checked(inputs * scale[:, None], columns, signals, 0.0).residuals
+
+    grid = [sign * 2 ** (k / 4) for sign in (1, -1) for k in range(-10, 11)]
+    near = torch.stack([gap(inputs.new_full((len(inputs),), a)) for a in grid]).argmin(0)
+    middle = inputs.new_tensor(grid)[near]
+    low, high = middle * 2**-0.25, middle * 2**0.25
+    for _ in range(60):  # golden section, all images at once
+        third = 0.381966 * (high - low)
+        left, right = low + third, high - third
+        nearer = gap(left) < gap(right)
+        low, high = torch.where(nearer, low, left), torch.where(nearer, right, high)
+    scale = (low + high) / 2
+    return inputs * scale[:, None], columns / scale
+
+
+def _only(found: Found, rows: Tensor) -> Found:
+    return replace(
+        found,
+        **{
+            name: getattr(found, name)[rows]
+            for name in ("inputs", "labels", "residuals", "certified", "weights")
+        },
+    )
+
+
+def _joined(parts: list[Found]) -> Found:
+    names = ("inputs", "labels", "residuals", "certified", "weights")
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    story = tuple(dict.fromkeys(clause for part in parts for clause in part.story))
+    return Found(**together, story=story)
+
+
+def _polished(layer: Layer, signals: Signals, span: Span, found: Found, tolerance: float) -> Found:
+    """Return inputs by least squares on the network's own signals, where there is one for each direction."""
+    if len(found.inputs) < span.rank or not found.certified.all():
+        return found
+    columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
+    inputs = torch.linalg.lstsq(columns, layer.weight_gradient).solution
+    again = _checked(inputs, columns, signals, tolerance)
+    return replace(again, story=found.story) if again.certified.all() else found
+
+
+def _replayed(model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
+    """Return how far the client's step on these images is from its update, as a share of it."""
+    some = like(model)
+    with in_mode(model, training=False):
+        update = observation.protocol(
+            model,
+            observation.normalization.encode(images.to(some)),
+            labels.to(some) if labels.is_floating_point() else labels,
+            loss=loss_of(F.cross_entropy, observation),
+        )
+    names = [name for name in update if name in observation.update and name not in observation.sent]
+    pairs = [(update[n].detach().double(), observation.update[n].double()) for n in names]
+    gap = math.hypot(*(float((a - b).norm()) for a, b in pairs))
+    return gap / max(math.hypot(*(float(b.norm()) for _, b in pairs)), 1e-300)
+
+
+def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> tuple[str, list[str]]:
+    """Return what there is to say of a result, and what is doubtful."""
+    count, certain = len(found.inputs), int(found.certified.sum())
+    what = "images" if layer.image_of is not None else "inputs (features)"
+    note = [
+        f"the gradient of {layer.name!r} has rank {span.rank} (behind it its singular values fall by "
+        f"{span.gap:.0e})",
+        *found.story,
+        f"{count} {what} found, {certain} certified with their labels",
+    ]
+    doubts = []
+    if count < span.rank:
+        note.append(
+            f"{span.rank - count} directions are missing, without which the others cannot be told apart"
+        )
+    if span.rank > observation.num_images:
+        doubts.append(
+            f"the gradient has rank {span.rank}: the client used more images than the "
+            f"{observation.num_images} said, or its update holds more than gradients (weight decay, noise)"
+        )
+    if certain and hasattr(observation.protocol, "mean_gradient"):
+        times = (found.weights * observation.num_images).round()
+        note += [f"image {k} counts {int(n)} times" for k, n in enumerate(times.tolist()) if n > 1]
+    if span.rank < observation.num_images:
+        note.append(
+            f"{observation.num_images - span.rank} of the client's images leave no trace of their own"
+        )
+    return "; ".join(note), doubts
