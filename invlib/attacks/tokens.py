@@ -26,7 +26,7 @@ from invlib.settings import Count
 
 _EQUAL = 1e-3  # share of their length by which rows differ at most that are equal: Adam clients reach 4e-4
 _FAR = 4.0  # times that, from which on rows are told apart
-_SETS = 50_000  # sets of places of one size, times tokens, that are tried for tokens that occur several times
+_SETS = 100_000  # rows that are added up in search of the places of tokens that occur several times
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +133,8 @@ def order_of_tokens(
     found.singles()
     found.sums()
     found.sets()
+    if len(found.left()[0]) == 1:
+        found.give(found.left()[0][0], found.left()[1])
     left = [k for k in range(len(rows)) if k not in found.of.values()]
     free = [t for t in range(len(places)) if t not in found.of]
     if len(left) == 1 and free and padding is None:
@@ -218,11 +220,11 @@ class _Places:
         """Give their places to tokens whose row is the sum of a small set, by trying all."""
         for size in itertools.count(2):
             tokens, places = self.left()
-            # each of these tokens has two places or more
-            most = _SETS // max(len(tokens), 1)
-            if 2 * len(tokens) > len(places) or not 0 < math.comb(len(places), size) <= most:
+            work = math.comb(len(places), size) * size * len(tokens)
+            # Each of these tokens has two places or more, and a last one has all that are left.
+            if not 2 <= len(tokens) <= len(places) / 2 or not 0 < work <= _SETS:
                 return
-            chosen = torch.combinations(torch.tensor(places), size)
+            chosen = torch.tensor(list(itertools.combinations(places, size)))
             sums = self.places[chosen].sum(1)
             far = _distances(self.rows[tokens], sums)
             for k, best in enumerate(far.argmin(1).tolist()):
