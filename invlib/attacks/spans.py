@@ -113,35 +113,52 @@ class Layer:
         first: which of the network's products has it, counted from 0.
         kind: whether the input at a place depends on the token there, on those up to there, or on all.
         places: at which places a simulated client's input lies in the span of its update.
-        limit: share outside of the span up to which an input passes.
+        rounding: share outside of the span up to which an input passes for sure.
+        limit: share outside of the span from which on none passes.
         span: orthonormal basis ``(d, r)`` of what the observed update says; None where it says nothing.
         rank: of the observed update.
         most: the rank that the update has for very many tokens, at most the layer's width: after a layer norm
             without a bias it is one less.
         exact: the client's update is that of one gradient.
         swapped: rows are by place first, ``(T, N)``, and not by sequence.
-        failed: the smallest share that did not pass.
+        passed: the largest share that passed.
+        failed: the smallest that did not.
     """
 
     names: list[str]
     first: int
     kind: Literal["token", "prefix", "whole"]
     places: list[int]
+    rounding: float
     limit: float
     span: Tensor | None
     rank: int
     most: int
     swapped: bool
     exact: bool
+    passed: float = field(default=0.0)
     failed: float = field(default=math.inf)
 
-    def passes(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which vectors lie in the span, and by what they miss it."""
+    def misses(self, vectors: Tensor) -> Tensor:
+        """Return which share of each vector ``(B, d)`` lies outside of the span."""
         assert self.span is not None
-        miss = outside_span(vectors, self.span)
-        right = miss <= self.limit
+        return outside_span(vectors, self.span)
+
+    def passes(self, miss: Tensor, count: int) -> Tensor:
+        """Return which of the inputs at a place pass, of which at most so many are right.
+
+        Where a gap tells them from the others, it is there; else at the limit.
+        """
+        level = miss.clamp_min(self.rounding).sort().values
+        steps = level[1 : count + 1] / level[:-1][:count]
+        bound = self.limit
+        if len(steps) and steps.max() > _CLEAR:
+            k = int(steps.argmax())
+            bound = min(bound, float((level[k] * level[k + 1]).sqrt()))
+        right = miss <= bound
+        self.passed = max(self.passed, float(miss[right].max()) if right.any() else 0.0)
         self.failed = min(self.failed, float(miss[~right].min()) if not right.all() else math.inf)
-        return right, miss
+        return right
 
 
 def layers_of(model: nn.Module, observation: Observation, vocabulary: int) -> list[Layer]:
@@ -190,10 +207,11 @@ def layers_of(model: nn.Module, observation: Observation, vocabulary: int) -> li
         places = (miss < _MOST / _MARGIN).nonzero().flatten().tolist()
         if not places:
             continue
-        span, rounding, _ = basis(seen, observation.num_images * length, eps)
+        span, floor, _ = basis(seen, observation.num_images * length, eps)
         every = _update_of(weights, full, model)
         most = 0 if every is None else basis(every, several.numel(), eps)[0].shape[1]
         rows = many[group[0]][2][:length]
+        sure = min(max(_MARGIN * float(miss[places].max()), 256 * eps), _MOST)
         swapped = not pooled and not torch.allclose(rows, inputs[0], rtol=1e-3, atol=1e-5)
         found.append(
             Layer(
@@ -201,7 +219,8 @@ def layers_of(model: nn.Module, observation: Observation, vocabulary: int) -> li
                 first=group[0],
                 kind=kind,
                 places=places,
-                limit=min(max(_MARGIN * float(miss[places].max()), _MARGIN * rounding, 256 * eps), _MOST),
+                rounding=sure,
+                limit=min(max(sure, _MARGIN * floor), _MOST),
                 span=span if 0 < span.shape[1] < most else None,
                 rank=span.shape[1],
                 most=most,
@@ -298,10 +317,8 @@ def span_check(
     if all(layer.kind == "whole" for layer in usable):
         raise RecoveryError(_why_not(layers, observation))
     tried = tokens.to(like(model).device)
-    everywhere = tried[:, None].expand(-1, length)
-    allowed = torch.ones(len(tried), length, dtype=torch.bool, device=tried.device)
-    miss = torch.zeros(len(tried), length, dtype=torch.float64, device=tried.device)
-    _test(model, everywhere, firsts, allowed, miss, range(length))
+    count = observation.num_images
+    allowed, miss = _test(model, tried[:, None].expand(-1, length), firsts, range(length), count)
     choices = [tried[allowed[:, t]] for t in range(length)]
     later = [layer for layer in usable if layer.kind == "prefix"]
     ends: list[tuple[Tensor, float]] = []
@@ -321,18 +338,14 @@ def span_check(
         grown[:, t] = choices[t].repeat(len(prefixes))
         own = miss[allowed[:, t], t].repeat(len(prefixes))
         worse = torch.maximum(worst.repeat_interleave(len(choices[t])), own)
-        right = torch.ones(children, length, dtype=torch.bool, device=tried.device)
-        far = torch.zeros(children, length, dtype=torch.float64, device=tried.device)
-        _test(model, grown, [layer for layer in later if t in layer.places], right, far, [t])
-        kept = right[:, t]
+        right, far = _test(model, grown, [layer for layer in later if t in layer.places], [t], count)
+        kept = right[:, 0]
         dead = ~kept.view(len(prefixes), -1).any(1)
         ends += [(_cut(p, t), float(w)) for p, w in zip(prefixes[dead], worst[dead], strict=True) if t]
-        prefixes, worst = grown[kept], torch.maximum(worse, far[:, t])[kept]
+        prefixes, worst = grown[kept], torch.maximum(worse, far[:, 0])[kept]
     whole = [layer for layer in usable if layer.kind == "whole"]
     if whole and len(prefixes):
-        right = torch.ones(len(prefixes), length, dtype=torch.bool, device=tried.device)
-        far = torch.zeros(len(prefixes), length, dtype=torch.float64, device=tried.device)
-        _test(model, prefixes, whole, right, far, range(length))
+        right, far = _test(model, prefixes, whole, range(length), count)
         kept = right.all(1)
         prefixes, worst = prefixes[kept], torch.maximum(worst, far.max(1).values)[kept]
     found = [*((prefix, float(w)) for prefix, w in zip(prefixes, worst, strict=True)), *ends]
@@ -342,13 +355,11 @@ def span_check(
             f"and inputs of {usable[0].most} dimensions; expected fewer tokens (rounding hides the last "
             "directions), and the model and the step of the client"
         )
-    count = observation.num_images
     found.sort(key=lambda pair: pair[1])
     checked = bool(later or whole) or all(len(choice) == 1 for choice in choices)
     some = found[:count]
-    other = min([layer.failed for layer in usable] + [w for _, w in found[count:]])
-    checked &= single
-    clear = [checked and _CLEAR * w < other for _, w in some]
+    checked &= single and all(_CLEAR * layer.passed < layer.failed for layer in usable)
+    clear = [checked and _CLEAR * w < (found[count][1] if found[count:] else math.inf) for _, w in some]
     note = f"{len(found)} sequence(s) lie in the spans of {len(firsts)} layer(s) of one token"
     note += f" and {len(later) + len(whole)} of several; the batch has {count}"
     return Spanned(
@@ -366,30 +377,31 @@ def _cut(prefix: Tensor, length: int) -> Tensor:
 
 
 def _test(
-    model: nn.Module,
-    sequences: Tensor,
-    layers: Sequence[Layer],
-    right: Tensor,
-    miss: Tensor,
-    at: Sequence[int],
-) -> None:
-    """Note in ``right`` and ``miss`` ``(B, T)`` where sequences ``(B, T)`` have inputs in layers' spans."""
-    length = sequences.shape[1]
+    model: nn.Module, sequences: Tensor, layers: Sequence[Layer], at: Sequence[int], count: int
+) -> tuple[Tensor, Tensor]:
+    """Return whether sequences ``(B, T)`` lie in layers' spans at some places, and by what they miss them.
+
+    Both are ``(B, len(at))``; at most ``count`` inputs at a place are right.
+    """
+    shape = (max(len(layers), 1), len(sequences), len(at))
+    far = torch.zeros(shape, dtype=torch.float64, device=sequences.device)
     most = max((layer.first for layer in layers), default=-1) + 1
-    for part in torch.arange(len(sequences)).split(max(1, _ROWS // length)) if layers else ():
+    for part in torch.arange(len(sequences)).split(max(1, _ROWS // sequences.shape[1])) if layers else ():
         runs = _inputs(model, sequences[part], most)
-        for layer in layers:
+        for k, layer in enumerate(layers):
             given = runs[layer.first][2]
             pooled = len(given) == len(part)
-            shape = (len(part), -1) if not layer.swapped else (-1, len(part))
-            vectors = given.view(*shape, given.shape[1])
+            sides = (-1, len(part)) if layer.swapped else (len(part), -1)
+            vectors = given.view(*sides, given.shape[1])
             vectors = vectors.transpose(0, 1) if layer.swapped else vectors
-            for t in at:
-                if t not in layer.places and not pooled:
-                    continue
-                good, far = layer.passes(vectors[:, 0 if pooled else t])
-                right[part, t] &= good
-                miss[part, t] = torch.maximum(miss[part, t], far)
+            for j, t in enumerate(at):
+                if t in layer.places or pooled:
+                    far[k, part, j] = layer.misses(vectors[:, 0 if pooled else t])
+    right = torch.ones(shape[1:], dtype=torch.bool, device=sequences.device)
+    for k, layer in enumerate(layers):
+        for j in range(len(at)):
+            right[:, j] &= layer.passes(far[k, :, j], count)
+    return right, far.max(0).values
 
 
 def _unordered(choices: list[Tensor], observation: Observation, why: str) -> Spanned:
