@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, closed_form, with_labels
@@ -25,7 +26,7 @@ from invlib.federated import FedSGD
 from invlib.settings import Count
 
 _EQUAL = 1e-3  # share of their length by which rows differ at most that are equal: Adam clients reach 4e-4
-_FAR = 4.0  # times that, from which on rows are told apart
+_FAR = 4.0  # times that, or standard deviations of chance, from which on rows are told apart
 _SETS = 100_000  # rows that are added up in search of the places of tokens that occur several times
 
 
@@ -36,9 +37,10 @@ class Sentence:
     Args:
         tokens: int64 ``(T,)``, the token at each place; -1 where none is known.
         used: int64 ``(K,)``, all tokens whose row moved, in ascending order.
-        left: those of them that were given no place.
+        left: those of them for which no places were proven: each occurs several times.
+        alike: how many places are guessed, by the token among these whose row is most like the place's.
         errors: float64 ``(T,)``: the share of a token's row that its places leave unexplained; NaN where no
-            token is known or it was found by elimination.
+            token is known, or it is guessed or found by elimination.
         length: how many places have left a trace: the others are padding, or not seen by the loss.
         certified: every place with a trace has a token, by rows that are equal and no others are.
     """
@@ -46,6 +48,7 @@ class Sentence:
     tokens: Tensor
     used: Tensor
     left: Tensor
+    alike: int
     errors: Tensor
     length: int
     certified: bool
@@ -140,6 +143,7 @@ def order_of_tokens(
     if len(left) == 1 and free and padding is None:
         found.of |= dict.fromkeys(free, left[0])
         left = []
+    guessed = found.alike()
     tokens = torch.full((len(position_update),), -1, dtype=torch.int64, device=used.device)
     errors = torch.full((len(position_update),), math.nan, dtype=torch.float64)
     for t, k in found.of.items():
@@ -151,6 +155,7 @@ def order_of_tokens(
         tokens=tokens,
         used=used,
         left=used[left],
+        alike=guessed,
         errors=errors,
         length=len(seen),
         certified=bool((tokens[seen] >= 0).all()) and not left and found.clear,
@@ -230,6 +235,21 @@ class _Places:
             for k, best in enumerate(far.argmin(1).tolist()):
                 if self.give(tokens[k], chosen[best].tolist()):
                     self.clear &= int((far[k] <= _FAR * self.limit[tokens[k]]).sum()) == 1
+
+    def alike(self) -> int:
+        """Give places to the tokens whose rows are most like theirs, where it is no chance; return how many.
+
+        Adam's row of a token that occurs several times is no sum, but mostly has the signs of one.
+        """
+        tokens, places = self.left()
+        if len(tokens) < 2 or not places:
+            return 0
+        likeness = F.normalize(self.rows[tokens], dim=1) @ F.normalize(self.places[places], dim=1).T
+        best = likeness.topk(2, 0)
+        clear = (best.values[0] - best.values[1]) * math.sqrt(self.rows.shape[1]) > _FAR
+        given = {places[t]: tokens[int(best.indices[0, t])] for t in clear.nonzero().flatten().tolist()}
+        self.of |= given
+        return len(given)
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
@@ -552,9 +572,12 @@ def _read(model: nn.Module, observation: Observation, tables: Tables) -> Spanned
     )
     if factor:
         note += f"; weight decay of {factor:.1e} subtracted"
+    if best.alike:
+        note += f"; {best.alike} places are guessed, by the rows that are most alike"
     if unknown > 0:
-        left = _words(observation, best.left) if len(best.left) else "none"
-        note += f"; {unknown} places are unknown, and of the tokens that occur several times: {left}"
+        note += f"; {unknown} places are unknown"
+    if len(best.left):
+        note += f"; several times occur {_words(observation, best.left)}"
     errors = best.errors[~best.errors.isnan()]
     return Spanned(
         tokens=best.tokens[None],

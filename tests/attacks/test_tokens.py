@@ -88,11 +88,23 @@ def test_places_without_a_trace_are_unknown():
     assert read.certified
 
 
-def test_rows_that_belong_to_nothing_stay_unknown():
+def test_rows_that_are_no_sums_prove_nothing():
     table, places = planted([4, 2, 4, 2, 7])
     read = order_of_tokens(torch.sign(table), torch.sign(places))
-    assert read.tokens.tolist() == [-1, -1, -1, -1, 7]
+    assert all(v in (-1, true) for v, true in zip(read.tokens.tolist(), [4, 2, 4, 2, 7], strict=True))
+    assert read.tokens[4] == 7
     assert read.left.tolist() == [2, 4]
+    assert not read.certified
+
+
+def test_under_adam_repeated_words_are_guessed_by_likeness_and_not_certified():
+    tokens = [4, 2, 4, 2, 7, 4]
+    table, places = planted(tokens, width=900)
+    read = order_of_tokens(torch.sign(table), torch.sign(places))
+    assert read.tokens.tolist() == tokens
+    assert read.alike == 5
+    assert read.left.tolist() == [2, 4]
+    assert read.errors.isnan().tolist() == [True] * 4 + [False, True]
     assert not read.certified
 
 
@@ -156,15 +168,15 @@ def test_every_optimiser_spells_the_sentence(name):
         assert "decay of" in result.note
 
 
-def test_two_repeated_words_under_adam_are_named_and_not_guessed():
+def test_two_repeated_words_under_adam_are_named():
     net, tokens = Net(width=32, words=200), distinct(12, words=200)
     tokens[0, 3], tokens[0, 7] = tokens[0, 11], tokens[0, 8]
     result = ATTACK(net, trained(net, tokens, OPTIMISERS["Adam"]))
     known = result.tokens >= 0
     assert torch.equal(result.tokens[known], tokens[known])
-    assert known[0].tolist() == [k not in (3, 11, 7, 8) for k in range(12)]
+    assert {*range(12)} - {3, 11, 7, 8} <= {*known[0].nonzero().flatten().tolist()} < {*range(12)}
     assert not result.certified.any()
-    assert "4 places are unknown" in result.note
+    assert f"{int((~known).sum())} places are unknown; several times occur" in result.note
     assert str(int(tokens[0, 3])) in result.note
 
 
