@@ -18,6 +18,7 @@ _SWEEPS, _FINISHING = 60, 12
 _EXTRA = 40  # singular values beyond those that are expected, by which the noise is seen
 _LAST = 4  # directions that are missing, from which on they are looked for by what is left
 _ROWS = 512  # at least, of the rows that a cone is made of
+_ZERO, _LOOSEST_ZERO = 1e-7, 0.05  # of the largest number of a direction
 _BYTES = 2**28  # of one product of weights and columns
 
 
@@ -30,19 +31,31 @@ class Span:
         core: :math:`C`, ``(r, d)``.
         values: singular values of the gradient, descending, some of them noise.
         gap: by which factor they fall behind the last that counts.
-        floor: numbers of a direction that are smaller than so many times its largest are zeros.
+        noise: ``(r,)``, how far each column may be off by rounding and noise, as a share of its length.
     """
 
     columns: Tensor
     core: Tensor
     values: Tensor
     gap: float
-    floor: float
+    noise: Tensor
 
     @property
     def rank(self) -> int:
         """How many directions there are: the images whose signals differ."""
         return self.columns.shape[1]
+
+    def floor(self, q: Tensor) -> Tensor:
+        """Return how small a number of ``U q`` is a zero, for each direction ``(S, r)``, as ``(S, 1)``."""
+        off = (q * self.noise).norm(dim=1, keepdim=True) / math.sqrt(len(self.columns))
+        largest = (q @ self.columns.T).abs().amax(1, keepdim=True)
+        floor: Tensor = (3 * off / largest).clamp(_ZERO, _LOOSEST_ZERO)
+        return floor
+
+    def silent(self, q: Tensor) -> Tensor:
+        """Return the share of zeros of each direction ``(S, r)``."""
+        y = (q @ self.columns.T).abs()
+        return (y <= self.floor(q) * y.amax(1, keepdim=True)).double().mean(1)
 
 
 def span_of(weight_gradient: Tensor, *, expected: int = 32) -> Span:
@@ -70,25 +83,33 @@ def span_of(weight_gradient: Tensor, *, expected: int = 32) -> Span:
         basis = torch.linalg.qr(matrix @ view)[0]
         basis = torch.linalg.qr(matrix @ (matrix.T @ basis))[0]
         left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        falls = values[:-1] / values[1:].clamp_min(1e-16 * values[0])
-        rank = int(falls.argmax()) + 1 if len(values) > 1 else 1
-        gap = float(falls[rank - 1]) if len(values) > 1 else math.inf
-        if width == most or (gap > 10 and rank <= width - _EXTRA // 2):
+        rank = _rank(values, expected)
+        if width == most or rank <= width - _EXTRA // 2:
             break
         width = min(most, 2 * width)
-    if gap < 3 or (rank >= most and len(values) > 1):
+    if rank == most > 1:
         raise RecoveryError(
-            f"the singular values of the weight gradient {tuple(matrix.shape)} show no rank below {most}: "
-            f"they fall by {gap:.1f} at most; expected fewer images than the layer has inputs and outputs"
+            f"the weight gradient {tuple(matrix.shape)} has rank {most}, as high as can be; expected fewer "
+            "images than the layer has inputs and outputs, and no noise"
         )
-    noise = float(values[rank] / values[rank - 1]) if rank < len(values) else 0.0
+    after = float(values[rank]) if rank < len(values) else 0.0
     return Span(
         columns=basis @ left[:, :rank],
         core=values[:rank, None] * right[:rank] * scale,
         values=values * scale,
-        gap=gap,
-        floor=max(1e-7, 3 * noise),
+        gap=float(values[rank - 1]) / max(after, 1e-16 * float(values[0])),
+        noise=after / values[:rank],
     )
+
+
+def _rank(values: Tensor, expected: int) -> int:
+    """Return how many singular values lie above the noise: where they fall by two for the last time."""
+    falls = values[:-1] / values[1:].clamp_min(1e-16 * values[0])
+    if expected <= len(falls) and falls[expected - 1] > 10:
+        return expected
+    end = len(falls) - len(falls) // 10  # the last of all are smaller in any noise
+    steps = (falls[:end] > 2).nonzero().flatten()
+    return int(steps[-1]) + 1 if len(steps) else len(values)
 
 
 def directions(
@@ -149,11 +170,11 @@ def directions(
         if len(found):
             new = new[((new @ found.T).abs() < 0.99).all(1)]
         if len(new):
-            new = finished(u, new, span.floor)
-            new = new[silent(u, new, span.floor) > chance]
+            new = finished(span, new)
+            new = new[span.silent(new) > chance]
             found = distinct(torch.cat([found, new]), 0.9999)
         before = len(basis)
-        basis, zeros = sparsest(u, found, span.floor)
+        basis, zeros = sparsest(span, found)
         worth[kind] = 0.5 * min(worth[kind], r) + max(len(basis) - before, 0)
         # What was not tried gains as much as this round cost, so that dry kinds take turns by their prices.
         worth = {k: w + (0 if k == kind else 0.2 * price[kind] / price["sphere"]) for k, w in worth.items()}
@@ -195,16 +216,15 @@ def flattest(u: Tensor, along: Tensor, weights: Tensor, signs: Tensor) -> Tensor
     return F.normalize(q)
 
 
-def finished(u: Tensor, q: Tensor, floor: float) -> Tensor:
+def finished(span: Span, q: Tensor) -> Tensor:
     """Return directions ``(S, r)`` with the rows that nearly vanish made to vanish, by reweighted squares."""
     # Zeros of a part of the rows, some times as many as there are unknowns, give the direction.
-    part = u[:: max(1, len(u) // (16 * u.shape[1]))]
+    u, step = span.columns, max(1, len(span.columns) // (16 * span.rank))
     for k in range(_FINISHING):
-        rows = part if k < _FINISHING - 2 else u
+        rows = u[::step] if k < _FINISHING - 2 else u
         y = q @ rows.T
-        width = y.abs().amax(1, keepdim=True) * max(1e-2 * 10 ** (-0.75 * k), 0.1 * floor)
-        q = _solve(rows, (y.square() + width.square()).reciprocal(), q)
-        q = F.normalize(q)
+        width = y.abs().amax(1, keepdim=True) * (0.1 * span.floor(q)).clamp_min(1e-2 * 10 ** (-0.75 * k))
+        q = F.normalize(_solve(rows, (y.square() + width.square()).reciprocal(), q))
     return q
 
 
@@ -221,12 +241,6 @@ def _solve(u: Tensor, weights: Tensor, right: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def silent(u: Tensor, q: Tensor, floor: float) -> Tensor:
-    """Return the share of zeros of each direction ``(S, r)``."""
-    y = (q @ u.T).abs()
-    return (y <= floor * y.amax(1, keepdim=True)).double().mean(1)
-
-
 def distinct(q: Tensor, alike: float) -> Tensor:
     """Return directions without those that are nearly parallel to an earlier one."""
     near, keep = (q @ q.T).abs() > alike, torch.ones(len(q), dtype=torch.bool, device=q.device)
@@ -236,17 +250,17 @@ def distinct(q: Tensor, alike: float) -> Tensor:
     return q[keep]
 
 
-def sparsest(u: Tensor, q: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def sparsest(span: Span, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return independent directions, the sparsest first, and their shares of zeros."""
-    zeros = silent(u, q, floor)
-    basis, chosen = u.new_zeros(u.shape[1], 0), []
+    zeros = span.silent(q)
+    basis, chosen = q.new_zeros(span.rank, 0), []
     for k in zeros.argsort(descending=True, stable=True).tolist():
         left = q[k] - basis @ (basis.T @ q[k])
         left = left - basis @ (basis.T @ left)
         if (length := left.norm()) > 1e-6:
             chosen.append(k)
             basis = torch.cat([basis, (left / length)[:, None]], 1)
-        if len(chosen) == u.shape[1]:
+        if len(chosen) == span.rank:
             break
     return q[chosen], zeros[chosen]
 

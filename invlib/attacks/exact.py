@@ -57,6 +57,7 @@ class Layer:
 
 
 Signals = Callable[[Tensor], Tensor]  # inputs (M, d) -> the layer's signals for every label (M, L, m)
+Proof = Callable[["Found"], "Found"]  # certifies all images together, where it can
 
 
 def exact_batch(*, layer: str | None = None, seconds: float = 60.0) -> ExactBatch:
@@ -118,6 +119,11 @@ class ExactBatch(Settings):
         doubts = doubts_of(model, observation)
         generator = generator or torch.Generator().manual_seed(0)
         layer = layer_of(model, observation, self.layer)
+        if observation.num_images >= (most := min(layer.weight_gradient.shape)):
+            raise RecoveryError(
+                f"{observation.num_images} images and only {most} inputs or outputs of {layer.name!r}; "
+                "expected fewer images than both, or their signals have no sparse directions of their own"
+            )
         span = span_of(layer.weight_gradient, expected=observation.num_images)
         targets = _targets(model, observation)
         signals = signals_of(model, observation, layer, targets)
@@ -128,30 +134,33 @@ class ExactBatch(Settings):
                 f"{zeros:.0%} of the signals of {layer.name!r} are exactly zero; expected an activation with "
                 "zeros, such as ReLU, after it (GELU, sigmoid and leaky ReLU have none)"
             )
+        labels_of = targets.to(layer.weight_gradient.device)
+
+        def proof(found: Found) -> Found:
+            """Run the client's whole step on the images, which local steps and their order need."""
+            if len(found.inputs) != observation.num_images or found.certified.any() or layer.image_of is None:
+                return found
+            images = _images(observation, layer, found.inputs).clamp(0, 1)
+            gap = _replayed(model, observation, images, labels_of[found.labels])
+            story = (*found.story, f"the client's step on all of them is {gap:.0e} from the update")
+            if gap > _REPLAYED:
+                return replace(found, story=story)
+            every = torch.full_like(found.residuals, gap)
+            return replace(found, residuals=every, certified=every <= _REPLAYED, story=story)
+
         with tqdm(total=span.rank, disable=not progress, desc="exact batch", unit="image") as bar:
-            found = _search(layer, signals, _ungated(sent_back), began + self.seconds, generator, bar)
-        labels = targets.to(found.labels.device)[found.labels]
+            until = began + self.seconds
+            found = _search(layer, signals, _ungated(sent_back), until, generator, proof, bar)
         note, more = _note(observation, layer, span, found)
         assert layer.image_of is not None
-        images = _each(layer.image_of, found.inputs, observation.image_shape)
-        images = observation.normalization.decode(images)
+        images = _images(observation, layer, found.inputs)
         if len(images) and (cut := outside(images, fits=bool(found.certified.any()))):
             more.append(cut)
-        images = images.clamp(0, 1)
-        if len(images) == observation.num_images and not found.certified.all():
-            gap = _replayed(model, observation, images, labels)
-            note += f"; the client's step on all of them is {gap:.1e} from the update"
-            if gap <= _REPLAYED:
-                found = replace(
-                    found,
-                    residuals=torch.full_like(found.residuals, gap),
-                    certified=torch.ones_like(found.certified),
-                )
         rows = torch.linalg.qr(found.inputs.T)[0]
         left = layer.weight_gradient - (layer.weight_gradient @ rows) @ rows.T
         result = closed_form(
-            images.to(like(model)),
-            labels,
+            images.clamp(0, 1).to(like(model)),
+            labels_of[found.labels],
             float(left.norm() / layer.weight_gradient.norm()),
             objective="unexplained share of the layer's gradient",
             note=note,
@@ -198,7 +207,8 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
             return undo(stages.first, inputs)[0]
 
         def in_box(inputs: Tensor) -> Tensor:
-            images = observation.normalization.decode(_each(image_of, inputs, observation.image_shape))
+            rows = torch.stack([image_of(row) for row in inputs]).view(-1, *observation.image_shape)
+            images = observation.normalization.decode(rows)
             return ((images > -1e-3) & (images < 1 + 1e-3)).flatten(1).all(1)
 
         return Layer(
@@ -234,11 +244,12 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
     )
 
 
-def _each(image_of: Callable[[Tensor], Tensor], inputs: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return normalised images ``(K, C, H, W)`` of inputs ``(K, d)``."""
-    if not len(inputs):
-        return inputs.new_zeros(0, *shape)
-    return torch.stack([image_of(row) for row in inputs]).view(-1, *shape)
+def _images(observation: Observation, layer: Layer, inputs: Tensor) -> Tensor:
+    """Return images ``(K, C, H, W)`` of a layer's inputs ``(K, d)``, not cut off to [0, 1]."""
+    assert layer.image_of is not None
+    rows = [layer.image_of(row) for row in inputs]
+    images = torch.stack(rows) if rows else inputs.new_zeros(0)
+    return observation.normalization.decode(images.view(len(rows), *observation.image_shape))
 
 
 def _gradient(observation: Observation, name: str) -> Tensor:
@@ -251,7 +262,7 @@ def _gradient(observation: Observation, name: str) -> Tensor:
 def _targets(model: nn.Module, observation: Observation) -> Tensor:
     """Return the labels that an image may have: those that were told, each once, or all classes."""
     if observation.labels is not None:
-        told: Tensor = observation.labels.unique(dim=0)  # type: ignore[no-untyped-call]
+        told: Tensor = observation.labels.unique(dim=0)
         return told
     if not of_classes(model, observation):
         raise RecoveryError(
@@ -339,18 +350,18 @@ def _search(
     sent_back: Tensor,
     until: float,
     generator: torch.Generator,
+    proof: Proof,
     bar: tqdm[Any],
 ) -> Found:
     """Take images out of the gradient, certified ones first, till none is left or the time is over."""
     weight, bias = layer.weight_gradient, layer.bias_gradient
     whole = span = span_of(weight, expected=bar.total)
-    tolerance = min(_LOOSEST, max(_TOLERANCE, 10 * whole.floor if whole.floor > 1e-7 else 0.0))
     out: list[Found] = []
     while True:
         rest = replace(layer, weight_gradient=weight, bias_gradient=bias)
-        found = _alone(rest, span, signals, tolerance)
+        found = _alone(rest, span, signals)
         if found is None:
-            found = _separate(rest, span, signals, sent_back, until, tolerance, generator)
+            found = _separate(rest, span, signals, sent_back, until, generator, proof)
         sure, last = found.certified, found
         out.append(_only(found, sure))
         bar.update(int(sure.sum()))
@@ -361,23 +372,13 @@ def _search(
         columns = columns * found.weights[sure]
         weight = weight - columns @ found.inputs[sure]
         bias = None if bias is None else bias - columns.sum(1)
-        span = _left(span_of(weight, expected=left), left, whole)
+        span = span_of(weight, expected=left)
     if not last.certified.all() or not len(last.inputs):
         out.append(_only(last, ~last.certified))
-    return _polished(layer, signals, whole, _joined(out), tolerance)
+    return _polished(layer, signals, whole, _joined(out))
 
 
-def _left(span: Span, rank: int, whole: Span) -> Span:
-    """Return what is left of a span after some images were taken out: so many directions, and more noise."""
-    values = span.values
-    noise = float(values[rank] / values[rank - 1]) if rank < len(values) else 0.0
-    left = torch.linalg.svd(span.columns @ span.core, full_matrices=False) if span.rank < rank else None
-    columns = span.columns[:, :rank] if left is None else left[0][:, :rank]
-    core = span.core[:rank] if left is None else (left[1][:rank, None] * left[2][:rank])
-    return replace(span, columns=columns, core=core, floor=min(0.05, max(whole.floor, 3 * noise)))
-
-
-def _alone(layer: Layer, span: Span, signals: Signals, tolerance: float) -> Found | None:
+def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     r"""Return certified inputs that single rows give: of units that are active for one of them alone.
 
     Row j is then :math:`\delta_j x` and its bias gradient :math:`\delta_j`. Their quotient is an image if
@@ -405,7 +406,7 @@ def _alone(layer: Layer, span: Span, signals: Signals, tolerance: float) -> Foun
     own = back[torch.arange(len(rows)), labels]
     at = own[torch.arange(len(rows)), rows]
     weights = torch.where(at != 0, layer.bias_gradient[rows] / at, torch.zeros_like(at))
-    sure = (residuals <= tolerance) & (weights != 0)
+    sure = (residuals <= _tolerance(span, own.T)) & (weights != 0)
     if not sure.any():
         return None
     found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
@@ -418,8 +419,8 @@ def _separate(
     signals: Signals,
     sent_back: Tensor,
     until: float,
-    tolerance: float,
     generator: torch.Generator,
+    proof: Proof,
 ) -> Found:
     """Look for the directions of a span, and check what they give as soon as there are enough of them."""
     best: Found | None = None
@@ -430,17 +431,26 @@ def _separate(
             continue
         inputs, columns = separated(span, q, layer.bias_gradient)
         if layer.bias_gradient is None:
-            inputs, columns = _scaled(inputs, columns, signals)
-        found = replace(_checked(inputs, columns, signals, tolerance), story=story)
-        better = best is None or float(found.residuals.sum()) < 0.999 * float(best.residuals.sum())
-        best, dry = (found, 0) if better or best is None else (best, dry + 1)
+            inputs, columns = _scaled(inputs, columns, signals, span)
+        found = replace(_checked(inputs, columns, signals, span), story=story)
+        if best is None or float(found.residuals.sum()) < 0.999 * float(best.residuals.sum()):
+            best, dry = proof(found), 0
+        else:
+            dry += 1
         # Those that are certain make room for the others; where nothing is, more rounds may bring it.
         if best.certified.all() or dry >= (1 if best.certified.any() else _DRY):
             return best
-    return best or replace(_checked(span.core[:0], span.columns[:, :0], signals, 0.0), story=story)
+    return best or replace(_checked(span.core[:0], span.columns[:, :0], signals, span), story=story)
 
 
-def _checked(inputs: Tensor, columns: Tensor, signals: Signals, tolerance: float) -> Found:
+def _tolerance(span: Span, columns: Tensor) -> Tensor:
+    """Return up to which residual a column of D ``(m, M)`` is certified, by the noise of its directions."""
+    off = (F.normalize(columns.T @ span.columns) * span.noise).norm(dim=1)
+    tolerance: Tensor = (10 * off).clamp(_TOLERANCE, _LOOSEST)
+    return tolerance
+
+
+def _checked(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> Found:
     """Compare the columns of D with the signals that the network gives for each label, up to a factor."""
     back, unit = signals(inputs), columns.T / columns.norm(dim=0)[:, None].clamp_min(1e-300)
     length = back.norm(dim=2).clamp_min(1e-300)
@@ -448,17 +458,17 @@ def _checked(inputs: Tensor, columns: Tensor, signals: Signals, tolerance: float
     gaps = (unit[:, None] - along.sign()[..., None] * back / length[..., None]).norm(dim=2)
     residuals, labels = gaps.min(1) if len(inputs) else (gaps.new_zeros(0), gaps.new_zeros(0).long())
     weights = (along / length.square()).gather(1, labels[:, None])[:, 0]
-    return Found(
-        inputs=inputs, labels=labels, residuals=residuals, certified=residuals <= tolerance, weights=weights
-    )
+    certified = residuals <= _tolerance(span, columns)
+    return Found(inputs=inputs, labels=labels, residuals=residuals, certified=certified, weights=weights)
 
 
-def _scaled(inputs: Tensor, columns: Tensor, signals: Signals) -> tuple[Tensor, Tensor]:
+def _scaled(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> tuple[Tensor, Tensor]:
     """Return inputs of which the scale is unknown at the one whose signal is nearest to their column."""
-    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+    size = inputs.square().mean(1).sqrt()
+    inputs, columns = inputs / size[:, None], columns * size
 
     def gap(scale: Tensor) -> Tensor:
-        return _checked(inputs * scale[:, None], columns, signals, 0.0).residuals
+        return _checked(inputs * scale[:, None], columns, signals, span).residuals
 
     grid = [sign * 2 ** (k / 4) for sign in (1, -1) for k in range(-10, 11)]
     near = torch.stack([gap(inputs.new_full((len(inputs),), a)) for a in grid]).argmin(0)
@@ -490,13 +500,13 @@ def _joined(parts: list[Found]) -> Found:
     return Found(**together, story=story)
 
 
-def _polished(layer: Layer, signals: Signals, span: Span, found: Found, tolerance: float) -> Found:
+def _polished(layer: Layer, signals: Signals, span: Span, found: Found) -> Found:
     """Return inputs by least squares on the network's own signals, where there is one for each direction."""
     if len(found.inputs) < span.rank or not found.certified.all():
         return found
     columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
     inputs = torch.linalg.lstsq(columns, layer.weight_gradient).solution
-    again = _checked(inputs, columns, signals, tolerance)
+    again = _checked(inputs, columns, signals, span)
     return replace(again, story=found.story) if again.certified.all() else found
 
 
@@ -539,7 +549,10 @@ def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> t
     if certain and hasattr(observation.protocol, "mean_gradient"):
         times = (found.weights * observation.num_images).round()
         note += [f"image {k} counts {int(n)} times" for k, n in enumerate(times.tolist()) if n > 1]
-    if span.rank < observation.num_images:
+        accounted = int(times.sum()) + span.rank - count
+    else:
+        accounted = span.rank
+    if accounted < observation.num_images:
         note.append(
             f"{observation.num_images - span.rank} of the client's images leave no trace of their own"
         )
