@@ -25,6 +25,7 @@ from invlib.attacks.published import (
     see_through_gradients,
 )
 from invlib.attacks.recursive import recursive_inversion
+from invlib.attacks.tokens import token_embedding
 from invlib.autodiff import smoothing
 from invlib.autodiff.smoothing import Smoothing
 from invlib.core.normalization import CIFAR10, CIFAR100, FASHION_MNIST, IMAGENET, MNIST, UNIT, Normalization
@@ -117,6 +118,7 @@ __all__ = [
     "save_observation",
     "see_through_gradients",
     "smoothing",
+    "token_embedding",
 ]
 
 

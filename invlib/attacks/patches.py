@@ -74,7 +74,7 @@ class PatchStep:
 
 def patch_step(
     model: nn.Module,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     *,
     weight: str | None = None,
     positions: str | None = None,

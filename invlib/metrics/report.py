@@ -163,6 +163,10 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
             f"reconstruction is a {type(reconstruction).__name__}; expected what an attack returned "
             "(invlib.metrics.psnr compares images)"
         )
+    if reconstruction.tokens is not None:
+        raise ConfigError(
+            "the reconstruction is of text; expected images (compare its tokens with the truth)"
+        )
     images = reconstruction.images.detach()
     order = matching_order(images, truth) if len(images) else None
     truth = originals(truth).detach().to(images.device)
