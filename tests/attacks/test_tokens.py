@@ -191,6 +191,13 @@ def test_padding_has_no_gradient_and_takes_what_is_left():
     assert result.certified.all()
 
 
+def test_places_left_over_are_padding_where_there_is_some():
+    table, places = planted([4, 2, 0, 0])
+    table[0] = 0
+    assert order_of_tokens(table, places, padding=0).tokens.tolist() == [4, 2, 0, 0]
+    assert order_of_tokens(table, places).tokens.tolist() == [4, 2, -1, -1]
+
+
 def test_tables_are_found_by_what_they_do():
     tables = tables_of(Net(types=True), 5)
     assert (tables.tokens, tables.positions, tables.tied) == ("wte.weight", "wpe.weight", False)
