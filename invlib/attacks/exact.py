@@ -362,6 +362,10 @@ def _search(
         found = _alone(rest, span, signals)
         if found is None:
             found = _separate(rest, span, signals, sent_back, until, generator, proof)
+        # Noise may leave enough of an image in the gradient for it to be found once more.
+        known = torch.cat([part.inputs for part in out]) if out else found.inputs[:0]
+        again = _near(found.inputs, known).any(1)
+        found = _only(found, ~again)
         sure, last = found.certified, found
         out.append(_only(found, sure))
         bar.update(int(sure.sum()))
@@ -404,12 +408,16 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     if not sure.any():
         return None
     # Several rows say the same but for rounding; that of the largest bias gradient says it best.
-    views = F.normalize(inputs)
-    near = torch.cdist(views, views) < 1e-2
+    near = _near(inputs, inputs)
     for k in sure.nonzero().flatten().tolist():
         sure[k + 1 :] &= ~near[k, k + 1 :] | ~sure[k]
     found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
     return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
+
+
+def _near(inputs: Tensor, others: Tensor) -> Tensor:
+    """Say which inputs ``(K, d)`` are the same as others ``(L, d)`` but for noise, bool ``(K, L)``."""
+    return torch.cdist(F.normalize(inputs), F.normalize(others)) < 1e-2
 
 
 def _separate(
