@@ -377,8 +377,9 @@ def _search(
         weight = weight - columns @ found.inputs[sure]
         bias = None if bias is None else bias - columns.sum(1)
         span = span_of(weight, expected=left)
-    if not last.certified.all() or not len(last.inputs):
-        out.append(_only(last, ~last.certified))
+    room = max(whole.rank - sum(len(part.inputs) for part in out), 0)
+    doubtful = _only(last, ~last.certified)
+    out.append(_only(doubtful, doubtful.residuals.argsort()[:room]))
     return _polished(layer, signals, whole, _joined(out))
 
 
@@ -395,13 +396,11 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     rows = rows[size[rows].argsort(descending=True)]
     inputs = layer.weight_gradient[rows] / layer.bias_gradient[rows, None]
     fits = layer.in_range(inputs)
-    rows, inputs = rows[fits][:_AT_ONCE], inputs[fits][:_AT_ONCE]
+    rows, inputs = rows[fits], inputs[fits]
     if not len(rows):
         return None
-    back = signals(inputs)
-    left = back - (back @ span.columns) @ span.columns.T
-    residuals, labels = (left.norm(dim=2) / back.norm(dim=2).clamp_min(1e-300)).min(1)
-    own = back[torch.arange(len(rows)), labels]
+    parts = [_nearest(signals(some), span) for some in inputs.split(_AT_ONCE)]
+    own, labels, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
     at = own[torch.arange(len(rows)), rows]
     weights = torch.where(at != 0, layer.bias_gradient[rows] / at, torch.zeros_like(at))
     sure = (residuals <= _tolerance(span, own.T)) & (weights != 0)
@@ -413,6 +412,13 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
         sure[k + 1 :] &= ~near[k, k + 1 :] | ~sure[k]
     found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
     return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
+
+
+def _nearest(back: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of signals ``(K, L, m)`` those that are nearest to a span, for which label, and how far off."""
+    left = back - (back @ span.columns) @ span.columns.T
+    residuals, labels = (left.norm(dim=2) / back.norm(dim=2).clamp_min(1e-300)).min(1)
+    return back[torch.arange(len(back)), labels], labels, residuals
 
 
 def _near(inputs: Tensor, others: Tensor) -> Tensor:
@@ -554,13 +560,13 @@ def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> t
             f"{observation.num_images} said, or its update holds more than gradients (weight decay, noise)"
         )
     if certain and hasattr(observation.protocol, "mean_gradient"):
-        times = (found.weights * observation.num_images).round()
+        times = torch.where(found.certified, (found.weights * observation.num_images).round(), 1)
         note += [f"image {k} counts {int(n)} times" for k, n in enumerate(times.tolist()) if n > 1]
         accounted = int(times.sum()) + span.rank - count
     else:
         accounted = span.rank
     if accounted < observation.num_images:
         note.append(
-            f"{observation.num_images - span.rank} of the client's images leave no trace of their own"
+            f"{observation.num_images - accounted} of the client's images leave no trace of their own"
         )
     return "; ".join(note), doubts
