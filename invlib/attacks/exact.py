@@ -171,7 +171,7 @@ class ExactBatch(Settings):
             )
         if layer.bias_gradient is None and num_classes(model, observation.image_shape) < 3:
             raise RecoveryError(
-                f"{layer.name!r} has no bias and there are two classes, whose signals say nothing of the scale "
+                f"{layer.name!r} has no bias and there are two classes, whose signals do not tell the scale "
                 "of an image; expected a bias or more classes"
             )
         labels_of = targets.to(layer.weight_gradient.device)
