@@ -275,7 +275,8 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
             image_of=image_of,
             in_range=in_box,
         )
-    _, calls = record_layers(model, torch.rand(1, *observation.image_shape), nn.Linear)
+    probe = torch.zeros(1, *observation.image_shape)
+    _, calls = record_layers(model, probe, nn.Linear)
     names = [call.name for call in calls if call.given.ndim == 2]
     if not names or name not in (None, *names):
         known = ", ".join(map(repr, names)) or "none"
