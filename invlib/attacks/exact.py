@@ -59,6 +59,8 @@ class Layer:
         module: the layer, where it is a module.
         image_of: takes one input ``(d,)`` to the normalised image, flat; None where the layer sees features.
         in_range: says of inputs ``(K, d)`` which may be an image's, bool ``(K,)``.
+        share: of two classes, of what an image's weight has to be a multiple: all inputs for which the same
+            units fire have one signal but for its length. None of more classes.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Layer:
     module: nn.Linear | None
     image_of: Callable[[Tensor], Tensor] | None
     in_range: Callable[[Tensor], Tensor]
+    share: float | None = None
 
 
 Signals = Callable[[Tensor], Tensor]  # inputs (M, d) -> the layer's signals for every label (M, L, m)
@@ -169,7 +172,9 @@ class ExactBatch(Settings):
                 f"{zeros:.0%} of the signals of {layer.name!r} are exactly zero; expected an activation with "
                 "zeros, such as ReLU, after it (GELU, sigmoid and leaky ReLU have none)"
             )
-        if layer.bias_gradient is None and num_classes(model, observation.image_shape) < 3:
+        if num_classes(model, observation.image_shape) < 3:
+            layer = replace(layer, share=1 / observation.num_images)
+        if layer.bias_gradient is None and layer.share is not None:
             raise RecoveryError(
                 f"{layer.name!r} has no bias and there are two classes, whose signals do not tell the scale "
                 "of an image; expected a bias or more classes"
@@ -372,11 +377,10 @@ def _features_prior(model: nn.Module, layer: Layer, features: Tensor) -> Prior:
 
 
 def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
-    """Return a gradient in double precision, up to a positive factor where the client's step tells none."""
+    """Return a gradient in double precision; a step that does not say its factor is tried on noise."""
     raw = sent(observation, name)
     if hasattr(observation.protocol, "mean_gradient"):
         return observation.mean_gradient(name).to(raw).double()
-    # What the client's step makes of noise goes along the gradient, or against it.
     count, labels = observation.num_images, observation.labels
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(count, *observation.image_shape, generator=generator).to(like(model))
@@ -385,9 +389,10 @@ def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
     loss = loss_of(F.cross_entropy, observation)
     with in_mode(model, training=False):
         own, slope = (
-            step(model, noise, labels, loss=loss)[name] for step in (observation.protocol, FedSGD())
+            step(model, noise, labels, loss=loss)[name].detach().double()
+            for step in (observation.protocol, FedSGD())
         )
-    return raw.double() * float((own * slope).sum().sign() or 1)
+    return raw.double() / (float((own * slope).sum() / slope.square().sum().clamp_min(1e-300)) or 1.0)
 
 
 def _targets(model: nn.Module, observation: Observation) -> Tensor:
@@ -531,14 +536,16 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
         if keep[k]:
             keep[k + 1 :] &= ~near[k, k + 1 :].cpu()
     rows, inputs = rows[keep], inputs[keep]
-    labels, residuals, weights, sure = certified(span, signals, inputs)
+    labels, residuals, weights, sure = certified(span, signals, inputs, layer.share)
     if not sure.any():
         return None
     found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
     return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
 
 
-def certified(span: Span, signals: Signals, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def certified(
+    span: Span, signals: Signals, inputs: Tensor, share: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Say of any inputs whether they are the client's: by the signal's residual in the column space.
 
     What the network sends back for an input x of the batch and its label, :math:`\delta`, lies in it: of m
@@ -549,6 +556,7 @@ def certified(span: Span, signals: Signals, inputs: Tensor) -> tuple[Tensor, Ten
         span: of the weight gradient.
         signals: the server's copy of the network.
         inputs: ``(M, d)``, of the row space of the gradient.
+        share: of what weights have to be multiples, see `Layer`.
 
     Returns:
         Labels (the best of all), residuals, weights, and whether they are certified, ``(M,)`` each.
@@ -564,7 +572,16 @@ def certified(span: Span, signals: Signals, inputs: Tensor) -> tuple[Tensor, Ten
     residuals, labels = left.min(1)
     rows = torch.arange(len(inputs), device=labels.device)
     own, weights = back[rows, labels], inverse[rows, labels].reciprocal()
-    return labels, residuals, weights, residuals <= _tolerance(span, own.T)
+    tolerance = _tolerance(span, own.T)
+    return labels, residuals, weights, (residuals <= tolerance) & _counted(weights, share, tolerance)
+
+
+def _counted(weights: Tensor, share: float | None, tolerance: Tensor) -> Tensor:
+    """Return which weights are those of one image, or of some that are the same; all of more classes."""
+    if share is None:
+        return torch.ones_like(weights, dtype=torch.bool)
+    times = weights / share
+    return (times > 0.5) & ((times - times.round()).abs() <= tolerance)
 
 
 def _separate(
@@ -586,7 +603,7 @@ def _separate(
         inputs, columns = separated(span, q, layer.bias_gradient)
         if layer.bias_gradient is None:
             inputs, columns = _scaled(inputs, columns, signals, span)
-        found = replace(_checked(inputs, columns, signals, span), story=story)
+        found = replace(_checked(inputs, columns, signals, span, layer.share), story=story)
         if best is None or float(found.residuals.sum()) < 0.999 * float(best.residuals.sum()):
             best, dry = proof(found), 0
         else:
@@ -604,7 +621,9 @@ def _tolerance(span: Span, columns: Tensor) -> Tensor:
     return tolerance
 
 
-def _checked(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> Found:
+def _checked(
+    inputs: Tensor, columns: Tensor, signals: Signals, span: Span, share: float | None = None
+) -> Found:
     """Compare the columns of D with the signals that the network gives for each label, up to a factor."""
     back, unit = signals(inputs), columns.T / columns.norm(dim=0)[:, None].clamp_min(1e-300)
     length = back.norm(dim=2).clamp_min(1e-300)
@@ -612,8 +631,9 @@ def _checked(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> F
     gaps = (unit[:, None] - back / length[..., None]).norm(dim=2)
     residuals, labels = gaps.min(1) if len(inputs) else (gaps.new_zeros(0), gaps.new_zeros(0).long())
     weights = (along / length.square()).gather(1, labels[:, None])[:, 0]
-    certified = residuals <= _tolerance(span, columns)
-    return Found(inputs=inputs, labels=labels, residuals=residuals, certified=certified, weights=weights)
+    tolerance = _tolerance(span, columns)
+    sure = (residuals <= tolerance) & _counted(weights, share, tolerance)
+    return Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
 
 
 def _scaled(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> tuple[Tensor, Tensor]:
@@ -660,7 +680,7 @@ def _polished(layer: Layer, signals: Signals, span: Span, found: Found) -> Found
         return found
     columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
     inputs = torch.linalg.lstsq(columns, layer.weight_gradient).solution
-    again = _checked(inputs, columns, signals, span)
+    again = _checked(inputs, columns, signals, span, layer.share)
     return replace(again, story=found.story) if again.certified.all() else found
 
 
