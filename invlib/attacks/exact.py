@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,27 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
-from invlib.attacks.base import Settings, closed_form, loss_of, of_classes
+from invlib.attacks.base import Attack, Settings, closed_form, loss_of, of_classes
 from invlib.attacks.chain import chain, outside, sent, undo
 from invlib.attacks.directions import Span, directions, separated, span_of
 from invlib.attacks.doubts import doubted, doubts_of
-from invlib.core.network import in_mode, like, logits_of, num_classes, record_layers
+from invlib.attacks.matching import GradientMatching
+from invlib.core.network import (
+    forward,
+    in_mode,
+    like,
+    logits_of,
+    num_classes,
+    record_layers,
+    trainable_parameters,
+)
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
-from invlib.settings import Positive
+from invlib.federated import FedSGD
+from invlib.optim.optimizers import LBFGS
+from invlib.optim.priors import Prior, total_variation
+from invlib.settings import Positive, Rule
 
 _TOLERANCE = 1e-6  # of the residual of a certified image; more where the update itself is rounded
 _LOOSEST = 1e-2
@@ -30,6 +42,8 @@ _AT_ONCE = 512  # simulated images
 _SILENT = 0.02  # share of exact zeros below which an activation has none
 _REFERENCES = 32  # inputs that signals before the activation are means over
 _DRY = 40  # rounds that bring nothing, after which enough directions are what they are
+_NEAR = 0.1  # of the residual of features that are worth a search
+_FEATURES = 10.0  # weight of their distance beside that of the gradient
 _REPLAYED = 1e-3  # distance of the whole client's step on all images, as a share, that is rounding
 
 
@@ -45,6 +59,8 @@ class Layer:
         module: the layer, where it is a module.
         image_of: takes one input ``(d,)`` to the normalised image, flat; None where the layer sees features.
         in_range: says of inputs ``(K, d)`` which may be an image's, bool ``(K,)``.
+        share: of two classes, of what an image's weight has to be a multiple: all inputs for which the same
+            units fire have one signal but for its length. None of more classes.
     """
 
     name: str
@@ -54,13 +70,26 @@ class Layer:
     module: nn.Linear | None
     image_of: Callable[[Tensor], Tensor] | None
     in_range: Callable[[Tensor], Tensor]
+    share: float | None = None
 
 
 Signals = Callable[[Tensor], Tensor]  # inputs (M, d) -> the layer's signals for every label (M, L, m)
 Proof = Callable[["Found"], "Found"]  # certifies all images together, where it can
 
 
-def exact_batch(*, layer: str | None = None, seconds: float = 60.0) -> ExactBatch:
+SEARCH = GradientMatching(
+    priors=((0.1, total_variation),),
+    optimizer=LBFGS(line_search="strong_wolfe", history_size=50),
+    decay=None,
+    init="zeros",
+    steps=6,
+)
+"""The search for an image of known features: of L-BFGS, whose first steps bring most."""
+
+
+def exact_batch(
+    *, layer: str | None = None, seconds: float = 60.0, search: Attack | None = SEARCH
+) -> ExactBatch:
     r"""Return the attack that recovers whole batches from a fully connected layer with exact zeros.
 
     The layer's gradient :math:`G = D X` has the rank of the batch, and D's columns, zero where a unit is
@@ -70,24 +99,30 @@ def exact_batch(*, layer: str | None = None, seconds: float = 60.0) -> ExactBatc
     are *certified*.
     Images whose units are alone active, and those that are certified, are taken out of the gradient first.
 
-    Behind convolutions the inputs are features: they are certified alike, ``note`` says so, and each is
-    searched for by itself.
+    Behind convolutions the inputs are features. They are proved in the same way, and an image is searched for
+    each by itself, whose features and whose gradient of the layer are known. ``residuals`` and the note are
+    then about the features, and ``certified`` is False: an image that was searched is proved by nothing.
 
     Args:
         layer: the layer's name; None takes the first fully connected one whose signals have zeros.
         seconds: how long to look for directions at most.
+        search: the attack that looks for the image of each of the features, one image at a time; a
+            `GradientMatching` is given their distance as one more prior. None leaves ``images`` empty.
 
     Returns:
         An attack. Its result holds the M images that were found, ``labels``, ``residuals`` (the distance of
-        both signals of unit length), and ``certified``; its score is the share of the layer's gradient left
-        unexplained.
+        both signals of unit length), and ``certified``, and behind convolutions ``features``; its score is
+        the share of the layer's gradient left unexplained.
+
+    Raises:
+        ConfigError: a setting is out of range.
 
     Source: the rank and the sparsity: Dimitrov et al. 2024 (SPEAR), arXiv 2403.03945; peeling: Shariati and
     Alambardar Meybodi 2026; directions and certificate are this project's.
 
     Taught in: chapter 5
     """
-    return ExactBatch(layer=layer, seconds=seconds)
+    return ExactBatch(layer=layer, seconds=seconds, search=search)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -96,6 +131,9 @@ class ExactBatch(Settings):
 
     layer: str | None = None
     seconds: Positive = 60.0
+    search: Annotated[
+        Any, Rule("an attack, or None", lambda a: a is None or (callable(a) and not isinstance(a, type)))
+    ] = SEARCH
 
     @torch.inference_mode(mode=False)
     def __call__(
@@ -107,7 +145,7 @@ class ExactBatch(Settings):
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Reconstruction:
-        """Attack an observation; the callback is not called, since images come all at once.
+        """Attack an observation; the callback is not called, since images do not come step by step.
 
         Raises:
             ObservationError: the observation does not fit the model.
@@ -134,6 +172,13 @@ class ExactBatch(Settings):
                 f"{zeros:.0%} of the signals of {layer.name!r} are exactly zero; expected an activation with "
                 "zeros, such as ReLU, after it (GELU, sigmoid and leaky ReLU have none)"
             )
+        if num_classes(model, observation.image_shape) < 3:
+            layer = replace(layer, share=1 / observation.num_images)
+        if layer.bias_gradient is None and layer.share is not None:
+            raise RecoveryError(
+                f"{layer.name!r} has no bias and there are two classes, whose signals do not tell the scale "
+                "of an image; expected a bias or more classes"
+            )
         labels_of = targets.to(layer.weight_gradient.device)
 
         def proof(found: Found) -> Found:
@@ -152,12 +197,21 @@ class ExactBatch(Settings):
             until = began + self.seconds
             found = _search(layer, signals, _ungated(sent_back), until, generator, proof, bar)
         note, more = _note(observation, layer, span, found)
-        assert layer.image_of is not None
-        images = _images(observation, layer, found.inputs)
-        if len(images) and (cut := outside(images, fits=bool(found.certified.any()))):
-            more.append(cut)
         rows = torch.linalg.qr(found.inputs.T)[0]
         left = layer.weight_gradient - (layer.weight_gradient @ rows) @ rows.T
+        if layer.image_of is None:
+            found = _only(found, found.residuals <= _NEAR)
+            images, ways = _searched(
+                model, observation, layer, found, signals, labels_of, self.search, generator, progress
+            )
+            if self.search is not None:
+                found = _only(found, torch.arange(len(images)))  # of a search that Ctrl-C stopped too
+                note += f"; images were searched for {len(images)} of them, and are proved by nothing"
+            more += [doubt for way in ways for doubt in way.warnings]
+        else:
+            images, ways = _images(observation, layer, found.inputs), []
+            if len(images) and (cut := outside(images, fits=bool(found.certified.any()))):
+                more.append(cut)
         result = closed_form(
             images.clamp(0, 1).to(like(model)),
             labels_of[found.labels],
@@ -166,8 +220,12 @@ class ExactBatch(Settings):
             note=note,
             began=began,
             residuals=found.residuals,
-            certified=found.certified,
+            certified=found.certified & (layer.image_of is not None),
+            features=found.inputs if layer.image_of is None else None,
         )
+        if any(way.status == "interrupted" for way in ways):
+            result = replace(result, status="interrupted")
+        result = replace(result, evaluations=sum(way.evaluations for way in ways))
         return doubted(result, [*doubts, *more])
 
 
@@ -213,16 +271,17 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
 
         return Layer(
             name=first.name,
-            weight_gradient=first.gradient(_gradient(observation, first.weight_name)),
+            weight_gradient=first.gradient(_gradient(model, observation, first.weight_name)),
             bias_gradient=None
             if first.bias_name is None
-            else _gradient(observation, first.bias_name).flatten(),
+            else _gradient(model, observation, first.bias_name).flatten(),
             bias_name=first.bias_name,
             module=modules.get(first.name),
             image_of=image_of,
             in_range=in_box,
         )
-    _, calls = record_layers(model, torch.rand(1, *observation.image_shape), nn.Linear)
+    probe = torch.zeros(1, *observation.image_shape)
+    _, calls = record_layers(model, probe, nn.Linear)
     names = [call.name for call in calls if call.given.ndim == 2]
     if not names or name not in (None, *names):
         known = ", ".join(map(repr, names)) or "none"
@@ -235,8 +294,8 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
     bias = f"{chosen}.bias" if module.bias is not None else None
     return Layer(
         name=chosen,
-        weight_gradient=_gradient(observation, f"{chosen}.weight"),
-        bias_gradient=None if bias is None else _gradient(observation, bias),
+        weight_gradient=_gradient(model, observation, f"{chosen}.weight"),
+        bias_gradient=None if bias is None else _gradient(model, observation, bias),
         bias_name=bias,
         module=module,
         image_of=None,
@@ -252,11 +311,88 @@ def _images(observation: Observation, layer: Layer, inputs: Tensor) -> Tensor:
     return observation.normalization.decode(images.view(len(rows), *observation.image_shape))
 
 
-def _gradient(observation: Observation, name: str) -> Tensor:
-    """Return a gradient in double precision, of unknown factor where the client's step does not tell it."""
+def _searched(
+    model: nn.Module,
+    observation: Observation,
+    layer: Layer,
+    found: Found,
+    signals: Signals,
+    labels_of: Tensor,
+    search: Attack | None,
+    generator: torch.Generator,
+    progress: bool,
+) -> tuple[Tensor, list[Reconstruction]]:
+    """Search an image for each of the features, as if the client had sent this layer's gradient of it alone.
+
+    Returns:
+        Images ``(M, C, H, W)`` in [0, 1], none where there is no search, and what each search gave.
+    """
+    some, own = like(model), trainable_parameters(model)
+    ways: list[Reconstruction] = []
+    sent_back = signals(found.inputs)
+    for k, features in enumerate(found.inputs if search is not None else ()):
+        signal, label = sent_back[k, found.labels[k]], labels_of[found.labels[k]][None]
+        parts = {f"{layer.name}.weight": signal[:, None] * features}
+        if layer.bias_name is not None:
+            parts[layer.bias_name] = signal
+        alone = replace(
+            observation,
+            update={n: parts[n].to(some) if n in parts else torch.zeros_like(p) for n, p in own.items()},
+            sent={n: torch.zeros_like(p, dtype=torch.bool) for n, p in own.items() if n not in parts},
+            protocol=FedSGD(),
+            num_images=1,
+            labels=label,
+            training_mode=False,
+            buffers={},
+            notes=(),
+        )
+        way = search
+        if isinstance(way, GradientMatching):
+            prior = _features_prior(model, layer, features.to(some))
+            way = replace(way, priors=(*way.priors, (_FEATURES, prior)))
+        assert way is not None
+        ways.append(way(model, alone, generator=generator, progress=progress))
+        if ways[-1].status == "interrupted":
+            break
+    images = [way.images for way in ways]
+    return torch.cat(images) if images else some.new_zeros(0, *observation.image_shape), ways
+
+
+def _features_prior(model: nn.Module, layer: Layer, features: Tensor) -> Prior:
+    """Return the squared distance of what a layer is given from known features, as a share of theirs."""
+    assert layer.module is not None
+    module, params = layer.module, trainable_parameters(model)
+
+    def prior(inputs: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        try:
+            with in_mode(model, training=False):
+                forward(model, params, None, inputs)
+        finally:
+            handle.remove()
+        return (seen[-1] - features).square().sum() / features.square().sum()
+
+    return prior
+
+
+def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
+    """Return a gradient in double precision; a step that does not say its factor is tried on noise."""
     raw = sent(observation, name)
-    known = hasattr(observation.protocol, "mean_gradient")
-    return (observation.mean_gradient(name).to(raw) if known else raw).double()
+    if hasattr(observation.protocol, "mean_gradient"):
+        return observation.mean_gradient(name).to(raw).double()
+    count, labels = observation.num_images, observation.labels
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(count, *observation.image_shape, generator=generator).to(like(model))
+    labels = torch.zeros(count, dtype=torch.long) if labels is None else labels
+    labels = labels.to(noise) if labels.is_floating_point() else labels.to(noise.device)
+    loss = loss_of(F.cross_entropy, observation)
+    with in_mode(model, training=False):
+        own, slope = (
+            step(model, noise, labels, loss=loss)[name].detach().double()
+            for step in (observation.protocol, FedSGD())
+        )
+    return raw.double() / (float((own * slope).sum() / slope.square().sum().clamp_min(1e-300)) or 1.0)
 
 
 def _targets(model: nn.Module, observation: Observation) -> Tensor:
@@ -399,11 +535,8 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     rows, inputs = rows[fits], inputs[fits]
     if not len(rows):
         return None
-    parts = [_nearest(signals(some), span) for some in inputs.split(_AT_ONCE)]
-    own, labels, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
-    at = own[torch.arange(len(rows)), rows]
-    weights = torch.where(at != 0, layer.bias_gradient[rows] / at, torch.zeros_like(at))
-    sure = (residuals <= _tolerance(span, own.T)) & (weights != 0)
+    parts = [certified(span, signals, some, layer.share) for some in inputs.split(_AT_ONCE)]
+    labels, residuals, weights, sure = (torch.cat(part) for part in zip(*parts, strict=True))
     if not sure.any():
         return None
     # Several rows say the same but for rounding; that of the largest bias gradient says it best.
@@ -414,16 +547,50 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
 
 
-def _nearest(back: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of signals ``(K, L, m)`` those that are nearest to a span, for which label, and how far off."""
-    left = back - (back @ span.columns) @ span.columns.T
-    residuals, labels = (left.norm(dim=2) / back.norm(dim=2).clamp_min(1e-300)).min(1)
-    return back[torch.arange(len(back)), labels], labels, residuals
-
-
 def _near(inputs: Tensor, others: Tensor) -> Tensor:
     """Say which inputs ``(K, d)`` are the same as others ``(L, d)`` but for noise, bool ``(K, L)``."""
     return torch.cdist(F.normalize(inputs), F.normalize(others)) < 1e-2
+
+
+def certified(
+    span: Span, signals: Signals, inputs: Tensor, share: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Say of any inputs whether they are the client's: by the signal's residual in the column space.
+
+    What the network sends back for an input x of the batch and its label, :math:`\delta`, lies in it: of m
+    numbers only r are free. Its weight w is what lowers the rank of :math:`G - w\,\delta\,x^\top`, which is
+    :math:`1 / (x^\top G^+ \delta)`; of the wrong one of two classes it is negative.
+
+    Args:
+        span: of the weight gradient.
+        signals: the server's copy of the network.
+        inputs: ``(M, d)``, of the row space of the gradient.
+        share: of what weights have to be multiples, see `Layer`.
+
+    Returns:
+        Labels (the best of all), residuals, weights, and whether they are certified, ``(M,)`` each.
+
+    Source: the span check of Petrov et al. 2024 (DAGER), arXiv 2405.15586, for signals; the rank: Wedderburn.
+    """
+    back = signals(inputs)
+    along = back @ span.columns
+    length = back.norm(dim=2)
+    left = (back - along @ span.columns.T).norm(dim=2) / length.clamp_min(1e-300)
+    inverse = (along * (inputs @ span.core.T / span.core.square().sum(1))[:, None]).sum(2)
+    left = torch.where((inverse > 0) & (length > 0), left, torch.ones_like(left))
+    residuals, labels = left.min(1)
+    rows = torch.arange(len(inputs), device=labels.device)
+    own, weights = back[rows, labels], inverse[rows, labels].reciprocal()
+    tolerance = _tolerance(span, own.T)
+    return labels, residuals, weights, (residuals <= tolerance) & _counted(weights, share, tolerance)
+
+
+def _counted(weights: Tensor, share: float | None, tolerance: Tensor) -> Tensor:
+    """Return which weights are those of one image, or of some that are the same; all of more classes."""
+    if share is None:
+        return torch.ones_like(weights, dtype=torch.bool)
+    times = weights / share
+    return (times > 0.5) & ((times - times.round()).abs() <= tolerance)
 
 
 def _separate(
@@ -445,7 +612,7 @@ def _separate(
         inputs, columns = separated(span, q, layer.bias_gradient)
         if layer.bias_gradient is None:
             inputs, columns = _scaled(inputs, columns, signals, span)
-        found = replace(_checked(inputs, columns, signals, span), story=story)
+        found = replace(_checked(inputs, columns, signals, span, layer.share), story=story)
         if best is None or float(found.residuals.sum()) < 0.999 * float(best.residuals.sum()):
             best, dry = proof(found), 0
         else:
@@ -463,16 +630,19 @@ def _tolerance(span: Span, columns: Tensor) -> Tensor:
     return tolerance
 
 
-def _checked(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> Found:
+def _checked(
+    inputs: Tensor, columns: Tensor, signals: Signals, span: Span, share: float | None = None
+) -> Found:
     """Compare the columns of D with the signals that the network gives for each label, up to a factor."""
     back, unit = signals(inputs), columns.T / columns.norm(dim=0)[:, None].clamp_min(1e-300)
     length = back.norm(dim=2).clamp_min(1e-300)
     along = (back * columns.T[:, None]).sum(2)
-    gaps = (unit[:, None] - along.sign()[..., None] * back / length[..., None]).norm(dim=2)
+    gaps = (unit[:, None] - back / length[..., None]).norm(dim=2)
     residuals, labels = gaps.min(1) if len(inputs) else (gaps.new_zeros(0), gaps.new_zeros(0).long())
     weights = (along / length.square()).gather(1, labels[:, None])[:, 0]
-    certified = residuals <= _tolerance(span, columns)
-    return Found(inputs=inputs, labels=labels, residuals=residuals, certified=certified, weights=weights)
+    tolerance = _tolerance(span, columns)
+    sure = (residuals <= tolerance) & _counted(weights, share, tolerance)
+    return Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
 
 
 def _scaled(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> tuple[Tensor, Tensor]:
@@ -481,7 +651,7 @@ def _scaled(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> tu
     inputs, columns = inputs / size[:, None], columns * size
 
     def gap(scale: Tensor) -> Tensor:
-        return _checked(inputs * scale[:, None], columns, signals, span).residuals
+        return _checked(inputs * scale[:, None], columns / scale, signals, span).residuals
 
     grid = [sign * 2 ** (k / 4) for sign in (1, -1) for k in range(-10, 11)]
     near = torch.stack([gap(inputs.new_full((len(inputs),), a)) for a in grid]).argmin(0)
@@ -519,7 +689,7 @@ def _polished(layer: Layer, signals: Signals, span: Span, found: Found) -> Found
         return found
     columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
     inputs = torch.linalg.lstsq(columns, layer.weight_gradient).solution
-    again = _checked(inputs, columns, signals, span)
+    again = _checked(inputs, columns, signals, span, layer.share)
     return replace(again, story=found.story) if again.certified.all() else found
 
 

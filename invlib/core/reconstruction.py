@@ -57,6 +57,8 @@ class Reconstruction:
             is from explaining its part of the update; 0 is exact, NaN could not be checked.
         certified: bool ``(M,)``: whether the server could prove that this image, with its label, is one of
             the client's.
+        features: float64 ``(M, d)``, of attacks that recover what a layer behind convolutions was given; the
+            images are then searched, and ``residuals`` are the features'.
         expected_psnr: ``(M,)`` in dB: how near the truth the attack says each image is, without seeing it.
         tokens: of text, int64 ``(N, T)``: the tokens of each sequence, -1 where none is known; ``images`` and
             ``trials`` are then empty.
@@ -80,6 +82,7 @@ class Reconstruction:
     warnings: tuple[str, ...] = ()
     residuals: Tensor | None = None
     certified: Tensor | None = None
+    features: Tensor | None = None
     expected_psnr: Tensor | None = None
     tokens: Tensor | None = None
     text: tuple[str, ...] = ()

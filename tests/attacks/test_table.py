@@ -21,6 +21,7 @@ SQUARED = iv.GradientMatching(
 # attack, network, protocol, whether the label is hidden, least PSNR; the grey image has 15.2 dB
 TABLE = {
     "closed form, MLP": (iv.fully_connected(), "MLP", iv.FedSGD(), True, 90.0),
+    "whole batch, MLP": (iv.exact_batch(), "MLP", iv.FedSGD(), True, 90.0),
     "closed form, MLP, FedAvg": (iv.fully_connected(), "MLP", iv.FedAvg(lr=0.1, local_steps=2), True, 60.0),
     "cosine, LeNetZhu": (iv.inverting_gradients(steps=300, tv=1e-3), "LeNetZhu", iv.FedSGD(), True, 16.5),
     "cosine, ConvNet8": (iv.inverting_gradients(steps=120, tv=1e-3), "ConvNet8", iv.FedSGD(), True, 16.5),
@@ -60,6 +61,12 @@ def mlp():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Sigmoid(), nn.Linear(8, 5))
+
+
+def wide():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 40), nn.ReLU(), nn.Linear(40, 5))
 
 
 def relu_net():
@@ -108,6 +115,14 @@ CLOSED = {
         mlp,
         ONE,
         "unexplained share of the first layer's gradient",
+    ),
+    "exact batch": (
+        iv.exact_batch,
+        {},
+        {"seconds": 9.0},
+        wide,
+        ONE,
+        "unexplained share of the layer's gradient",
     ),
     "recursive": (iv.recursive_inversion, {}, {"iterations": 9}, build_tiny, ONE, "cosine"),
     "patch embedding": (

@@ -92,6 +92,7 @@ def settings() -> Iterator[Case]:
         "inverting_gradients": (iv.inverting_gradients, ("tv",)),
         "best": (best, ("tv", "natural")),
         "fully_connected": (iv.fully_connected, ("tolerance",)),
+        "exact_batch": (iv.exact_batch, ("seconds",)),
         "GradientMatching": (matching, ("fading",)),
         "Smoothing": (iv.Smoothing, ("start", "end")),
     }
@@ -110,6 +111,11 @@ def settings() -> Iterator[Case]:
     odd: dict[str, Callable[[], Any]] = {
         "best shifts=1.5": lambda: best(shifts=1.5),
         "best shifts=-1": lambda: best(shifts=-1),
+        "exact_batch layer=3": lambda: iv.exact_batch(layer=3),
+        "exact_batch of no such layer": lambda: iv.exact_batch(layer="1")(*one()),
+        "exact_batch search is a class": lambda: iv.exact_batch(search=matching),
+        "exact_batch search=3": lambda: iv.exact_batch(search=3),
+        "exact_batch of no batch": lambda: iv.exact_batch()(*one()),
         "optimizer is a class": lambda: matching(optimizer=iv.Adam),
         "decay is a class": lambda: matching(decay=iv.StepDecay),
         "coordinates is a class": lambda: matching(coordinates=iv.NaturalImages),
