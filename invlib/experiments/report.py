@@ -159,9 +159,9 @@ def _caption(rows: Sequence[Row], cases: dict[str, list[Row]]) -> str:
         f"{clients} {'client' if clients == '1' else 'clients'} a case, from {settings['dataset']} "
         f"({settings['split']}), {budget}"
         f"seed {settings['seed']}, on {', '.join(sorted({row['device'] for row in rows}))}.",
-        f"PSNR: mean ± standard deviation over images{found}. {identified}Grey, mean, class: the PSNR of what "
-        "needs no update at all, namely the best plain grey image, the mean of the candidates, another image "
-        "of the class."
+        f"PSNR: mean ± standard deviation over images{found}. {identified}Grey, mean, class: the PSNR of "
+        "what needs no update at all, namely the best plain grey image, the mean of the candidates, another "
+        "image of the class."
         if any(row["psnr"] for row in rows)
         else "",
         *(experiment.notes if experiment else ()),
