@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from invlib.errors import UnknownNameError
-from invlib.experiments import ablation, architecture, exact, fedavg, imagenet, multi, table1
+from invlib.experiments import ablation, architecture, exact, fedavg, imagenet, multi, table1, transformers
 from invlib.experiments.cases import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -14,6 +14,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "multi": multi.EXPERIMENT,
     "imagenet": imagenet.EXPERIMENT,
     "exact": exact.EXPERIMENT,
+    "transformers": transformers.EXPERIMENT,
 }
 
 
