@@ -291,7 +291,14 @@ def _measured(plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
     places = range(first, first + len(own["psnr"]))
     of_each = {"rank_ssim": None, "rank_features": None, "judge": None}
     return {
-        **{"ssim": [], "score": None, "status": "closed_form", "evaluations": 0, "candidates": 0},
+        **{
+            "ssim": [],
+            "score": None,
+            "seconds": None,
+            "status": "closed_form",
+            "evaluations": 0,
+            "candidates": 0,
+        },
         **{name: [value] * len(places) for name, value in of_each.items()},
         "floors": [_floors(plan, row) for row in places],
         "reconstruction": None,

@@ -1,4 +1,4 @@
-"""Photographs and sentences out of transformers: what rounding, noise, dropout and optimisers leave of them."""
+"""Photographs and sentences out of transformers: what rounding, noise and optimisers leave of them."""
 
 from __future__ import annotations
 
@@ -217,8 +217,8 @@ EXPERIMENT = Experiment(
     full=Size(images=16, steps=1),
     reduced=Size(images=16, steps=1),
     notes=(
-        "Noise: its norm as a share of the update's. Whole sentences: every word in its place. Floor of words: "
-        "how many are in place if the most frequent word is guessed everywhere. Sentences are those of "
-        "invlib.data.sentences, which the network was not trained on.",
+        "Noise: its norm as a share of the update's. Whole sentences: all words in their places. Floor of "
+        "words: those in place if the most frequent word is guessed everywhere. Sentences are of invlib.data."
+        "sentences, which the network was not trained on.",
     ),
 )
