@@ -131,7 +131,7 @@ class Sentences:
             "score": found.score,
             "seconds": round(found.seconds, 3),
             "note": found.note,
-            "sentences": [data.decode(row) for row in tokens.cpu()],
+            "sentences": list(seen.in_words(tokens.cpu())),
             "found": [found.text[k] for k in matched[1]],
         }
 
