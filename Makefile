@@ -13,7 +13,7 @@ CACHE   := _build/.computed-with
 LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
 PAGES   := _build/.looks-like
 
-.PHONY: help book test lint types unit read lab check-dist check-site check-runs hostile coverage bench gpu clean
+.PHONY: help book rerun test lint types unit read lab check-dist check-site check-runs hostile coverage bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -90,9 +90,12 @@ check-site: $(STAMP)
 	@test -f $(SITE) || { echo "There is no built book yet: run make book first."; exit 1; }
 	@$(BIN)/python -m tests.site.check_site _build/html
 
-# As in `book`: another number of threads may round another way.
-check-runs: $(STAMP)
-	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.site.check_runs _build
+# As in `book`, beside which it may run: another number of threads may round another way.
+rerun: $(CACHE)
+	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.site.check_runs --run _build/rerun
+
+check-runs: book rerun
+	@$(BIN)/python -m tests.site.check_runs _build
 
 # The records that book/speed.md shows are these files, moved to data/results/.
 bench: $(STAMP)

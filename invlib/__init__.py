@@ -14,6 +14,7 @@ from invlib.attacks.auto import best
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,
     client_privacy_leakage,
@@ -24,6 +25,7 @@ from invlib.attacks.published import (
     see_through_gradients,
 )
 from invlib.attacks.recursive import recursive_inversion
+from invlib.attacks.tokens import token_embedding
 from invlib.autodiff import smoothing
 from invlib.autodiff.smoothing import Smoothing
 from invlib.core.normalization import CIFAR10, CIFAR100, FASHION_MNIST, IMAGENET, MNIST, UNIT, Normalization
@@ -110,11 +112,13 @@ __all__ = [
     "objectives",
     "observe",
     "optimizers",
+    "patch_embedding",
     "priors",
     "recursive_inversion",
     "save_observation",
     "see_through_gradients",
     "smoothing",
+    "token_embedding",
 ]
 
 

@@ -63,7 +63,7 @@ def test_files_that_the_recipes_name_exist():
     named = re.findall(r"`((?:invlib|tests|book|data|chapters)/[\w./-]*)`", read("CONTRIBUTING.md"))
     assert len(named) >= 10
     for name in named:
-        assert (ROOT / name).exists() or name == "chapters/5_name.ipynb", name
+        assert (ROOT / name).exists() or name == "chapters/7_name.ipynb", name
 
 
 def test_hooks_before_a_commit_run_what_the_machine_runs():

@@ -73,8 +73,9 @@ def test_the_hosted_workflow_runs_what_the_machine_runs() -> None:
 def test_the_machine_runs_every_check() -> None:
     checks = re.findall(r"^(check-\w+):", read("Makefile"), flags=re.MULTILINE)
     assert len(checks) == 3
-    for name in ("test", "book", *checks):
-        assert re.search(rf"^make --no-print-directory {name}$", read(".ci/run"), flags=re.MULTILINE), name
+    commands = re.findall(r"^make --no-print-directory (.*)$", read(".ci/run"), flags=re.MULTILINE)
+    made = {name for command in commands for name in command.split()}
+    assert made >= {"test", "book", *checks}
 
 
 # The check of the archives, without building them.

@@ -18,6 +18,7 @@ _SWEEPS, _FINISHING = 60, 12
 _EXTRA = 40  # singular values beyond those that are expected, by which the noise is seen
 _LAST = 4  # directions that are missing, from which on they are looked for by what is left
 _ROWS = 512  # at least, of the rows that a cone is made of
+_KEPT = 8  # directions for each that there is
 _ZERO, _LOOSEST_ZERO = 1e-7, 0.05  # of the largest number of a direction
 _BYTES = 2**28  # of one product of weights and columns
 
@@ -42,7 +43,7 @@ class Span:
 
     @property
     def rank(self) -> int:
-        """How many directions there are: the images whose signals differ."""
+        """How many directions there are, one for each image whose signal differs."""
         return self.columns.shape[1]
 
     def floor(self, q: Tensor) -> Tensor:
@@ -105,11 +106,16 @@ def span_of(weight_gradient: Tensor, *, expected: int = 32) -> Span:
 def _rank(values: Tensor, expected: int) -> int:
     """Return how many singular values lie above the noise: where they fall by two for the last time."""
     falls = values[:-1] / values[1:].clamp_min(1e-16 * values[0])
-    if expected <= len(falls) and falls[expected - 1] > 10:
+    if expected <= len(falls) and falls[expected - 1] > 1e4:
         return expected
     end = len(falls) - len(falls) // 10  # the last of all are smaller in any noise
     steps = (falls[:end] > 2).nonzero().flatten()
-    return int(steps[-1]) + 1 if len(steps) else len(values)
+    if not len(steps):
+        return len(values)
+    rank = int(steps[-1]) + 1
+    # Images far weaker than the others, down in the noise, would take the others with them.
+    weak = (falls[: rank - 1] > 30) & (values[1:rank] < 1e3 * values[rank])
+    return int(weak.nonzero()[0]) + 1 if weak.any() else rank
 
 
 def directions(
@@ -141,7 +147,7 @@ def directions(
     u = span.columns
     m, r = u.shape
     chance = min(0.9, 1.5 * (r - 1) / m + 0.02)
-    found, basis = u.new_zeros(0, r), u.new_zeros(0, r)
+    found, basis, zeros, changed = u.new_zeros(0, r), u.new_zeros(0, r), u.new_zeros(0), False
     # What a round costs, about, in products of the columns, and what the last ones of its kind have brought.
     some = min(m, max(_ROWS, 8 * r))
     price = {"sphere": 8.0 * m, "cone": 1.0 * some * r}
@@ -166,15 +172,18 @@ def directions(
                 last = draws[: 2 * _LAST : 2]
                 even = torch.ones_like(last @ u.T)
                 new = torch.cat([new, flattest(u, last, even, torch.zeros_like(even))])
+        if changed:
+            new = torch.cat([new, differences(u, basis)])
         new = distinct(new, 0.99)
-        if len(found):
-            new = new[((new @ found.T).abs() < 0.99).all(1)]
+        new = new[((new @ basis.T).abs() < 0.99).all(1)]
         if len(new):
             new = finished(span, new)
             new = new[span.silent(new) > chance]
-            found = distinct(torch.cat([found, new]), 0.9999)
-        before = len(basis)
+            found = distinct(torch.cat([basis, new, found]), 0.9999)
+            found = found[span.silent(found).argsort(descending=True, stable=True)[: _KEPT * r]]
+        before, total = len(basis), float(zeros.sum())
         basis, zeros = sparsest(span, found)
+        changed = float(zeros.sum()) > total + 1e-9
         worth[kind] = 0.5 * min(worth[kind], r) + max(len(basis) - before, 0)
         # What was not tried gains as much as this round cost, so that dry kinds take turns by their prices.
         worth = {k: w + (0 if k == kind else 0.2 * price[kind] / price["sphere"]) for k, w in worth.items()}
@@ -214,6 +223,27 @@ def flattest(u: Tensor, along: Tensor, weights: Tensor, signs: Tensor) -> Tensor
         q = _solve(u, w, along)
         q = q / (q * along).sum(1, keepdim=True)
     return F.normalize(q)
+
+
+def differences(u: Tensor, q: Tensor) -> Tensor:
+    """Return what is left of each direction ``(k, r)`` without a multiple of another that it agrees with.
+
+    Where one is the difference of two images' columns, its quotient by the column of one of them is the same
+    number in all rows where the other is silent.
+    """
+    y = q @ u[:: max(1, len(u) // _ROWS)].T
+    large = y.abs().amax(1, keepdim=True)
+    y, q, count = y / large, q / large, max(4, min(len(u), _ROWS) // 16)
+    out = [u.new_zeros(0, u.shape[1])]
+    for k in range(len(q)):
+        counts = (y.abs() > 1e-3) & (y[k].abs() > 1e-3)
+        ratios = torch.where(counts, y[k] / y, torch.nan).sort(1).values
+        spread = (ratios[:, count:] - ratios[:, :-count]) / ratios[:, count:].abs()
+        least = spread.nan_to_num(torch.inf).min(1)
+        near = (least.values < 1e-3).nonzero().flatten()
+        near = near[near != k]
+        out.append(q[k] - ratios[near, least.indices[near] + count // 2, None] * q[near])
+    return F.normalize(torch.cat(out))
 
 
 def finished(span: Span, q: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _LOOSEST = 1e-2
 _AT_ONCE = 512  # simulated images
 _SILENT = 0.02  # share of exact zeros below which an activation has none
 _REFERENCES = 32  # inputs that signals before the activation are means over
-_DRY = 6  # rounds that bring nothing, after which enough directions are what they are
+_DRY = 40  # rounds that bring nothing, after which enough directions are what they are
 _REPLAYED = 1e-3  # distance of the whole client's step on all images, as a share, that is rounding
 
 
@@ -395,12 +395,6 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     rows, inputs = rows[fits][:_AT_ONCE], inputs[fits][:_AT_ONCE]
     if not len(rows):
         return None
-    views = inputs / inputs.norm(dim=1, keepdim=True)
-    near, keep = torch.cdist(views, views) < 1e-4, torch.ones(len(rows), dtype=torch.bool)
-    for k in range(len(rows)):
-        if keep[k]:
-            keep[k + 1 :] &= ~near[k, k + 1 :].cpu()
-    rows, inputs = rows[keep], inputs[keep]
     back = signals(inputs)
     left = back - (back @ span.columns) @ span.columns.T
     residuals, labels = (left.norm(dim=2) / back.norm(dim=2).clamp_min(1e-300)).min(1)
@@ -410,6 +404,11 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     sure = (residuals <= _tolerance(span, own.T)) & (weights != 0)
     if not sure.any():
         return None
+    # Several rows say the same but for rounding; that of the largest bias gradient says it best.
+    views = F.normalize(inputs)
+    near = torch.cdist(views, views) < 1e-2
+    for k in sure.nonzero().flatten().tolist():
+        sure[k + 1 :] &= ~near[k, k + 1 :] | ~sure[k]
     found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
     return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
 

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from invlib.attacks.losses import balanced, batch_scale, binary_labels, class_slopes, kind_of
 from invlib.core.calls import logits_layer, logits_layer_inputs
+from invlib.core.network import (
+    blank,
+    forward,
+    in_mode,
+    like,
+    num_classes,
+    placed,
+    trainable_parameters,
+    unwrapped,
+)
 from invlib.core.network import classifier as classifier
-from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
 from invlib.core.observation import ClientStep, Loss, Observation, words_of
 from invlib.errors import RecoveryError
 from invlib.federated import FedAvg, FedSGD
@@ -122,6 +131,8 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
         raise RecoveryError(f"the loss {words_of(loss)} {what}")
     if kind == "signs" and count > 1:
         raise RecoveryError(f"one gradient of {count} images does not tell which has which of several labels")
+    if observation.is_text and (count > 1 or not hasattr(observation.protocol, "mean_gradient")):
+        raise RecoveryError(f"there are {count} sequences of {words_of(observation.protocol)}; expected one")
     head = _Head.of(model, observation)
     client = (
         None if hasattr(observation.protocol, "mean_gradient") else _Simulated(model, observation, loss, head)
@@ -207,8 +218,8 @@ class _Typical:
         self, model: nn.Module, observation: Observation, head: _Head, samples: int, *, trains: bool
     ) -> None:
         self.model, self.observation, self.head = model, observation, head
-        images = _noise_images(samples, observation.image_shape).to(like(model))
-        self.inputs = observation.normalization.encode(images)
+        images = placed(_noise_images(samples, observation.image_shape), model)
+        self.inputs = images if observation.is_text else observation.normalization.encode(images)
         params = trainable_parameters(model)
         self.ends = [params]
         if trains or isinstance(observation.protocol, FedAvg):
@@ -239,7 +250,9 @@ class _Typical:
         return torch.cat(parts).double().cpu().mean(0)
 
 
-def _noise_images(samples: int, shape: tuple[int, int, int]) -> Tensor:
+def _noise_images(samples: int, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) == 1:
+        return blank(shape, samples)
     channels, height, width = shape
     generator = torch.Generator().manual_seed(0)
     parts = []

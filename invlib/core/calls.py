@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from invlib.core.network import forward, in_mode, like, unwrapped
+from invlib.core.network import blank, forward, in_mode, placed, unwrapped
 from invlib.errors import RecoveryError
 
 # Operations that give the same numbers in the same order.
@@ -195,12 +195,13 @@ def trace(
 
     Args:
         model: the network; it is not changed.
-        inputs: normalised images ``(N, C, H, W)``; taken to the device and type of the parameters.
+        inputs: normalised images ``(N, C, H, W)``, taken to the device and type of the parameters, or
+            tokens int64 ``(N, T)``.
         params: parameters in place of the network's own.
         training: run in training mode, without writing batch-norm statistics.
     """
     model = unwrapped(model)
-    inputs = inputs.to(like(model)).detach().clone()
+    inputs = placed(inputs, model).detach().clone()
     recorder = _Recorder(inputs)
     own = {name: p.detach() for name, p in model.named_parameters()}
     with (
@@ -239,7 +240,7 @@ class LogitsLayer:
         return iter((self.weight, self.bias, self.how))
 
 
-def logits_layer(model: nn.Module, image_shape: tuple[int, int, int]) -> LogitsLayer:
+def logits_layer(model: nn.Module, image_shape: tuple[int, ...]) -> LogitsLayer:
     """Return which layer makes a network's logits: the weight's name, the bias's name or None, and how.
 
     It is the last product with a weight whose output becomes the logits by operations that treat all classes
@@ -248,12 +249,13 @@ def logits_layer(model: nn.Module, image_shape: tuple[int, int, int]) -> LogitsL
 
     Args:
         model: the network, in evaluation mode.
-        image_shape: ``(C, H, W)``.
+        image_shape: ``(C, H, W)``, or ``(T,)`` of token sequences.
 
     Raises:
         RecoveryError: there is no such layer; the message says what is in the way.
     """
-    probe = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0))
+    probe = noise if len(image_shape) > 1 else blank(image_shape)
     return _logits_layer(model, trace(model, probe))[0]
 
 

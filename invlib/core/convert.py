@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -68,12 +69,31 @@ def as_images(value: Any, like: Tensor | None = None) -> Tensor:
     return images if like is None else images.to(like)
 
 
-def as_labels(value: Any, *, classes_only: bool) -> Tensor:
+def as_tokens(value: Any) -> Tensor | None:
+    """Return token sequences int64 ``(N, T)``; None for what is no table of whole numbers, such as images.
+
+    Raises:
+        ObservationError: it is no array of numbers, or a table with a side of zero or a negative number.
+    """
+    tokens = as_tensor("tokens", value)
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        return None
+    if not tokens.numel() or int(tokens.min()) < 0:
+        lowest = f" and a lowest number of {int(tokens.min())}" if tokens.numel() else ""
+        raise ObservationError(
+            f"tokens have shape {tuple(tokens.shape)}{lowest}; expected whole numbers from 0 on, (N, T) with "
+            "N and T at least 1"
+        )
+    return tokens.to(torch.int64)
+
+
+def as_labels(value: Any, *, classes_only: bool, text: bool = False) -> Tensor:
     """Return the targets of a loss: classes int64 ``(N,)``, or whatever else the loss takes, ``(N, ...)``.
 
     Args:
         value: a tensor, an array or a list; whole numbers of any type, or one-hot rows of classes.
         classes_only: the loss is cross-entropy, which takes classes or probabilities ``(N, classes)``.
+        text: they are of token sequences, whose loss may take one class for each place, int64 ``(N, T)``.
 
     Raises:
         ObservationError: it is no array of numbers with a dimension of images, or not finite.
@@ -82,6 +102,8 @@ def as_labels(value: Any, *, classes_only: bool) -> Tensor:
     if labels.ndim == 0:
         raise ObservationError(f"labels are the one number {labels.item()}; expected one for each image")
     whole = not labels.is_floating_point()
+    if text and whole and not classes_only and labels.dtype != torch.bool:
+        return labels.to(torch.int64)
     if labels.ndim == 2 and labels.shape[1] == 1 and whole:
         labels = labels[:, 0]
     if labels.ndim == 1 and whole and labels.dtype != torch.bool:
@@ -111,24 +133,27 @@ def _probabilities(labels: Tensor) -> bool:
     return bool((labels >= 0).all()) and torch.allclose(totals, torch.ones_like(totals), atol=1e-3)
 
 
-def as_shape(value: Any, num_images: Any) -> tuple[int, tuple[int, int, int]]:
-    """Return the number of images and the shape ``(C, H, W)`` of one.
+def as_shape(value: Any, num_images: Any) -> tuple[int, tuple[int, ...]]:
+    """Return the number of images and the shape ``(C, H, W)`` of one, or ``(T,)`` of a token sequence.
 
     Raises:
         ObservationError: they are no positive whole numbers, or so large that no machine holds the images.
     """
     sizes: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
-    if len(sizes) != 3 or not all(_whole(n) and n >= 1 for n in sizes):
-        raise ObservationError(f"image_shape is {value!r}; expected three whole numbers (C, H, W)")
+    text = len(sizes) == 1 and isinstance(value, (list, tuple))
+    if not (text or len(sizes) == 3) or not all(_whole(n) and n >= 1 for n in sizes):
+        raise ObservationError(
+            f"image_shape is {value!r}; expected three whole numbers (C, H, W), or (T,) for token sequences"
+        )
     if not _whole(num_images) or num_images < 1:
         raise ObservationError(f"num_images is {num_images!r}; expected a whole number of at least 1")
-    channels, height, width = (int(n) for n in sizes)
-    if (total := int(num_images) * channels * height * width) > MOST_NUMBERS:
+    shape = tuple(int(n) for n in sizes)
+    if (total := int(num_images) * math.prod(shape)) > MOST_NUMBERS:
         raise ObservationError(
             f"num_images {num_images} of image_shape {value!r} are {total:.1e} numbers; "
             f"expected at most {MOST_NUMBERS:.1e}"
         )
-    return int(num_images), (channels, height, width)
+    return int(num_images), shape
 
 
 def _whole(value: Any) -> bool:

@@ -124,8 +124,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     return params
 
 
-def num_classes(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Return how many logits the model gives for one image of shape ``(C, H, W)``.
+def num_classes(model: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Return how many logits the model gives for one image ``(C, H, W)`` or one token sequence ``(T,)``.
 
     Raises:
         ObservationError: the model cannot run on such an image, or gives no ``(N, classes)`` logits.
@@ -138,7 +138,7 @@ _PROBED: WeakKeyDictionary[nn.Module, dict[object, tuple[int, int]]] = WeakKeyDi
 _RANDOM: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
 
 
-def probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+def probe(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, int]:
     """Return how many logits the model gives for one image, and how many bytes its layers put out.
 
     The model runs once for each shape of image and of parameters; then the answer is remembered.
@@ -153,23 +153,24 @@ def probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int
     return known[key]
 
 
-def _probe(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+def _probe(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, int]:
+    text = len(image_shape) == 1
     try:
-        logits, calls = record_layers(model, torch.zeros(1, *image_shape))
+        logits, calls = record_layers(model, blank(image_shape))
     except (InvlibError, MemoryError):
         raise
     except Exception as error:  # the model's own code may raise anything
         raise ObservationError(
-            f"the model does not run on an image of shape {tuple(image_shape)} (C, H, W): "
-            f"{type(error).__name__}: {error}"
+            f"the model does not run on {'token sequences' if text else 'an image'} of shape "
+            f"{tuple(image_shape)} {'(T,)' if text else '(C, H, W)'}: {type(error).__name__}: {error}"
         ) from error
-    if logits.ndim != 2 or not logits.is_floating_point():
+    if (logits.ndim != 2 and not text) or logits.ndim == 0 or not logits.is_floating_point():
         raise ObservationError(
             f"the model gives shape {tuple(logits.shape)} and type {logits.dtype}; "
             "expected logits (N, classes)"
         )
     outputs = [call.output for call in calls if isinstance(call.output, Tensor)]
-    return int(logits.shape[1]), sum(output.nbytes for output in outputs)
+    return int(logits.shape[-1]), sum(output.nbytes for output in outputs)
 
 
 def forward(
@@ -187,10 +188,22 @@ def like(model: nn.Module) -> Tensor:
     ).detach()
 
 
-def is_random(model: nn.Module, shape: tuple[int, int, int], *, training: bool, count: int = 2) -> bool:
-    """Say whether the model gives something else each time for the same images ``(count, *shape)``."""
+def blank(shape: tuple[int, ...], count: int = 1) -> Tensor:
+    """Return black images ``(count, C, H, W)``, or, for ``(T,)``, token sequences of zeros, int64."""
+    return torch.zeros(count, *shape, dtype=torch.int64 if len(shape) == 1 else torch.float32)
+
+
+def placed(inputs: Tensor, model: nn.Module) -> Tensor:
+    """Return inputs on the model's device and, unless they are whole numbers, in its type."""
+    some = like(model)
+    return inputs.to(some) if inputs.is_floating_point() else inputs.to(some.device)
+
+
+def is_random(model: nn.Module, shape: tuple[int, ...], *, training: bool, count: int = 2) -> bool:
+    """Say whether the model gives something else each time for the same inputs ``(count, *shape)``."""
     params = {name: p.detach() for name, p in model.named_parameters()}
-    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(like(model))
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
+    images = placed(images if len(shape) > 1 else blank(shape, count), model)
 
     def logits() -> Tensor:
         return forward(model, params, {name: b.clone() for name, b in model.named_buffers()}, images)
@@ -235,7 +248,8 @@ def record_layers(
 
     Args:
         model: the network; its hooks and modes are as before afterwards, also after an error.
-        inputs: normalised images ``(N, C, H, W)``; taken to the device and type of the parameters.
+        inputs: normalised images ``(N, C, H, W)``, taken to the device and type of the parameters, or
+            tokens int64 ``(N, T)``.
         kinds: which types of layers to note; None notes every module that has no modules inside.
         params: parameters in place of the network's own.
         training: run in training mode, without writing batch-norm statistics.
@@ -244,7 +258,7 @@ def record_layers(
         The output of the network and the calls; a layer that runs twice is noted twice.
     """
     calls: list[LayerCall] = []
-    inputs = inputs.to(like(model))
+    inputs = placed(inputs, model)
 
     def noted(name: str, layer: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

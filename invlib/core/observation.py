@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from invlib.core.convert import as_labels, as_shape, as_tensor
 from invlib.core.network import num_classes, trainable_parameters, unwrapped
-from invlib.core.normalization import Normalization, as_normalization
+from invlib.core.normalization import UNIT, Normalization, as_normalization
 from invlib.errors import ObservationError, RecoveryError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -84,10 +84,11 @@ class Observation:
         protocol: the client's step (`invlib.FedSGD`, `invlib.FedAvg` or a function with the same arguments),
             public in federated learning.
         num_images: how many private images the client used.
-        image_shape: ``(C, H, W)`` of one image.
+        image_shape: ``(C, H, W)`` of one image; ``(T,)`` of token sequences of T tokens.
         labels: where the client revealed them, else None: classes int64 ``(N,)``, or whatever the loss takes,
             ``(N, ...)``.
         normalization: how the client encodes images in [0, 1]; a pair of tuples, mean and std, will do.
+            Text has none.
         buffers: the client's buffers after its step (batch-norm statistics), where it sent them.
         training_mode: whether the client ran the model in training mode.
         sent: parameter name → bool tensor of its shape, for those of which the client sent a part: True
@@ -96,6 +97,7 @@ class Observation:
             unless an attack is told otherwise.
         notes: what is doubtful about how the observation was made, a sentence each; every attack hands
             them on in `Reconstruction.warnings`.
+        vocabulary: of text, the word of each token, to print what is recovered.
 
     Raises:
         ObservationError: something is of a kind that cannot be converted, or contradicts itself.
@@ -109,14 +111,15 @@ class Observation:
     update: Mapping[str, Tensor]
     protocol: ClientStep
     num_images: int
-    image_shape: tuple[int, int, int]
-    normalization: Normalization
+    image_shape: tuple[int, ...]
+    normalization: Normalization = None  # type: ignore[assignment] # of images it has to be given
     labels: Tensor | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     training_mode: bool = False
     sent: Mapping[str, Tensor] = field(default_factory=dict)
     loss: Loss | None = None
     notes: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("update", "buffers", "sent"):
@@ -130,8 +133,9 @@ class Observation:
         if not isinstance(self.training_mode, bool):
             raise ObservationError(f"training_mode is {self.training_mode!r}; expected True or False")
         count, shape = as_shape(self.image_shape, self.num_images)
-        normalization = as_normalization(self.normalization)
-        if len(normalization.mean) not in (1, shape[0]):
+        text = len(shape) == 1
+        normalization = UNIT if text and self.normalization is None else as_normalization(self.normalization)
+        if not text and len(normalization.mean) not in (1, shape[0]):
             raise ObservationError(
                 f"normalization has {len(normalization.mean)} channels and image_shape is {shape}; "
                 "expected the same number, or one for all"
@@ -146,7 +150,9 @@ class Observation:
         }
         if self.labels is not None:
             plain = self.loss is None or self.loss is F.cross_entropy
-            known["labels"] = as_labels(self.labels, classes_only=plain)
+            known["labels"] = as_labels(self.labels, classes_only=plain, text=text)
+        if self.vocabulary is not None:
+            known["vocabulary"] = _as_vocabulary(self.vocabulary, text)
         for name, value in known.items():
             object.__setattr__(self, name, value)
 
@@ -158,7 +164,22 @@ class Observation:
         shape = "×".join(str(n) for n in (self.num_images, *self.image_shape))
         return (
             f"Observation({numbers:,} numbers in {len(self.update)} tensors{part}, "
-            f"{words_of(self.protocol)}, images {shape}, labels {told}{mode})"
+            f"{words_of(self.protocol)}, {'tokens' if self.is_text else 'images'} {shape}, "
+            f"labels {told}{mode})"
+        )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is of token sequences ``(T,)``, not of images."""
+        return len(self.image_shape) == 1
+
+    def in_words(self, tokens: Tensor) -> tuple[str, ...]:
+        """Return token sequences ``(N, T)`` as they read, unknown ones as ``_``; () without a vocabulary."""
+        words = self.vocabulary
+        if words is None:
+            return ()
+        return tuple(
+            " ".join("_" if not 0 <= v < len(words) else words[v] for v in row) for row in tokens.tolist()
         )
 
     def mean_gradient(self, name: str) -> Tensor:
@@ -197,13 +218,25 @@ class Observation:
             *self._mode_faults(model),
         ]
 
-    def validate(self, model: nn.Module) -> nn.Module:
+    def validate(self, model: nn.Module, *, text: bool | None = False) -> nn.Module:
         """Check that the observation fits the model, and return the model without its wrappers.
 
+        Args:
+            model: the model that the client received.
+            text: what the caller is for: False for images, True for token sequences, None for both.
+
         Raises:
-            ObservationError: with *all* faults at once: missing or extra names, wrong shapes,
-                non-finite numbers, labels out of range, statistics that moved in evaluation mode.
+            ObservationError: it is of the other kind; or, with *all* faults at once: missing or extra names,
+                wrong shapes, non-finite numbers, labels out of range, statistics that moved in evaluation
+                mode.
         """
+        if text is not None and text != self.is_text:
+            raise ObservationError(
+                f"the observation is of token sequences {self.image_shape}; expected images "
+                "(token_embedding is the attack on text)"
+                if self.is_text
+                else f"the observation is of images {self.image_shape}; expected token sequences (T,)"
+            )
         if faults := self.faults(model):
             raise ObservationError("the observation does not fit the model:\n  - " + "\n  - ".join(faults))
         return unwrapped(model)
@@ -239,6 +272,17 @@ class Observation:
             f"buffers {_some(moved)} differ from the model's, so that the client ran it in training mode; "
             "expected training_mode=True (or the buffers that the client received)"
         ]
+
+
+def _as_vocabulary(value: Any, text: bool) -> tuple[str, ...]:
+    if not text:
+        raise ObservationError("vocabulary is given for images; expected it with token sequences (T,) alone")
+    words = value if isinstance(value, (list, tuple)) else ()
+    if not words or not all(isinstance(word, str) for word in words):
+        raise ObservationError(
+            f"vocabulary is a {type(value).__name__}; expected a list of words, one for each token"
+        )
+    return tuple(words)
 
 
 def words_of(protocol: object) -> str:

@@ -34,14 +34,15 @@ def from_gradients(
     gradients: Iterable[Any],
     *,
     num_images: int,
-    image_shape: tuple[int, int, int],
-    normalization: Normalization,
+    image_shape: tuple[int, ...],
+    normalization: Normalization | None = None,
     protocol: ClientStep | None = None,
     labels: Any = None,
     buffers: Mapping[str, Any] | None = None,
     training_mode: bool = False,
     loss: Loss | None = None,
     sent: Sent = None,
+    vocabulary: Sequence[str] | None = None,
 ) -> Observation:
     """Make an observation of a list of gradients in the order of ``model.parameters()``.
 
@@ -51,14 +52,16 @@ def from_gradients(
             them, or for each parameter, or for each entry of the model's state dict; None for a parameter
             that the loss does not reach.
         num_images: how many private images the client used.
-        image_shape: ``(C, H, W)``.
-        normalization: how the client encodes images in [0, 1]; a pair of tuples, mean and std, will do.
+        image_shape: ``(C, H, W)``; ``(T,)`` of token sequences.
+        normalization: how the client encodes images in [0, 1]; a pair of tuples, mean and std, will do. Text
+            needs none.
         protocol: the client's step; None is `invlib.FedSGD`.
         labels: where they are known: classes, or whatever the loss takes.
         buffers: the client's batch-norm statistics, where it sent them.
         training_mode: whether the client ran the model in training mode.
         loss: the client's loss, where it is known.
         sent: which numbers were sent, see `from_arrays`.
+        vocabulary: of text, the word of each token.
 
     Raises:
         ObservationError: the list is too short or too long, or the observation does not fit the model.
@@ -83,6 +86,7 @@ def from_gradients(
         training_mode=training_mode,
         loss=loss,
         sent=sent,
+        vocabulary=vocabulary,
     )
 
 
@@ -91,14 +95,15 @@ def from_arrays(
     arrays: Mapping[str, Any],
     *,
     num_images: int,
-    image_shape: tuple[int, int, int],
-    normalization: Normalization,
+    image_shape: tuple[int, ...],
+    normalization: Normalization | None = None,
     protocol: ClientStep | None = None,
     labels: Any = None,
     buffers: Mapping[str, Any] | None = None,
     training_mode: bool = False,
     loss: Loss | None = None,
     sent: Sent = None,
+    vocabulary: Sequence[str] | None = None,
 ) -> Observation:
     """Make an observation of a mapping from parameter names to arrays (NumPy or torch).
 
@@ -121,6 +126,7 @@ def from_arrays(
             all of them. ``"nonzero"``: those that are not zero. ``"given"``: all of the parameters that are
             there, nothing of those that are missing or None. A mapping from names to bool arrays says it in
             detail.
+        vocabulary: of text.
 
     Raises:
         ObservationError: the observation does not fit the model.
@@ -178,15 +184,16 @@ def from_arrays(
         protocol=protocol or FedSGD(),
         num_images=num_images,
         image_shape=image_shape,
-        normalization=normalization,
+        normalization=normalization,  # type: ignore[arg-type] # text may have none
         labels=labels,
         buffers=buffers or {n: own[n] + d.to(own[n].device) for n, d in moved.items()},
         training_mode=training_mode,
         sent={name: mask for name, mask in masks.items() if not mask.all()},
         loss=loss,
         notes=tuple(notes),
+        vocabulary=vocabulary,  # type: ignore[arg-type] # becomes a tuple
     )
-    observation.validate(model)
+    observation.validate(model, text=None)
     for note in notes:
         warnings.warn(note, DoubtWarning, stacklevel=2)
     return observation
@@ -199,12 +206,13 @@ def from_state_dicts(
     *,
     protocol: ClientStep,
     num_images: int,
-    image_shape: tuple[int, int, int],
-    normalization: Normalization,
+    image_shape: tuple[int, ...],
+    normalization: Normalization | None = None,
     labels: Any = None,
     training_mode: bool = False,
     loss: Loss | None = None,
     sent: Sent = None,
+    vocabulary: Sequence[str] | None = None,
 ) -> Observation:
     """Make an observation of a client's state dict before and after its local training.
 
@@ -216,12 +224,13 @@ def from_state_dicts(
         after: the state dict that it sent back, or such a list.
         protocol: how it trained.
         num_images: how many private images the client used.
-        image_shape: ``(C, H, W)``.
-        normalization: how the client encodes images in [0, 1].
+        image_shape: ``(C, H, W)``; ``(T,)`` of token sequences.
+        normalization: how the client encodes images in [0, 1]; text needs none.
         labels: where they are known: classes, or whatever the loss takes.
         training_mode: whether the client ran the model in training mode.
         loss: the client's loss, where it is known.
         sent: which numbers were sent, see `from_arrays`.
+        vocabulary: of text, the word of each token.
 
     Raises:
         ObservationError: the two differ in names or shapes, hold the same weights, or the model does not hold
@@ -293,6 +302,7 @@ def from_state_dicts(
         training_mode=training_mode,
         loss=loss,
         sent=sent,
+        vocabulary=vocabulary,
     )
     for note in notes:
         warnings.warn(note, DoubtWarning, stacklevel=2)
@@ -402,6 +412,7 @@ def save_observation(observation: Observation, path: str | Path) -> None:
         "order": list(observation.update),
         "loss": _loss_name(observation.loss),
         "notes": observation.notes,
+        "vocabulary": observation.vocabulary,
     }
     tensors = {f"update/{name}": value.contiguous() for name, value in observation.update.items()}
     tensors |= {f"buffers/{name}": value.contiguous() for name, value in observation.buffers.items()}
@@ -479,4 +490,5 @@ def _observation(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ob
         sent={n.removeprefix("sent/"): t for n, t in tensors.items() if n.startswith("sent/")},
         loss=None if loss is None else getattr(F, loss),
         notes=tuple(str(note) for note in header.get("notes", ())),
+        vocabulary=header.get("vocabulary"),
     )

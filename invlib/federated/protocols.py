@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, descend, gradient
-from invlib.core.convert import as_images, as_labels
-from invlib.core.network import forward, in_mode, like, num_classes, trainable_parameters, unwrapped
+from invlib.core.convert import as_images, as_labels, as_tokens
+from invlib.core.network import (
+    forward,
+    in_mode,
+    like,
+    logits_of,
+    num_classes,
+    placed,
+    trainable_parameters,
+    unwrapped,
+)
 from invlib.core.normalization import Normalization, as_normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, DoubtWarning, ObservationError
@@ -205,11 +214,12 @@ def observe(
     labels: Any,
     protocol: ClientStep,
     *,
-    normalization: Normalization,
+    normalization: Normalization | None = None,
     reveal_labels: bool = True,
     training_mode: bool = False,
     loss: Loss = F.cross_entropy,
     generator: torch.Generator | None = None,
+    vocabulary: Sequence[str] | None = None,
 ) -> Observation:
     """Run the client's step on its private images and return what the server sees of it.
 
@@ -217,15 +227,17 @@ def observe(
 
     Args:
         model: any `torch.nn.Module` that gives logits ``(N, classes)``, or a tuple, dict or object with them.
-        images: ``(N, C, H, W)`` in [0, 1], or bytes; taken to the model's type.
+        images: ``(N, C, H, W)`` in [0, 1], or bytes; taken to the model's type. Or token sequences, whole
+            numbers ``(N, T)``.
         labels: int64 ``(N,)``, or whatever the loss takes, ``(N, ...)``.
         protocol: `FedSGD`, `FedAvg` or a function with the same arguments.
-        normalization: how the client encodes its images.
+        normalization: how the client encodes its images; token sequences need none.
         reveal_labels: whether the server is told the labels.
         training_mode: whether the client runs the model in training mode; batch norm then uses the
             statistics of the batch, and the updated running statistics are sent as buffers.
         loss: the client's loss ``(logits, labels) -> scalar``.
         generator: its seed is that of the client's dropout; None takes one that no attack draws.
+        vocabulary: of text, the word of each token, to print what is recovered.
 
     Raises:
         ObservationError: images or labels have the wrong shape, type or range, the loss does not take the
@@ -233,14 +245,19 @@ def observe(
 
     Taught in: chapter 1
     """
-    model, normalization = unwrapped(model), as_normalization(normalization)
+    model = unwrapped(model)
     trainable_parameters(model)
-    images = as_images(images, like(model))
-    labels = as_labels(labels, classes_only=loss is F.cross_entropy).to(images.device)
-    if labels.is_floating_point():
-        labels = labels.to(images)
-    _check_batch(model, images, labels, loss)
-    inputs = normalization.encode(images)
+    tokens = as_tokens(images)
+    if tokens is not None:
+        inputs = placed(tokens, model)
+    else:
+        normalization = as_normalization(normalization)
+        images = as_images(images, like(model))
+        inputs = normalization.encode(images)
+    count, shape = inputs.shape[0], tuple(inputs.shape[1:])
+    labels = as_labels(labels, classes_only=loss is F.cross_entropy, text=tokens is not None)
+    labels = labels.to(like(model)) if labels.is_floating_point() else labels.to(inputs.device)
+    _check_batch(model, inputs, labels, loss)
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
     def update_statistics(params: Mapping[str, Tensor], batch: Tensor) -> None:
@@ -249,7 +266,7 @@ def observe(
 
     seed = CLIENT_SEED if generator is None else generator.initial_seed()
     with in_mode(model, training=training_mode, seed=seed):
-        client = protocol.drawn(len(images)) if isinstance(protocol, FedAvg) else protocol
+        client = protocol.drawn(count) if isinstance(protocol, FedAvg) else protocol
         update = client(
             model,
             inputs,
@@ -273,26 +290,39 @@ def observe(
     return Observation(
         update={name: value.detach() for name, value in update.items()},
         protocol=protocol,
-        num_images=images.shape[0],
-        image_shape=(images.shape[1], images.shape[2], images.shape[3]),
+        num_images=count,
+        image_shape=shape,
         labels=labels.detach().clone() if reveal_labels else None,
-        normalization=normalization,
+        normalization=normalization,  # type: ignore[arg-type] # text may have none
         buffers=buffers,
         training_mode=training_mode,
         loss=loss,
+        vocabulary=vocabulary,  # type: ignore[arg-type] # becomes a tuple
     )
 
 
-def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -> None:
-    if labels.shape[0] != images.shape[0]:
+def _check_batch(model: nn.Module, inputs: Tensor, labels: Tensor, loss: Loss) -> None:
+    what = "images" if inputs.is_floating_point() else "token sequences"
+    if labels.shape[0] != inputs.shape[0]:
         raise ObservationError(
-            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; expected one for each"
+            f"labels have shape {tuple(labels.shape)} for {inputs.shape[0]} {what}; expected one for each"
         )
-    classes = num_classes(model, (images.shape[1], images.shape[2], images.shape[3]))
+    shape = tuple(inputs.shape[1:])
+    classes = num_classes(model, shape)
     indices = labels.ndim == 1 and not labels.is_floating_point() and loss is F.cross_entropy
     if indices and not ((labels >= 0) & (labels < classes)).all():
         raise ObservationError(f"labels {labels.tolist()} are out of range; expected 0 to {classes - 1}")
-    check_loss(loss, images.new_zeros(images.shape[0], classes), labels)
+    logits = like(model).new_zeros(inputs.shape[0], classes)
+    if len(shape) == 1:  # a loss of text may take logits of each place, (N, T, classes)
+        try:
+            with torch.no_grad(), in_mode(model, training=False):
+                logits = torch.zeros_like(logits_of(model(inputs)))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise ObservationError(
+                f"the model does not run on tokens from {int(inputs.min())} to {int(inputs.max())}: {error}; "
+                "expected numbers that its embedding has"
+            ) from error
+    check_loss(loss, logits, labels)
 
 
 def check_loss(loss: Loss, logits: Tensor, labels: Tensor) -> None:

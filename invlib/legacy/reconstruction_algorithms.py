@@ -68,7 +68,7 @@ class GradientReconstructor:
         self,
         input_data: Sequence[Tensor],
         labels: Tensor | None,
-        img_shape: tuple[int, int, int] = (3, 32, 32),
+        img_shape: tuple[int, ...] = (3, 32, 32),
         dryrun: bool = False,
         eval: bool = True,
         tol: float | None = None,

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError
-from invlib.metrics.quality import SSIM_SIDE, mse, pair, psnr, ssim
+from invlib.metrics.quality import SSIM_SIDE, mse, originals, psnr, ssim, unit_images
 
 _SHIFT = 8  # pixels: trained networks give copies moved by the product of their strides
 _MUCH = 3.0  # dB, from which on another PSNR is worth a line
+_EXACT = 60.0  # dB, beyond which no difference can be seen and no cause of it is worth a line
 _LINES = 3  # of each kind
 
 
@@ -26,25 +27,32 @@ def matching_order(images: Tensor, truth: Tensor) -> Tensor:
     The order of a batch leaves no trace in its mean gradient, so it is matched before comparing.
 
     Args:
-        images: ``(N, C, H, W)`` in [0, 1].
-        truth: images of the same shape.
+        images: ``(M, C, H, W)`` in [0, 1], of as many as were found.
+        truth: ``(N, C, H, W)``, no fewer.
 
     Returns:
-        int64 ``(N,)``: ``images[order]`` is in the truth's order.
+        int64 ``(N,)``: ``images[order]`` is in the truth's order. Where M is under N, -1 for each true image
+        that has none; ``images[order[order >= 0]]`` is in the order of the others.
 
     Raises:
-        ConfigError: the shapes differ, or the truth does not lie in [0, 1].
+        ConfigError: the shapes do not fit, or the truth does not lie in [0, 1].
 
     Taught in: chapter 4
     """
-    images, truth = (part.detach() for part in pair(images, truth))
-    cost = torch.cdist(truth.flatten(1), images.flatten(1)).square()
+    given, expected = (tuple(getattr(part, "shape", ())) for part in (images, truth))
+    if given[1:] != expected[1:] or given[:1] > expected[:1]:
+        raise ConfigError(
+            f"images have shape {given} and the truth {expected}; expected the same (N, C, H, W), or fewer"
+        )
+    images, truth = unit_images(images, "images").detach(), originals(truth).detach()
+    cost = torch.cdist(truth.to(images.device).flatten(1), images.flatten(1)).square()
     # A broken image is as far from every true one as can be; a larger number would drown the others.
     furthest = 4.0 * truth[0].numel()
     finite = torch.nan_to_num(cost, nan=furthest, posinf=furthest)
-    return torch.as_tensor(
-        linear_sum_assignment(finite.cpu().numpy())[1], dtype=torch.int64, device=images.device
-    )
+    matched, by = (torch.from_numpy(places) for places in linear_sum_assignment(finite.cpu().numpy()))
+    order = torch.full((len(truth),), -1)
+    order[matched] = by
+    return order.to(images.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +60,14 @@ class Report:
     """How close a reconstruction is to the truth, beside what no attack at all would give.
 
     Args:
-        images: the reconstructed images ``(N, C, H, W)``, like all that follows in the truth's order.
+        images: the reconstructed images ``(N, C, H, W)``, like all that follows in the truth's order; where
+            an attack found M of the N, these M, and like all that follows but ``order``.
         mse: one number for each image.
         psnr: likewise, in dB.
         ssim: likewise; empty for images under 11 pixels a side.
-        order: which image of the reconstruction was matched to each true one.
+        order: which image of the reconstruction was matched to each of the N true ones; -1: none was found.
         labels_right: how many of the labels are right, as a multiset; None where there are none.
-        num_images: how many images there are.
+        num_images: how many true images there are.
         grey_psnr: the PSNR of a plain mid-grey image against each true one.
         mean_image_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
         shifts: by how many pixels (down, right) each image lies off its original where the two agree best, at
@@ -103,17 +112,21 @@ class Report:
         return [
             k
             for k, (value, known) in enumerate(zip(values, plain, strict=False))
-            if value > max(known) + _MUCH
+            if value > max(known) + _MUCH and max(known) < _EXACT
         ]
 
     def __str__(self) -> str:
+        found = self.num_images - self.order.count(-1)
+        some = [f"found {found} of {self.num_images} images"] if found < self.num_images else []
+        if not found:
+            return f"{some[0]}: there is nothing to compare"
         lines = [f"PSNR {self.mean_psnr:6.2f} dB   MSE {self.mean_mse:.2e}"]
         if self.ssim:
             lines[0] += f"   SSIM {self.mean_ssim:.3f}"
         grey, mean = _mean(self.grey_psnr), _mean(self.mean_image_psnr)
         lines.append(f"floors: grey image {grey:.2f} dB, mean image {mean:.2f} dB")
         if self.labels_right is not None:
-            lines.append(f"labels right: {self.labels_right} of {self.num_images}")
+            lines.append(f"labels right: {self.labels_right} of {found}")
         moved = [
             f"image {k} lies {_way(*self.shifts[k])}: {self.aligned_psnr[k]:.2f} dB where it is moved back"
             for k in self._far_above(self.aligned_psnr)
@@ -124,14 +137,15 @@ class Report:
         ]
         for said in (moved, pale):
             lines += said if len(said) <= _LINES else [*said[:_LINES], f"… and {len(said) - _LINES} more"]
-        return "\n".join(lines)
+        return "\n".join(some + lines)
 
 
 def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | None = None) -> Report:
     """Compare a reconstruction with the truth, after matching the order of the batch.
 
     A result that is the original but for a shift of a few pixels, or but for brightness and contrast, is
-    found out: the report has the PSNR without either beside the plain one.
+    found out: the report has the PSNR without either beside the plain one. Of a result with fewer images than
+    the truth, such as that of `invlib.exact_batch`, it says how many were found, and how well those.
 
     Args:
         reconstruction: what an attack returned.
@@ -140,7 +154,7 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
         labels: the private labels, integers ``(N,)``.
 
     Raises:
-        ConfigError: the shapes differ, the truth does not lie in [0, 1], or labels are not N integers.
+        ConfigError: the shapes do not fit, the truth does not lie in [0, 1], or labels are not N integers.
 
     Taught in: chapter 2
     """
@@ -149,19 +163,29 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
             f"reconstruction is a {type(reconstruction).__name__}; expected what an attack returned "
             "(invlib.metrics.psnr compares images)"
         )
-    _, truth = pair(reconstruction.images, truth)
-    truth = truth.detach()
-    order = matching_order(reconstruction.images, truth)
-    images = reconstruction.images.detach()[order]
+    if reconstruction.tokens is not None:
+        raise ConfigError(
+            "the reconstruction is of text; expected images (compare its tokens with the truth)"
+        )
+    images = reconstruction.images.detach()
+    order = matching_order(images, truth) if len(images) else None
+    truth = originals(truth).detach().to(images.device)
+    given = None if labels is None else _whole(labels, len(truth))
+    if order is None:
+        none: dict[str, Any] = dict.fromkeys(("mse", "psnr", "ssim", "grey_psnr", "mean_image_psnr"), ())
+        nowhere = (-1,) * len(truth)
+        return Report(images=images, order=nowhere, labels_right=None, num_images=len(truth), **none)
+    found = order >= 0
+    images = images[order[found]]
     right = None
-    if labels is not None:
-        given = _whole(labels, len(truth))
-        if reconstruction.labels is not None:
-            right = (Counter(given) & Counter(reconstruction.labels.tolist())).total()
+    if given is not None and reconstruction.labels is not None:
+        known = [label for label, there in zip(given, found.tolist(), strict=True) if there]
+        right = (Counter(known) & Counter(reconstruction.labels.tolist())).total()
+    mean = truth.mean(0, keepdim=True) if len(truth) > 1 else truth.mean((2, 3), keepdim=True)
+    num_images, truth = len(truth), truth[found]
     plain = psnr(images, truth)
     shifts, aligned = _aligned(images.double(), truth)
     grey = torch.full_like(truth, 0.5)
-    mean = truth.mean(0, keepdim=True) if len(truth) > 1 else truth.mean((2, 3), keepdim=True)
     return Report(
         images=images,
         mse=_floats(mse(images, truth)),
@@ -169,7 +193,7 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
         ssim=_floats(ssim(images, truth)) if min(truth.shape[2:]) >= SSIM_SIDE else (),
         order=tuple(order.tolist()),
         labels_right=right,
-        num_images=len(truth),
+        num_images=num_images,
         grey_psnr=_floats(psnr(grey, truth)),
         mean_image_psnr=_floats(psnr(mean.expand_as(truth), truth)),
         shifts=shifts,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Images = Tensor | np.ndarray
 Drawn = Reconstruction | Images
+NOT_FOUND = 0.93  # the grey of an image that an attack did not find
 
 
 class Recording(Protocol):
@@ -31,21 +32,31 @@ class Recording(Protocol):
 def decibels(images: np.ndarray, reference: np.ndarray) -> list[str]:
     """Return the PSNR of each image `(N, H, W, C)` as a caption."""
     values = psnr(*(torch.from_numpy(array).permute(0, 3, 1, 2) for array in (images, reference)))
-    return ["exact" if value == float("inf") else f"{value:.1f} dB" for value in values.tolist()]
+    names = {"inf": "exact", "nan": "not found"}
+    return [names.get(str(value), f"{value:.1f} dB") for value in values.tolist()]
 
 
 def comparison(original: Images, reconstructions: Drawn | Mapping[str, Drawn]) -> dict[str, np.ndarray]:
-    """Return an original and its reconstructions as arrays by name, all in the original's order."""
+    """Return an original and its reconstructions as arrays by name, all in the original's order.
+
+    An image that an attack did not find is all NaN.
+    """
     rows = {"original": as_images(original, "original")}
     named = reconstructions if isinstance(reconstructions, Mapping) else {"reconstruction": reconstructions}
     if not named:
         raise ConfigError("reconstruction is empty; expected at least one set of images")
     for name, drawn in named.items():
-        rows[name] = as_images(drawn.images if isinstance(drawn, Reconstruction) else drawn, name)
-        same_shape(rows[name], rows["original"], name)
-        if isinstance(drawn, Reconstruction):
-            pair = (torch.from_numpy(rows[key]).permute(0, 3, 1, 2) for key in (name, "original"))
-            rows[name] = rows[name][matching_order(*pair).numpy()]
+        if not isinstance(drawn, Reconstruction):
+            rows[name] = as_images(drawn, name)
+            same_shape(rows[name], rows["original"], name)
+            continue
+        rows[name] = np.full_like(rows["original"], np.nan)
+        if len(drawn.images):
+            found = as_images(drawn.images, name)
+            same_shape(found[:1], rows["original"][:1], name)
+            pair = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in (found, rows["original"]))
+            order = matching_order(*pair).numpy()
+            rows[name][order >= 0] = found[order[order >= 0]]
     return rows
 
 
@@ -62,7 +73,8 @@ def compare(
     Args:
         original: `(N, C, H, W)` in [0, 1].
         reconstruction: what an attack returned, whose images are put in the original's order
-            (`invlib.metrics.matching_order`), or images that are in it; several by name for one row each.
+            (`invlib.metrics.matching_order`) and may be fewer, or images that are in it; several by name for
+            one row each.
         titles: one for each of the N images.
         max_images: draw no more than the first so many.
 
@@ -87,7 +99,7 @@ def compare(
         axes[row, 0].set_ylabel(name)
         captions = decibels(images[:count], reference[:count])
         for column in range(count):
-            show(axes[row, column], images[column])
+            show(axes[row, column], np.nan_to_num(images[column], nan=NOT_FOUND))
             if row > 0:
                 axes[row, column].set_xlabel(captions[column])
     if titles is not None:

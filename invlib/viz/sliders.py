@@ -11,7 +11,7 @@ import numpy as np
 from invlib.core.optional import package
 from invlib.errors import ConfigError
 from invlib.viz.figure import png_uri
-from invlib.viz.pictures import Drawn, Images, Recording, comparison, decibels, moments
+from invlib.viz.pictures import NOT_FOUND, Drawn, Images, Recording, comparison, decibels, moments
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -94,6 +94,7 @@ def wipe(
     if not isinstance(places, int) or not 2 <= places <= MAX_FRAMES:
         raise ConfigError(f"places must be from 2 to {MAX_FRAMES}, got {places}")
     reference, guess = comparison(original, reconstruction).values()
+    guess = np.nan_to_num(guess, nan=NOT_FOUND)
     pages = []
     for place in range(places):
         share = place / (places - 1)

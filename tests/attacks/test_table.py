@@ -81,6 +81,20 @@ SMOOTH = {"smoothing": iv.Smoothing(), "fading": 0.1, "coordinates": iv.NaturalI
 ONE, SOME = iv.FedSGD(), iv.FedAvg(lr=0.1, local_steps=2)
 
 
+class Patches(nn.Module):
+    """A linear patch embedding, positions, and what follows them."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embed, self.places = nn.Conv2d(3, 16, 4, stride=4), nn.Parameter(torch.randn(16, 2, 2))
+            self.head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(64, 5))
+
+    def forward(self, x):
+        return self.head(self.embed(x) + self.places)
+
+
 def on_the_way(**settings):
     return OnTheWay(attack=iv.inverting_gradients(**settings))
 
@@ -96,6 +110,14 @@ CLOSED = {
         "unexplained share of the first layer's gradient",
     ),
     "recursive": (iv.recursive_inversion, {}, {"iterations": 9}, build_tiny, ONE, "cosine"),
+    "patch embedding": (
+        iv.patch_embedding,
+        {},
+        {"decay": False},
+        Patches,
+        ONE,
+        "unexplained share of the patch embedding's update",
+    ),
     "best, closed form": (iv.best, {}, {"evaluations": 9}, build_tiny, ONE, "cosine"),
 }
 SEARCHES = {

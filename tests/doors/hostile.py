@@ -286,7 +286,8 @@ def updates() -> Iterator[Case]:
         yield Case(name=f"update {name}", run=lambda v=value: sent(v))
     for name, values in {
         "num_images": (0, -1, 1.5, "1", None, 10**12, True, NAN),
-        "image_shape": ((8, 8), (3, 8), 3, None, (3, 0, 8), (3, 8.5, 8), (3, -8, 8), (10**6,) * 3, "388", (3, 9, 9)),
+        "vocabulary": ("abc", [1], 3, ["a"], {"a": 0}),
+        "image_shape": ((192,), (8, 8), (3, 8), 3, None, (3, 0, 8), (3, 8.5, 8), (3, -8, 8), (10**6,) * 3, "388", (3, 9, 9)),
         "normalization": (None, "CIFAR10", (0.5, 0.5), ((0.5,),), ((0.5, 0.5), (1.0, 1.0)), ((NAN,), (1.0,)), iv.MNIST.mean, object()),
         "labels": ([1, 2], ["a"], 3, [-1], [99], torch.tensor([NAN]), torch.tensor([[0.2] * 5]) * 3, torch.tensor([0.5]), object()),
         "protocol": (iv.FedSGD, "FedSGD", 3, iv.FedAvg),

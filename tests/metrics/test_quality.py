@@ -71,8 +71,8 @@ def test_ssim_refuses_small_images():
     "measure", [metrics.mse, metrics.psnr, metrics.ssim, metrics.matching_order, metrics.lpips]
 )
 def test_shapes_have_to_agree(measure):
-    with pytest.raises(ConfigError, match=r"images have shape \(1, 1, 8, 8\) and the truth \(2, 1, 8, 8\)"):
-        measure(torch.zeros(1, 1, 8, 8), torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ConfigError, match=r"images have shape \(2, 1, 8, 8\) and the truth \(1, 1, 8, 8\)"):
+        measure(torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 8, 8))
 
 
 @given(order=st.permutations(range(5)))
@@ -101,6 +101,28 @@ def test_a_report_matches_the_order_first_and_counts_labels():
     assert report.labels_right == 2
     assert "labels right: 2 of 3" in str(report)
     assert "grey image" in str(report)
+
+
+def test_fewer_images_than_the_truth_are_matched_to_their_own():
+    truth, _ = random_batch(4, side=12)
+    found = made((truth + 0.01).clamp(0, 1)[[3, 1]], torch.tensor([7, 5]))
+    report = iv.evaluate(found, truth, torch.tensor([0, 5, 7, 6]))
+    assert report.order == (-1, 1, -1, 0)
+    assert torch.equal(report.images, found.images.flip(0))
+    assert len(report.psnr) == len(report.ssim) == len(report.grey_psnr) == len(report.shifts) == 2
+    assert min(report.psnr) > 39
+    # The 7 is the label of an image that was not found.
+    assert report.labels_right == 1
+    assert str(report).startswith("found 2 of 4 images\nPSNR")
+    assert "labels right: 1 of 2" in str(report)
+
+
+def test_a_result_without_images_is_reported_as_such():
+    truth, labels = random_batch(3, side=12)
+    report = iv.evaluate(made(truth[:0], labels[:0]), truth, labels)
+    assert str(report) == "found 0 of 3 images: there is nothing to compare"
+    assert report.order == (-1, -1, -1)
+    assert math.isnan(report.mean_psnr)
 
 
 def test_the_images_of_a_report_are_in_the_order_of_the_truth():
@@ -263,7 +285,8 @@ def test_a_good_or_a_useless_result_is_said_in_two_lines():
     truth, _ = random_batch(1, side=16)
     noise = torch.rand(truth.shape, generator=torch.Generator().manual_seed(0))
     grey = torch.full_like(truth, 0.5)
-    for images in (truth, 0.98 * truth + 0.02 * noise, noise, grey, torch.full_like(truth, torch.nan)):
+    exact = truth * (1 + 1e-6)
+    for images in (truth, exact, 0.98 * truth + 0.02 * noise, noise, grey, torch.full_like(truth, torch.nan)):
         report = iv.evaluate(made(images), truth)
         assert str(report).count("\n") == 1, report
     assert iv.evaluate(made(truth), truth).shifts == ((0, 0),)

@@ -1,9 +1,11 @@
 """Run every chapter once more, from another folder, and compare its pictures with those of the built book.
 
-Usage: python -m tests.site.check_runs _build
+Usage: python -m tests.site.check_runs --run _build/rerun
+       python -m tests.site.check_runs _build
 
 "Restart and run all" has to give the same pictures each time, wherever the notebook lies. The first run is
-the book's; the second is made here, on a copy in an empty folder.
+the book's; the second is made here with --run, on a copy in an empty folder, beside the book where two
+threads are free. Without --run the two are compared.
 """
 
 import hashlib
@@ -24,25 +26,50 @@ Notebook = dict[str, Any]
 
 
 def main() -> int:
-    """Compare all chapters and return the exit status: 0 the same, 1 a difference, 2 nothing to compare."""
-    if len(sys.argv) != 2 or not (cache := Path(sys.argv[1]) / ".jupyter_cache" / "executed").is_dir():
-        print(f"expected the folder that make book writes, got {sys.argv[1:]}", file=sys.stderr)
-        return 2
+    """Run all chapters, or compare two runs, and return the exit status.
+
+    0 the same, 1 a difference or a chapter that does not run, 2 nothing to run or to compare.
+    """
+    match sys.argv[1:]:
+        case ["--run", folder]:
+            return rerun(Path(folder))
+        case [folder] if (Path(folder) / ".jupyter_cache" / "executed").is_dir():
+            return compare_all(Path(folder) / ".jupyter_cache" / "executed", Path(folder) / "rerun")
+    print(f"expected --run FOLDER, or the folder that make book writes, got {sys.argv[1:]}", file=sys.stderr)
+    return 2
+
+
+def rerun(folder: Path) -> int:
+    """Run every chapter and keep it with its outputs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in sorted(CHAPTERS.glob("*.ipynb")):
+        began = time.perf_counter()
+        nbformat.write(run_elsewhere(path), folder / path.name)
+        print(f"{path.name}: ran again in {time.perf_counter() - began:.0f} s", flush=True)
+    return 0
+
+
+def compare_all(cache: Path, folder: Path) -> int:
+    """Compare the chapters that the book holds with those that ran again."""
     built = [json.loads(path.read_text(encoding="utf-8")) for path in cache.glob("*/base.ipynb")]
-    faults = []
+    faults, compared = [], 0
     for path in sorted(CHAPTERS.glob("*.ipynb")):
         chapter = json.loads(path.read_text(encoding="utf-8"))
         first = next((one for one in built if sources(one) == sources(chapter)), None)
+        again = folder / path.name
+        second = json.loads(again.read_text(encoding="utf-8")) if again.is_file() else None
         if first is None:
             faults.append(f"{path.name}: the built book has another version of this chapter")
-            continue
-        began = time.perf_counter()
-        found = compare(first, run_elsewhere(path))
-        faults += [f"{path.name}: {fault}" for fault in found]
-        print(f"{path.name}: {time.perf_counter() - began:.0f} s, {len(found)} differences", flush=True)
+        elif second is None or sources(second) != sources(chapter):
+            faults.append(f"{path.name}: this version of the chapter did not run again")
+        else:
+            faults += [f"{path.name}: {fault}" for fault in compare(first, second)]
+            compared += 1
     for fault in faults:
         print(fault)
-    return 1 if faults or not built else 0
+    print(f"{compared} chapters have run twice, {len(faults)} differences")
+    return 1 if faults or not compared else 0
 
 
 def sources(notebook: Notebook) -> list[str]:

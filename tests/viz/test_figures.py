@@ -55,6 +55,19 @@ class TestCompare:
         assert axes[5].get_xlabel() == f"{expected:.1f} dB"
         assert [panel.get_xlabel() for panel in axes[:3]] == ["", "", ""]
 
+    def test_an_image_that_was_not_found_leaves_its_place_empty(self, images):
+        found = replace(run_of(torch.zeros(1, 1)), images=images[[2, 0]])
+        axes = viz.compare(images, {"two": found, "none": replace(found, images=images[:0])}).axes
+        assert [panel.get_xlabel() for panel in axes[3:]] == [
+            "exact",
+            "not found",
+            "exact",
+            *["not found"] * 3,
+        ]
+        drawn = [np.asarray(panel.images[0].get_array()) for panel in axes]
+        np.testing.assert_allclose(drawn[5], images[2].permute(1, 2, 0), atol=1e-6)
+        assert np.ptp(drawn[4]) == 0
+
     def test_identical_images_are_called_exact(self, images):
         assert viz.compare(images, images).axes[3].get_xlabel() == "exact"
 

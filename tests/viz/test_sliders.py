@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,11 @@ def test_wipe_puts_a_reconstruction_in_the_order_of_the_original(images):
     )
     first, last = (pixels(pages(viz.wipe(images, shuffled))[place]) for place in (0, -1))
     np.testing.assert_array_equal(first, last)
+    one_missing = replace(shuffled, images=images[1:])
+    first, last = (pixels(pages(viz.wipe(images, one_missing))[place])[..., :3] for place in (0, -1))
+    side = images.shape[-1]
+    np.testing.assert_array_equal(first[:, side:], last[:, side:])
+    assert np.ptp(first[:, :side]) == 0
 
 
 @pytest.mark.parametrize(
