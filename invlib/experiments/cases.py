@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from invlib.attacks.base import Attack
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep
 from invlib.federated import FedSGD
 
-if TYPE_CHECKING:
-    from invlib.experiments.plan import Plan
-
-# (plan, case, number of the first private image, seed) -> what a row says of one client
-Measure = Callable[["Plan", "Case", int, int], dict[str, Any]]
+# (plan of the run, case, number of the first private image, seed) -> what a row says of one client
+Measure = Callable[[Any, "Case", int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,6 @@ from invlib.experiments import gallery
 from invlib.experiments.cases import Case, Experiment, Setup, Size
 from invlib.federated import observe
 from invlib.models.mlp import FullyConnected
-
-if TYPE_CHECKING:
-    from invlib.experiments.plan import Plan
 
 _RIGHT = 60.0  # dB, from which on an image is the client's
 _BEHIND = 256  # units of a second hidden layer
@@ -49,7 +46,7 @@ class Batch:
     deviation: float | None = None
     dtype: str = "float64"
 
-    def __call__(self, plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
+    def __call__(self, plan: Any, case: Case, first: int, seed: int) -> dict[str, Any]:
         """Attack one client, and return what its row says of it."""
         truth, labels = plan.gallery.take(range(first, first + case.images))
         normalization, dtype = case.normalization or plan.networks.normalization, getattr(torch, self.dtype)

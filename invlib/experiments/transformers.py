@@ -6,7 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from invlib.core import files
 from invlib.core.observation import Observation
 from invlib.experiments.cases import Case, Experiment, Setup, Size
 from invlib.federated import FedAvg, FedSGD, from_state_dicts, observe
-
-if TYPE_CHECKING:
-    from invlib.experiments.plan import Plan
 
 _STEPS = 5  # of a client with a sentence
 _LENGTH = 12  # tokens of each sentence of a batch
@@ -49,7 +46,7 @@ class Photograph:
     noise: float = 0.0
     dropout: bool = False
 
-    def __call__(self, plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
+    def __call__(self, plan: Any, case: Case, first: int, seed: int) -> dict[str, Any]:
         """Attack one client, and return what its row says of it."""
         truth, labels = plan.gallery.take(range(first, first + case.images))
         net = plan.networks.get(case, seed, (truth.shape[1], truth.shape[2], truth.shape[3]))
@@ -100,7 +97,7 @@ class Sentences:
 
     optimizer: str | None = None
 
-    def __call__(self, plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
+    def __call__(self, plan: Any, case: Case, first: int, seed: int) -> dict[str, Any]:
         """Attack one client, and return what its row says of it."""
         model = plan.networks.get(case, seed, (0, 0, 0)).model
         own = data.sentences(8) if self.optimizer else data.sentences(_LENGTH, _LENGTH)
