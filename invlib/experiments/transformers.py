@@ -17,7 +17,7 @@ from invlib import data, metrics
 from invlib.attacks.patches import patch_embedding
 from invlib.attacks.tokens import token_embedding
 from invlib.core import files
-from invlib.core.observation import Observation
+from invlib.core.observation import ClientStep, Observation
 from invlib.experiments.cases import Case, Experiment, Setup, Size
 from invlib.federated import FedAvg, FedSGD, from_state_dicts, observe
 
@@ -142,7 +142,7 @@ class Sentences:
             torch.default_generator.manual_seed(seed)
             for _ in range(_STEPS):
                 optimizer.zero_grad()
-                F.cross_entropy(moved(tokens), labels).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(moved(tokens), labels).backward()
                 optimizer.step()
         return from_state_dicts(
             model,
@@ -159,7 +159,7 @@ class Sentences:
 def cases(setup: Setup) -> list[Case]:
     """Return clients with a photograph each, then clients with a sentence or several."""
     steps = FedAvg(lr=0.01, local_steps=10)
-    clients = {
+    clients: dict[str, tuple[ClientStep, Photograph]] = {
         "gradient, float32": (FedSGD(), Photograph()),
         "gradient, float16": (FedSGD(), Photograph(dtype="float16")),
         "gradient, bfloat16": (FedSGD(), Photograph(dtype="bfloat16")),
