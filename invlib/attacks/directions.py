@@ -88,7 +88,7 @@ def span_of(weight_gradient: Tensor, *, expected: int = 32) -> Span:
         if width == most or rank <= width - _EXTRA // 2:
             break
         width = min(most, 2 * width)
-    if rank == most > 1:
+    if rank == (most := min(most, int(matrix.any(1).sum()))) > 1:
         raise RecoveryError(
             f"the weight gradient {tuple(matrix.shape)} has rank {most}, as high as can be; expected fewer "
             "images than the layer has inputs and outputs, and no noise"

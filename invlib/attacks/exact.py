@@ -157,10 +157,11 @@ class ExactBatch(Settings):
         doubts = doubts_of(model, observation)
         generator = generator or torch.Generator().manual_seed(0)
         layer = layer_of(model, observation, self.layer)
-        if observation.num_images >= (most := min(layer.weight_gradient.shape)):
+        active = int(layer.weight_gradient.any(1).sum())  # all signals of so few units lie in one space
+        if observation.num_images >= (most := min(active, layer.weight_gradient.shape[1])):
             raise RecoveryError(
-                f"{observation.num_images} images and only {most} inputs or outputs of {layer.name!r}; "
-                "expected fewer images than both, or their signals have no sparse directions of their own"
+                f"{observation.num_images} images and only {most} inputs or active outputs of {layer.name!r};"
+                " expected fewer images than both, or their signals have no sparse directions of their own"
             )
         span = span_of(layer.weight_gradient, expected=observation.num_images)
         targets = _targets(model, observation)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from invlib.attacks.base import Attack
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep
 from invlib.federated import FedSGD
+
+# (plan of the run, case, number of the first private image, seed) -> what a row says of one client
+Measure = Callable[[Any, "Case", int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,9 @@ class Case:
         paper: what the paper has in this place, to be printed beside it.
         sweep: where the experiment sweeps a setting, the number on the horizontal axis.
         series: which line of the figure the number belongs to.
+        measure: makes client and network by itself, attacks and compares; None does as for every search.
+        clients: at most how many are attacked; None as many as the form has.
+        text: whether a client has sentences in the place of images.
     """
 
     columns: Mapping[str, str]
@@ -76,6 +83,9 @@ class Case:
     paper: str | None = None
     sweep: float | None = None
     series: str = ""
+    measure: Measure | None = None
+    clients: int | None = None
+    text: bool = False
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from invlib.errors import UnknownNameError
-from invlib.experiments import ablation, architecture, fedavg, imagenet, multi, table1
+from invlib.experiments import ablation, architecture, exact, fedavg, imagenet, multi, table1, transformers
 from invlib.experiments.cases import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -13,6 +13,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fedavg": fedavg.EXPERIMENT,
     "multi": multi.EXPERIMENT,
     "imagenet": imagenet.EXPERIMENT,
+    "exact": exact.EXPERIMENT,
+    "transformers": transformers.EXPERIMENT,
 }
 
 

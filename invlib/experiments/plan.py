@@ -89,7 +89,12 @@ class Plan:
 
     def tasks(self) -> list[tuple[Case, int]]:
         """Return each attack: its case and the number of its first private image, client after client."""
-        return [(case, self.first + k * case.images) for k in range(self.images) for case in self.cases]
+        return [
+            (case, self.first + k * case.images)
+            for k in range(self.images)
+            for case in self.cases
+            if case.clients is None or k < case.clients
+        ]
 
     def case_settings(self, case: Case) -> dict[str, Any]:
         """Return every setting of a case that its rows depend on, as the record holds them."""
@@ -104,6 +109,8 @@ class Plan:
             "protocol": describe(case.protocol, added_later=ADDED_LATER),
             "images": case.images,
             "labels": "known" if case.reveal_labels else "inferred",
+            **({} if case.measure is None else {"measure": describe(case.measure)}),
+            **({"dataset": "sentences", "split": "test"} if case.text else {}),
         }
 
     def images_sha256(self) -> str:
@@ -135,7 +142,8 @@ def plan(request: Request) -> Plan:
     cases = experiment.cases(setup)
     wanted = _chosen(cases, request.only)
     check(wanted, request.weights, request.name)
-    count = max(case.images for case in wanted) * size.images
+    pictures = [case for case in wanted if not case.text]
+    count = max((c.images * min(size.images, c.clients or size.images) for c in pictures), default=1)
     gallery, begin = _gallery.load(source, split, request.first, count, device)
     full = experiment.full
     return Plan(

@@ -137,7 +137,11 @@ def _fault(row: Row) -> str:
                 return f"{name!r} is {str(where[name])[:40]!r}"
     count = len(row["psnr"])
     same = ("floors", "rank_ssim", "rank_features")
-    if not count or any(len(row[name]) != count for name in same) or len(row["ssim"]) not in (0, count):
+    if (
+        not (count or row.get("counts"))
+        or any(len(row[name]) != count for name in same)
+        or len(row["ssim"]) not in (0, count)
+    ):
         return "its lists are not of one length"
     if not all(_is_number(value) for name in ("psnr", "ssim") for value in row[name]):
         return "'psnr' or 'ssim' holds what is no number"

@@ -101,26 +101,36 @@ def table(record: str | os.PathLike[str]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row["columns"]))
     with_paper = any(row.get("paper") for row in rows)
     with_labels = any(row["settings"]["labels"] == "inferred" for row in rows)
-    headings = [*names, "PSNR in dB", *(["paper"] if with_paper else []), "SSIM", "by SSIM"]
-    headings += ["by features", "grey", "mean", "class"]
-    headings += [*(["labels right"] if with_labels else []), "evaluations", "clients"]
+    counts = list(dict.fromkeys(name for row in rows for name in row.get("counts", ())))
+    searched = not counts
+    with_psnr = any(row["psnr"] for row in rows)
+    headings = [*names, *counts, *(["PSNR in dB"] if with_psnr else []), *(["paper"] if with_paper else [])]
+    headings += ["SSIM", "by SSIM", "by features"] if searched else []
+    headings += ["grey", "mean", "class"] if with_psnr else []
+    headings += [*(["labels right"] if with_labels else [])]
+    headings += ["evaluations" if searched else "seconds", "clients"]
     lines = []
     for group in cases.values():
         line = [str(group[0]["columns"].get(name, "")) for name in names]
-        line.append(_mean_and_spread(_flat(group, "psnr")))
+        line += [_sum([row["counts"][name] for row in group if name in row["counts"]]) for name in counts]
+        if with_psnr:
+            line.append(_mean_and_spread(_flat(group, "psnr")))
         if with_paper:
             line.append(group[0].get("paper") or "")
-        line.append(_mean(_flat(group, "ssim"), "{:.3f}"))
-        line += [_identified(group, "rank_ssim"), _identified(group, "rank_features")]
-        line += [
-            _mean([f[kind] for row in group for f in row["floors"]], "{:.2f}")
-            for kind in ("grey", "mean", "class")
-        ]
+        if searched:
+            line.append(_mean(_flat(group, "ssim"), "{:.3f}"))
+            line += [_identified(group, "rank_ssim"), _identified(group, "rank_features")]
+        if with_psnr:
+            line += [
+                _mean([f[kind] for row in group for f in row["floors"]], "{:.2f}")
+                for kind in ("grey", "mean", "class")
+            ]
         if with_labels:
             right = [row["labels_right"] for row in group if row["labels_right"] is not None]
             total = sum(len(row["psnr"]) for row in group if row["labels_right"] is not None)
             line.append(f"{sum(right) / total:.0%}" if total else "")
-        line += [_mean([row["evaluations"] for row in group], "{:.0f}"), str(len(group))]
+        last = ("evaluations", "{:.0f}") if searched else ("seconds", "{:.2g}")
+        line += [_mean([row[last[0]] for row in group], last[1]), str(len(group))]
         lines.append(tuple(line))
     return Table(columns=tuple(headings), rows=tuple(lines), caption=_caption(rows, cases))
 
@@ -131,19 +141,32 @@ def _caption(rows: Sequence[Row], cases: dict[str, list[Row]]) -> str:
     clients = _range(len(group) for group in cases.values())
     reduced = any(row["settings"]["reduced"] for row in rows)
     title = experiment.title if experiment else name
+    budget = found = identified = ""
+    if any("counts" in row for row in rows):
+        found = " that were found"
+    else:
+        budget = (
+            f"{settings['steps']} network evaluations a restart, "
+            f"{settings['restarts']} restart{'s' if settings['restarts'] != 1 else ''}, "
+        )
+        identified = (
+            "By SSIM, by features: how often the reconstruction picks its own original out of "
+            f"{_range(row['candidates'] for row in rows)} candidates, by SSIM and by the features of another "
+            "trained network. "
+        )
     parts = [
         f"{'REDUCED FORM of ' if reduced else ''}{name}: {title}.",
         f"{clients} {'client' if clients == '1' else 'clients'} a case, from {settings['dataset']} "
-        f"({settings['split']}), {settings['steps']} network evaluations a restart, "
-        f"{settings['restarts']} restart{'s' if settings['restarts'] != 1 else ''}, "
+        f"({settings['split']}), {budget}"
         f"seed {settings['seed']}, on {', '.join(sorted({row['device'] for row in rows}))}.",
-        "PSNR: mean ± standard deviation over images. By SSIM, by features: how often the reconstruction "
-        f"picks its own original out of {_range(row['candidates'] for row in rows)} candidates, by SSIM and "
-        "by the features of another trained network. Grey, mean, class: the PSNR of what needs no update at "
-        "all, namely the best plain grey image, the mean of the candidates, another image of the class.",
+        f"PSNR: mean ± standard deviation over images{found}. {identified}Grey, mean, class: the PSNR of "
+        "what needs no update at all, namely the best plain grey image, the mean of the candidates, another "
+        "image of the class."
+        if any(row["psnr"] for row in rows)
+        else "",
         *(experiment.notes if experiment else ()),
     ]
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
 
 
 def _range(values: Iterable[int]) -> str:
@@ -157,6 +180,7 @@ def _flat(group: Sequence[Row], key: str) -> list[float]:
 
 def _mean_and_spread(values: list[float]) -> str:
     # An exact image has an infinite PSNR, with which there is no mean: it is said beside it.
+    values = [v for v in values if v == v]  # of what was not found there is none
     finite = [v for v in values if v not in (float("inf"), float("-inf"))]
     exact = f", {len(values) - len(finite)} exact" if len(finite) < len(values) else ""
     if not finite:
@@ -167,6 +191,10 @@ def _mean_and_spread(values: list[float]) -> str:
 def _mean(values: Sequence[float | None], form: str) -> str:
     known = [float(v) for v in values if v is not None]
     return form.format(statistics.fmean(known)) if known else "–"
+
+
+def _sum(counts: Sequence[Sequence[int]]) -> str:
+    return f"{sum(some for some, _ in counts)} of {sum(every for _, every in counts)}" if counts else ""
 
 
 def _identified(group: Sequence[Row], key: str) -> str:

@@ -252,17 +252,65 @@ def _truth(plan: Plan, case: Case, first: int) -> tuple[Tensor, Tensor]:
 
 def _without_original(record: Record, tasks: list[tuple[Case, int]]) -> set[tuple[str, int]]:
     """Return the first task on each client whose originals the record does not hold."""
-    first_on = {(first, case.images): (case.name, first) for case, first in reversed(tasks)}
+    first_on = {(first, case.images): (case.name, first) for case, first in reversed(tasks) if not case.text}
     held = {(row["image"], len(row["psnr"])) for row in record.rows if row.get("truth")}
     return {task for place, task in first_on.items() if place not in held}
 
 
 def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row:
     """Let a client take its step, attack what the server sees, and only then look at the truth."""
-    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    started = datetime.datetime.now(datetime.UTC)
+    seed = plan.request.seed + first
+    device = plan.request.device
+    return {
+        "experiment": plan.request.name,
+        "case": case.name,
+        "image": first,
+        "place": list(plan.known).index(case.name),
+        "key": key(case.name, first, settings),
+        "columns": dict(case.columns),
+        "paper": case.paper,
+        "sweep": case.sweep,
+        "series": case.series,
+        "settings": settings,
+        "seed": seed,
+        **(_searched if case.measure is None else _measured)(plan, case, first, seed),
+        "started": started.isoformat(timespec="seconds"),
+        "commit": cards.commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "invlib": __version__,
+    }
+
+
+def _measured(plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
+    """Return what a case measures by itself, beside the floors of its images."""
+    assert case.measure is not None
+    own = case.measure(plan, case, first, seed)
+    places = range(first, first + len(own["psnr"]))
+    of_each = {"rank_ssim": None, "rank_features": None, "judge": None}
+    return {
+        **{
+            "ssim": [],
+            "score": None,
+            "seconds": None,
+            "status": "closed_form",
+            "evaluations": 0,
+            "candidates": 0,
+        },
+        **{name: [value] * len(places) for name, value in of_each.items()},
+        "floors": [_floors(plan, row) for row in places],
+        "reconstruction": None,
+        **own,
+    }
+
+
+def _searched(plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
+    """Return what a search found in one client's update, and what each image of it is worth."""
+    began = time.perf_counter()
     truth, labels = _truth(plan, case, first)
     labels = torch.tensor([case.labels.get(label, label) for label in labels.tolist()], device=labels.device)
-    seed = plan.request.seed + first
     shape = (int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
     net = plan.networks.get(case, seed, shape)
     seen = observe(
@@ -281,19 +329,7 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
     report = metrics.evaluate(replace(reconstruction, images=images), truth, labels)
     images = images[list(report.order)]
     about = [_about(plan, case, images[k], first + k) for k in range(case.images)]
-    device = plan.request.device
     return {
-        "experiment": plan.request.name,
-        "case": case.name,
-        "image": first,
-        "place": list(plan.known).index(case.name),
-        "key": key(case.name, first, settings),
-        "columns": dict(case.columns),
-        "paper": case.paper,
-        "sweep": case.sweep,
-        "series": case.series,
-        "settings": settings,
-        "seed": seed,
         "psnr": list(report.psnr),
         "ssim": list(report.ssim),
         "score": reconstruction.score,
@@ -306,19 +342,17 @@ def _attack(plan: Plan, case: Case, first: int, settings: dict[str, Any]) -> Row
         **{name: [entry[name] for entry in about] for name in about[0]},
         "candidates": len(plan.gallery.candidates(first)[0]),
         "reconstruction": files.png(images),
-        "started": started.isoformat(timespec="seconds"),
-        "commit": cards.commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "invlib": __version__,
     }
+
+
+def _floors(plan: Plan, row: int) -> dict[str, float | None]:
+    candidates, own = plan.gallery.candidates(row)
+    return identification.floors(candidates[own], *plan.gallery.others(row))
 
 
 def _about(plan: Plan, case: Case, image: Tensor, row: int) -> dict[str, Any]:
     """Return what one reconstruction is worth: the floors, and its original's place among the candidates."""
     candidates, own = plan.gallery.candidates(row)
-    others, same = plan.gallery.others(row)
     judge = plan.networks.judge(case, image.shape[0])
 
     def place(likeness: identification.Likeness) -> int:
@@ -328,7 +362,7 @@ def _about(plan: Plan, case: Case, image: Tensor, row: int) -> dict[str, Any]:
         return found.ranks[0]
 
     return {
-        "floors": identification.floors(candidates[own], others, same),
+        "floors": _floors(plan, row),
         "rank_ssim": place(identification.by_ssim) if min(image.shape[1:]) >= SSIM_SIDE else None,
         "rank_features": None if judge is None else place(judge.similarity),
         "judge": None if judge is None else judge.name,
