@@ -608,12 +608,23 @@ def _separate(
     dry = 0
     for q, _ in directions(span, sent_back, generator, until=until):
         story = (f"{len(q)} of {span.rank} directions by their zeros",)
+        if len(q) == span.rank - 1 and layer.bias_gradient is not None:
+            # Any direction completes them for now: an input depends on all directions but its own.
+            q = torch.cat([q, torch.linalg.qr(q.T, mode="complete")[0][:, -1:].T])
         if len(q) < span.rank:
             continue
         inputs, columns = separated(span, q, layer.bias_gradient)
         if layer.bias_gradient is None:
             inputs, columns = _scaled(inputs, columns, signals, span)
-        found = replace(_checked(inputs, columns, signals, span, layer.share), story=story)
+        found = _checked(inputs, columns, signals, span, layer.share)
+        if layer.bias_gradient is not None and not found.certified.all():
+            labels, _, _, sure = certified(span, signals, inputs, layer.share)
+            if (new := (sure & ~found.certified).nonzero().flatten()).numel():
+                back = signals(inputs[new])[torch.arange(len(new)), labels[new]]
+                q = q.index_copy(0, new, F.normalize(back @ span.columns))
+                inputs, columns = separated(span, q, layer.bias_gradient)
+                found = _checked(inputs, columns, signals, span, layer.share)
+        found = replace(found, story=story)
         if best is None or float(found.residuals.sum()) < 0.999 * float(best.residuals.sum()):
             best, dry = proof(found), 0
         else:
@@ -686,12 +697,14 @@ def _joined(parts: list[Found]) -> Found:
 
 def _polished(layer: Layer, signals: Signals, span: Span, found: Found) -> Found:
     """Return inputs by least squares on the network's own signals, where there is one for each direction."""
-    if len(found.inputs) < span.rank or not found.certified.all():
+    if len(found.inputs) < span.rank or not found.certified.any():
         return found
     columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
     inputs = torch.linalg.lstsq(columns, layer.weight_gradient).solution
-    again = _checked(inputs, columns, signals, span, layer.share)
-    return replace(again, story=found.story) if again.certified.all() else found
+    labels, residuals, weights, sure = certified(span, signals, inputs, layer.share)
+    if not sure.all():
+        return found
+    return replace(found, inputs=inputs, labels=labels, residuals=residuals, weights=weights, certified=sure)
 
 
 def _replayed(model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
