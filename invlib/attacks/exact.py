@@ -42,6 +42,7 @@ _AT_ONCE = 512  # simulated images
 _SILENT = 0.02  # share of exact zeros below which an activation has none
 _REFERENCES = 32  # inputs that signals before the activation are means over
 _DRY = 40  # rounds that bring nothing, after which enough directions are what they are
+_POLISHING = 3
 _NEAR = 0.1  # of the residual of features that are worth a search
 _FEATURES = 10.0  # weight of their distance beside that of the gradient
 _REPLAYED = 1e-3  # distance of the whole client's step on all images, as a share, that is rounding
@@ -609,8 +610,7 @@ def _separate(
     for q, _ in directions(span, sent_back, generator, until=until):
         story = (f"{len(q)} of {span.rank} directions by their zeros",)
         if len(q) == span.rank - 1 and layer.bias_gradient is not None:
-            # Any direction completes them for now: an input depends on all directions but its own.
-            q = torch.cat([q, torch.linalg.qr(q.T, mode="complete")[0][:, -1:].T])
+            q = _completed(q)
         if len(q) < span.rank:
             continue
         inputs, columns = separated(span, q, layer.bias_gradient)
@@ -695,16 +695,32 @@ def _joined(parts: list[Found]) -> Found:
     return Found(**together, story=story)
 
 
+def _completed(q: Tensor) -> Tensor:
+    """Return directions with any one in the place of the last: an input depends on all but its own."""
+    missing = torch.linalg.qr(q.T, mode="complete")[0][:, -1:].T
+    return q if len(q) == q.shape[1] else torch.cat([q, missing])
+
+
 def _polished(layer: Layer, signals: Signals, span: Span, found: Found) -> Found:
-    """Return inputs by least squares on the network's own signals, where there is one for each direction."""
-    if len(found.inputs) < span.rank or not found.certified.any():
+    """Return inputs by the network's own signals for directions, where one is missing at most."""
+    sure = _only(found, found.certified)
+    if layer.bias_gradient is None or not span.rank - 1 <= len(sure.inputs) <= span.rank:
         return found
-    columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
-    inputs = torch.linalg.lstsq(columns, layer.weight_gradient).solution
-    labels, residuals, weights, sure = certified(span, signals, inputs, layer.share)
-    if not sure.all():
+    inputs, rows = sure.inputs, torch.arange(len(sure.inputs))
+    for _ in range(_POLISHING):
+        back = signals(inputs[rows])[rows, sure.labels]
+        inputs, _ = separated(span, _completed(F.normalize(back @ span.columns)), layer.bias_gradient)
+    labels, residuals, weights, proved = certified(span, signals, inputs, layer.share)
+    if not proved.all():
         return found
-    return replace(found, inputs=inputs, labels=labels, residuals=residuals, weights=weights, certified=sure)
+    return Found(
+        inputs=inputs,
+        labels=labels,
+        residuals=residuals,
+        weights=weights,
+        certified=proved,
+        story=found.story,
+    )
 
 
 def _replayed(model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
