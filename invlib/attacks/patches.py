@@ -174,6 +174,8 @@ def patch_embedding(
 
     Source: this project's; compare Lu et al. 2022 (APRIL), arXiv 2112.14087, who solve for the input of
     attention.
+
+    Taught in: chapter 6
     """
     return PatchEmbedding(tolerance=tolerance, decay=decay, weight=weight, positions=positions)
 

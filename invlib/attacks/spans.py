@@ -303,6 +303,8 @@ def span_check(
 
     Source: Petrov et al. 2024 (DAGER), arXiv 2405.15586; which layers and places can be used is found here by
     simulating the client.
+
+    Taught in: chapter 6
     """
     length = observation.image_shape[0]
     total = observation.num_images * length

@@ -114,6 +114,8 @@ def order_of_tokens(
 
     Source: Fowl et al. 2022 (Decepticons), arXiv 2201.12675, use positions for order; the equality of rows
     and its use for all optimisers are this project's.
+
+    Taught in: chapter 6
     """
     if (
         token_update.ndim != 2
@@ -439,6 +441,8 @@ def token_embedding(
         vocabulary, and ``residuals`` and ``certified`` for each sequence.
 
     Source: this project's, for tables; Petrov et al. 2024 (DAGER), arXiv 2405.15586, for spans.
+
+    Taught in: chapter 6
     """
     return TokenEmbedding(tokens=tokens, positions=positions, method=method, most=most)
 

@@ -44,6 +44,8 @@ def vocabulary() -> tuple[str, ...]:
 
     Raises:
         DataError: The file is missing or corrupt.
+
+    Taught in: chapter 6
     """
     words = tuple(_lines("vocabulary.txt"))
     if words[:2] != (PAD, UNKNOWN) or len(set(words)) != len(words):
@@ -61,6 +63,8 @@ def sentences(least: int = 1, most: int = 32) -> list[str]:
     Raises:
         ConfigError: No sentence is that long.
         DataError: The file is missing or corrupt.
+
+    Taught in: chapter 6
     """
     checked("sentences least", least, Count)
     checked("sentences most", most, Count)
@@ -83,6 +87,8 @@ def encode(text: str | Sequence[str], length: int | None = None) -> Tensor:
 
     Raises:
         ConfigError: A text has no token.
+
+    Taught in: chapter 6
     """
     checked("encode length", length, Count | None)
     number = {word: index for index, word in enumerate(vocabulary())}
