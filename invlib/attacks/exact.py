@@ -11,11 +11,21 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
-from invlib.attacks.base import Attack, Settings, closed_form, loss_of, of_classes
-from invlib.attacks.chain import chain, outside, sent, undo
+from invlib.attacks.base import Attack, Settings, closed_form, loss_of
+from invlib.attacks.certificate import (
+    AT_ONCE,
+    Layer,
+    Signals,
+    certified,
+    counted,
+    layer_of,
+    signals_of,
+    targets_of,
+    tolerance_of,
+)
+from invlib.attacks.chain import outside
 from invlib.attacks.directions import Span, directions, separated, span_of
 from invlib.attacks.doubts import doubted, doubts_of
 from invlib.attacks.matching import GradientMatching
@@ -23,9 +33,7 @@ from invlib.core.network import (
     forward,
     in_mode,
     like,
-    logits_of,
     num_classes,
-    record_layers,
     trainable_parameters,
 )
 from invlib.core.observation import Observation
@@ -36,9 +44,6 @@ from invlib.optim.optimizers import LBFGS
 from invlib.optim.priors import Prior, total_variation
 from invlib.settings import Positive, Rule
 
-_TOLERANCE = 1e-6  # of the residual of a certified image; more where the update itself is rounded
-_LOOSEST = 1e-2
-_AT_ONCE = 512  # simulated images
 _SILENT = 0.02  # share of exact zeros below which an activation has none
 _REFERENCES = 32  # inputs that signals before the activation are means over
 _DRY = 40  # rounds that bring nothing, after which enough directions are what they are
@@ -48,33 +53,6 @@ _FEATURES = 10.0  # weight of their distance beside that of the gradient
 _REPLAYED = 1e-3  # distance of the whole client's step on all images, as a share, that is rounding
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Layer:
-    """The fully connected layer that a batch is read from.
-
-    Args:
-        name: the layer's, for messages.
-        weight_gradient: ``(m, d)``, up to a factor, float64.
-        bias_gradient: ``(m,)``, or None.
-        bias_name: of the parameter; None where there is no bias.
-        module: the layer, where it is a module.
-        image_of: takes one input ``(d,)`` to the normalised image, flat; None where the layer sees features.
-        in_range: says of inputs ``(K, d)`` which may be an image's, bool ``(K,)``.
-        share: of two classes, of what an image's weight has to be a multiple: all inputs for which the same
-            units fire have one signal but for its length. None of more classes.
-    """
-
-    name: str
-    weight_gradient: Tensor
-    bias_gradient: Tensor | None
-    bias_name: str | None
-    module: nn.Linear | None
-    image_of: Callable[[Tensor], Tensor] | None
-    in_range: Callable[[Tensor], Tensor]
-    share: float | None = None
-
-
-Signals = Callable[[Tensor], Tensor]  # inputs (M, d) -> the layer's signals for every label (M, L, m)
 Proof = Callable[["Found"], "Found"]  # certifies all images together, where it can
 
 
@@ -165,7 +143,7 @@ class ExactBatch(Settings):
                 " expected fewer images than both, or their signals have no sparse directions of their own"
             )
         span = span_of(layer.weight_gradient, expected=observation.num_images)
-        targets = _targets(model, observation)
+        targets = targets_of(model, observation)
         signals = signals_of(model, observation, layer, targets)
         sent_back = signals(_references(layer))
         zeros = float((sent_back == 0).double().mean())
@@ -252,59 +230,6 @@ class Found:
     story: tuple[str, ...] = ()
 
 
-def layer_of(model: nn.Module, observation: Observation, name: str | None) -> Layer:
-    """Return the fully connected layer to read a batch from: the named one, or the first.
-
-    Raises:
-        RecoveryError: there is none, or it was not sent.
-    """
-    stages = chain(model, observation)
-    first = stages.stages[0] if stages.stages and stages.stages[0].window is None else None
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if first is not None and name in (None, first.name):
-
-        def image_of(inputs: Tensor) -> Tensor:
-            return undo(stages.first, inputs)[0]
-
-        def in_box(inputs: Tensor) -> Tensor:
-            rows = torch.stack([image_of(row) for row in inputs]).view(-1, *observation.image_shape)
-            images = observation.normalization.decode(rows)
-            return ((images > -1e-3) & (images < 1 + 1e-3)).flatten(1).all(1)
-
-        return Layer(
-            name=first.name,
-            weight_gradient=first.gradient(_gradient(model, observation, first.weight_name)),
-            bias_gradient=None
-            if first.bias_name is None
-            else _gradient(model, observation, first.bias_name).flatten(),
-            bias_name=first.bias_name,
-            module=modules.get(first.name),
-            image_of=image_of,
-            in_range=in_box,
-        )
-    probe = torch.zeros(1, *observation.image_shape)
-    _, calls = record_layers(model, probe, nn.Linear)
-    names = [call.name for call in calls if call.given.ndim == 2]
-    if not names or name not in (None, *names):
-        known = ", ".join(map(repr, names)) or "none"
-        raise RecoveryError(
-            f"{name!r} is no fully connected layer that {type(model).__name__} runs once an image; "
-            f"expected one of: {known}"
-        )
-    chosen = name or names[0]
-    module = modules[chosen]
-    bias = f"{chosen}.bias" if module.bias is not None else None
-    return Layer(
-        name=chosen,
-        weight_gradient=_gradient(model, observation, f"{chosen}.weight"),
-        bias_gradient=None if bias is None else _gradient(model, observation, bias),
-        bias_name=bias,
-        module=module,
-        image_of=None,
-        in_range=lambda inputs: (inputs > -1e-6 * inputs.abs().amax(1, keepdim=True)).all(1),
-    )
-
-
 def _images(observation: Observation, layer: Layer, inputs: Tensor) -> Tensor:
     """Return images ``(K, C, H, W)`` of a layer's inputs ``(K, d)``, not cut off to [0, 1]."""
     assert layer.image_of is not None
@@ -376,93 +301,6 @@ def _features_prior(model: nn.Module, layer: Layer, features: Tensor) -> Prior:
         return (seen[-1] - features).square().sum() / features.square().sum()
 
     return prior
-
-
-def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
-    """Return a gradient in double precision; a step that does not say its factor is tried on noise."""
-    raw = sent(observation, name)
-    if hasattr(observation.protocol, "mean_gradient"):
-        return observation.mean_gradient(name).to(raw).double()
-    count, labels = observation.num_images, observation.labels
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(count, *observation.image_shape, generator=generator).to(like(model))
-    labels = torch.zeros(count, dtype=torch.long) if labels is None else labels
-    labels = labels.to(noise) if labels.is_floating_point() else labels.to(noise.device)
-    loss = loss_of(F.cross_entropy, observation)
-    with in_mode(model, training=False):
-        own, slope = (
-            step(model, noise, labels, loss=loss)[name].detach().double()
-            for step in (observation.protocol, FedSGD())
-        )
-    return raw.double() / (float((own * slope).sum() / slope.square().sum().clamp_min(1e-300)) or 1.0)
-
-
-def _targets(model: nn.Module, observation: Observation) -> Tensor:
-    """Return the labels that an image may have: those that were told, each once, or all classes."""
-    if observation.labels is not None:
-        told: Tensor = observation.labels.unique(dim=0)
-        return told
-    if not of_classes(model, observation):
-        raise RecoveryError(
-            "the labels are hidden and no classes, so that they cannot all be tried; expected labels"
-        )
-    return torch.arange(num_classes(model, observation.image_shape))
-
-
-def signals_of(model: nn.Module, observation: Observation, layer: Layer, targets: Tensor) -> Signals:
-    """Return a function that runs the server's copy: what each input sends back to the layer for each label.
-
-    It takes inputs ``(M, d)`` and returns ``(M, L, m)`` in double precision, gradients of the loss of one
-    image at the layer's output, in evaluation mode.
-    """
-    loss = loss_of(F.cross_entropy, observation)
-    params = {n: p.detach().double() for n, p in model.named_parameters()}
-    buffers = {n: b.detach() for n, b in model.named_buffers()}
-    buffers = {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
-    targets = targets.double() if targets.is_floating_point() else targets
-    targets = targets.to(layer.weight_gradient.device)
-    units = len(layer.weight_gradient)
-    swapped: dict[str, Tensor] = {}
-
-    def swap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return (swapped["inputs"],) if "inputs" in swapped else None
-
-    def add(_: nn.Module, args: object, output: Tensor) -> Tensor:
-        return output + swapped["shift"]
-
-    def one(inputs: Tensor, target: Tensor) -> Tensor:
-        def cost(shift: Tensor) -> Tensor:
-            own = dict(params)
-            if layer.bias_name is not None:
-                own[layer.bias_name] = own[layer.bias_name] + shift.view(own[layer.bias_name].shape)
-            swapped["shift"] = shift
-            if layer.image_of is None:
-                swapped["inputs"], image = inputs[None], inputs.new_zeros(1, *observation.image_shape)
-            else:
-                image = layer.image_of(inputs).view(1, *observation.image_shape)
-            return loss(logits_of(functional_call(model, {**own, **buffers}, (image,))), target[None])
-
-        slope: Tensor = grad(cost)(inputs.new_zeros(units))
-        return slope
-
-    every = vmap(vmap(one, (None, 0)), (0, None))
-
-    def signals(inputs: Tensor) -> Tensor:
-        handles = []
-        if layer.module is not None and layer.image_of is None:
-            handles.append(layer.module.register_forward_pre_hook(swap))
-        if layer.module is not None and layer.bias_name is None:
-            handles.append(layer.module.register_forward_hook(add))
-        try:
-            with torch.enable_grad(), in_mode(model, training=False):
-                parts = [every(part, targets) for part in inputs.split(max(1, _AT_ONCE // len(targets)))]
-        finally:
-            swapped.clear()
-            for handle in handles:
-                handle.remove()
-        return torch.cat(parts).detach() if parts else inputs.new_zeros(0, len(targets), units)
-
-    return signals
 
 
 def _references(layer: Layer) -> Tensor:
@@ -537,7 +375,7 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     rows, inputs = rows[fits], inputs[fits]
     if not len(rows):
         return None
-    parts = [certified(span, signals, some, layer.share) for some in inputs.split(_AT_ONCE)]
+    parts = [certified(span, signals, some, layer.share) for some in inputs.split(AT_ONCE)]
     labels, residuals, weights, sure = (torch.cat(part) for part in zip(*parts, strict=True))
     if not sure.any():
         return None
@@ -552,47 +390,6 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
 def _near(inputs: Tensor, others: Tensor) -> Tensor:
     """Say which inputs ``(K, d)`` are the same as others ``(L, d)`` but for noise, bool ``(K, L)``."""
     return torch.cdist(F.normalize(inputs), F.normalize(others)) < 1e-2
-
-
-def certified(
-    span: Span, signals: Signals, inputs: Tensor, share: float | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Say of any inputs whether they are the client's: by the signal's residual in the column space.
-
-    What the network sends back for an input x of the batch and its label, :math:`\delta`, lies in it: of m
-    numbers only r are free. Its weight w is what lowers the rank of :math:`G - w\,\delta\,x^\top`, which is
-    :math:`1 / (x^\top G^+ \delta)`; of the wrong one of two classes it is negative.
-
-    Args:
-        span: of the weight gradient.
-        signals: the server's copy of the network.
-        inputs: ``(M, d)``, of the row space of the gradient.
-        share: of what weights have to be multiples, see `Layer`.
-
-    Returns:
-        Labels (the best of all), residuals, weights, and whether they are certified, ``(M,)`` each.
-
-    Source: the span check of Petrov et al. 2024 (DAGER), arXiv 2405.15586, for signals; the rank: Wedderburn.
-    """
-    back = signals(inputs)
-    along = back @ span.columns
-    length = back.norm(dim=2)
-    left = (back - along @ span.columns.T).norm(dim=2) / length.clamp_min(1e-300)
-    inverse = (along * (inputs @ span.core.T / span.core.square().sum(1))[:, None]).sum(2)
-    left = torch.where((inverse > 0) & (length > 0), left, torch.ones_like(left))
-    residuals, labels = left.min(1)
-    rows = torch.arange(len(inputs), device=labels.device)
-    own, weights = back[rows, labels], inverse[rows, labels].reciprocal()
-    tolerance = _tolerance(span, own.T)
-    return labels, residuals, weights, (residuals <= tolerance) & _counted(weights, share, tolerance)
-
-
-def _counted(weights: Tensor, share: float | None, tolerance: Tensor) -> Tensor:
-    """Return which weights are those of one image, or of some that are the same; all of more classes."""
-    if share is None:
-        return torch.ones_like(weights, dtype=torch.bool)
-    times = weights / share
-    return (times > 0.5) & ((times - times.round()).abs() <= tolerance)
 
 
 def _separate(
@@ -635,13 +432,6 @@ def _separate(
     return best or replace(_checked(span.core[:0], span.columns[:, :0], signals, span), story=story)
 
 
-def _tolerance(span: Span, columns: Tensor) -> Tensor:
-    """Return up to which residual a column of D ``(m, M)`` is certified, by the noise of its directions."""
-    off = (F.normalize(columns.T @ span.columns) * span.noise).norm(dim=1)
-    tolerance: Tensor = (10 * off).clamp(_TOLERANCE, _LOOSEST)
-    return tolerance
-
-
 def _checked(
     inputs: Tensor, columns: Tensor, signals: Signals, span: Span, share: float | None = None
 ) -> Found:
@@ -652,8 +442,8 @@ def _checked(
     gaps = (unit[:, None] - back / length[..., None]).norm(dim=2)
     residuals, labels = gaps.min(1) if len(inputs) else (gaps.new_zeros(0), gaps.new_zeros(0).long())
     weights = (along / length.square()).gather(1, labels[:, None])[:, 0]
-    tolerance = _tolerance(span, columns)
-    sure = (residuals <= tolerance) & _counted(weights, share, tolerance)
+    tolerance = tolerance_of(span, columns)
+    sure = (residuals <= tolerance) & counted(weights, share, tolerance)
     return Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
 
 
