@@ -166,7 +166,7 @@ def patch_embedding(
         positions: name of the table of positions; None takes the first that is added.
 
     Returns:
-        An attack. Its score is the residual, the share of the embedding's update that no image explains:
+        An attack. Its score is the residual, the share of the embedding's update that no image explains;
         each pixel of a patch has as many equations as a token has numbers, and as many unknowns as there
         are patches. ``certified`` says that the residual is rounding and that the equations determine the
         image (30 dB and more, ``expected_psnr``): only the update of one image obeys them. It does not
