@@ -56,6 +56,7 @@ _REPLAYED = 1e-3  # distance of the whole client's step on all images, as a shar
 Proof = Callable[["Found"], "Found"]  # certifies all images together, where it can
 
 
+# The search for an image of known features: of L-BFGS, whose first steps bring most.
 SEARCH = GradientMatching(
     priors=((0.1, total_variation),),
     optimizer=LBFGS(line_search="strong_wolfe", history_size=50),
@@ -63,7 +64,6 @@ SEARCH = GradientMatching(
     init="zeros",
     steps=6,
 )
-"""The search for an image of known features: of L-BFGS, whose first steps bring most."""
 
 
 def exact_batch(

@@ -9,8 +9,8 @@ from torch import nn
 
 import invlib as iv
 from invlib.attacks import analytic
-from invlib.attacks.directions import batch_inputs, span_of
 from invlib.attacks.certificate import certified, layer_of, signals_of
+from invlib.attacks.directions import batch_inputs, span_of
 from invlib.errors import ConfigError, DoubtWarning, RecoveryError
 from invlib.metrics import psnr
 
