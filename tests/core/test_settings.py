@@ -22,8 +22,11 @@ from invlib import training
 from invlib.attacks import auto
 from invlib.attacks.analytic import FullyConnected
 from invlib.attacks.auto import Best
+from invlib.attacks.exact import ExactBatch
+from invlib.attacks.patches import PatchEmbedding
 from invlib.attacks.recursive import RecursiveInversion
 from invlib.attacks.shifts import Shifting
+from invlib.attacks.tokens import TokenEmbedding
 from invlib.core.normalization import as_normalization
 from invlib.errors import ConfigError
 from invlib.legacy.config import AdamW
@@ -67,6 +70,7 @@ KINDS = {
     "(0, 1]": lambda v: number(v) and 0 < v <= 1,
     "flag": lambda v: isinstance(v, (bool, np.bool_)),
     "function of 2": lambda v: takes(v, 2),
+    "text": lambda v: isinstance(v, str),
     "nothing else": lambda v: False,
 }
 KINDS["two of [0, 1)"] = pair(KINDS["[0, 1)"])
@@ -135,6 +139,15 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
         | {"shifts": "whole from 0", "near_grey": "flag", "measured_smoothing": "flag"},
     ),
     FullyConnected: ({}, {"tolerance": "from 0", "agreement": "flag"}),
+    ExactBatch: ({}, {"layer": "text or None", "seconds": "positive", "search": None}),
+    PatchEmbedding: (
+        {},
+        {"tolerance": "from 0", "decay": "flag", "weight": "text or None", "positions": "text or None"},
+    ),
+    TokenEmbedding: (
+        {},
+        {"tokens": "text or None", "positions": "text or None", "method": "nothing else", "most": "count"},
+    ),
     RecursiveInversion: ({}, {"tolerance": "from 0", "iterations": "count"}),
     Shifting: (
         {"search": iv.GradientMatching(), "places": ((0, 4),), "copies": 1, "stage": 1, "per_step": 1},
