@@ -147,7 +147,16 @@ def signals_of(model: nn.Module, observation: Observation, layer: Layer, targets
 
     It takes inputs ``(M, d)`` and returns ``(M, L, m)`` in double precision, gradients of the loss of one
     image at the layer's output, in evaluation mode.
+
+    Raises:
+        RecoveryError: the layer has no bias and is no module, or the network cannot run on several images at
+            once under `torch.func.vmap`.
     """
+    if layer.module is None and layer.bias_name is None:
+        raise RecoveryError(
+            f"{layer.name!r} has no bias and is no torch.nn.Linear, so that its signals cannot be computed; "
+            "expected one of the two"
+        )
     loss = loss_of(F.cross_entropy, observation)
     params = {n: p.detach().double() for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
@@ -189,6 +198,10 @@ def signals_of(model: nn.Module, observation: Observation, layer: Layer, targets
         try:
             with torch.enable_grad(), in_mode(model, training=False):
                 parts = [every(part, targets) for part in inputs.split(max(1, AT_ONCE // len(targets)))]
+        except RuntimeError as error:  # .item() or control flow on data, say
+            raise RecoveryError(
+                f"the network does not run under torch.func.vmap, by which signals are computed: {error}"
+            ) from error
         finally:
             swapped.clear()
             for handle in handles:

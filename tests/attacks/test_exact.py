@@ -362,3 +362,28 @@ def test_any_attack_searches_the_image_of_features():
                 assert torch.allclose(value, alone[name], rtol=1e-3, atol=1e-6)
             else:
                 assert not one.sent[name].any()
+
+
+class Spelled(nn.Module):
+    """A first layer without a bias as a product, and, if asked, control flow on data."""
+
+    def __init__(self, *, flow):
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        self.first = nn.Parameter(torch.randn(3072, 60, generator=draws, dtype=torch.float64) / 60)
+        self.layer = network(60)[1] if flow else None
+        self.head = nn.Linear(60, 10, dtype=torch.float64)
+        if flow:
+            self.first.requires_grad_(False)
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        z = self.layer(flat).relu() if self.layer is not None else (flat @ self.first).relu()
+        return self.head(z * 2 if self.layer is not None and z.sum().item() < 0 else z)
+
+
+@pytest.mark.parametrize(("flow", "words"), [(False, "no torch.nn.Linear"), (True, "torch.func.vmap")])
+def test_a_network_whose_signals_cannot_be_computed_is_refused(flow, words):
+    net, (x, y) = Spelled(flow=flow), photos(2)
+    with pytest.raises(RecoveryError, match=words):
+        iv.exact_batch(seconds=5)(net, seen_by(net, x, y))
