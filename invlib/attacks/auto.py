@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
-from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
@@ -206,6 +206,8 @@ class Best(Settings):
             try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
+        if says_nothing(observation):
+            self = replace(self, evaluations=1, matching=replace(self.matching, steps=1))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         checked("generator", generator, torch.Generator)
         saved = None

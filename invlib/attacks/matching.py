@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, index_of_best, with_labels, with_loss, words
-from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.losses import taking_probabilities
 from invlib.attacks.orders import likely_orders
 from invlib.attacks.saturation import share_of_label
@@ -200,6 +200,8 @@ class GradientMatching(Settings):
         if checkpoint is not None:
             try_writing(Path(checkpoint))
         model = observation.validate(model)
+        if says_nothing(observation):
+            self = replace(self, steps=1)
         problem = self.problem(model, observation)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         starts = self.starts(problem, observation, generator)

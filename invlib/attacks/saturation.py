@@ -62,6 +62,8 @@ def share_of_label(
     assert observation.loss is not None
     classes = num_classes(model, observation.image_shape)
     why = obstacle(observation, observation.loss, labels, classes, step)
+    if why is None and not any(part.any() for part in target):
+        return None
     if why is None and not scale_free(objective, target):
         why = f"a factor changes the objective {getattr(objective, '__name__', objective)}"
     if why is None:

@@ -9,9 +9,10 @@ from torch import nn
 
 import invlib as iv
 from invlib.attacks import saturation
+from invlib.attacks.labels import infer
 from invlib.autodiff.odds import log_odds
 from invlib.core.network import in_mode
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, DoubtWarning, RecoveryError
 from invlib.optim import objectives
 from invlib.search.engines import selection
 from tests.conftest import build_tiny, random_batch
@@ -202,3 +203,33 @@ def test_one_minus_the_probability_is_read_off_the_bias():
     slopes = saturation.head_slopes(net, seen)
     p = net(iv.CIFAR10.encode(x)).softmax(-1)[0, y[0]]
     assert saturation.unsure(slopes, int(y[0])) == pytest.approx(1 - p.item(), rel=1e-5)
+
+
+def test_a_label_whose_slope_is_rounded_to_zero_is_still_inferred():
+    net = sure(20.0)
+    _, seen = seen_of(net, reveal_labels=False)
+    assert saturation.head_slopes(net, seen)[LABEL] == 0
+    found = infer(net, seen)
+    assert (found.labels.tolist(), found.guess) == ([LABEL], False)
+    with pytest.raises(RecoveryError, match="no entry of the bias gradient is negative"):
+        infer(net, replace(seen, update=dict(seen.update) | {"3.bias": 1e8 * seen.update["3.bias"]}))
+
+
+@pytest.mark.parametrize("attack", [iv.inverting_gradients(), iv.best()])
+def test_an_update_of_zeros_is_not_searched_for(attack):
+    net = sure(200.0)
+    with pytest.warns(DoubtWarning, match="all zero"):
+        _, seen = seen_of(net)
+    with pytest.warns(DoubtWarning, match=r"all zero, as of a loss that is zero in torch\.float32"):
+        found = attack(net, seen)
+    assert found.evaluations < 60
+    assert any("nothing is searched for" in doubt for doubt in found.warnings)
+
+
+def test_an_update_below_the_normal_numbers_is_doubtful():
+    net = sure(95.0)
+    _, seen = seen_of(net)
+    assert 0 < max(float(u.abs().max()) for u in seen.update.values()) < torch.finfo(torch.float32).tiny
+    with pytest.warns(DoubtWarning, match="below the normal ones of torch.float32"):
+        found = iv.GradientMatching(steps=1)(net, seen)
+    assert found.warnings
