@@ -19,7 +19,7 @@ from invlib.attacks.base import Settings, index_of_best, with_labels, with_loss,
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.losses import taking_probabilities
 from invlib.attacks.orders import likely_orders
-from invlib.attacks.saturation import share_of_label
+from invlib.attacks.saturation import share_of_label, weighed
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.odds import log_odds
 from invlib.autodiff.smoothing import Smoothing, rounded
@@ -41,7 +41,7 @@ from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.engines import memory, selection
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.interrupt import held
-from invlib.search.problem import Problem
+from invlib.search.problem import Problem, Update
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
 from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
@@ -330,12 +330,15 @@ class GradientMatching(Settings):
 
         objective, compared = _weighted(self.objective, weights), [target[i] for i in indices]
         alpha = share_of_label(self.log_odds, model, observation, labels, objective, compared, update)
+        step: Update = update
         if alpha is not None:
             # A factor does not count, and squares of very small numbers would be zero.
             largest = torch.stack([t.abs().max() for t in compared if t.numel()]).max()
             compared = [t / largest for t in compared]
+            step = partial(update, loss=partial(log_odds, alpha=alpha))
+            step = weighed(step, compared) if observation.num_images > 1 else step
         return Problem(
-            update=update if alpha is None else partial(update, loss=partial(log_odds, alpha=alpha)),
+            update=step,
             objective=objective,
             target=compared,
             alpha=alpha,

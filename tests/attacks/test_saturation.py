@@ -202,7 +202,7 @@ def test_one_minus_the_probability_is_read_off_the_bias():
     seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
     slopes = saturation.head_slopes(net, seen)
     p = net(iv.CIFAR10.encode(x)).softmax(-1)[0, y[0]]
-    assert saturation.unsure(slopes, int(y[0])) == pytest.approx(1 - p.item(), rel=1e-5)
+    assert saturation.unsure(slopes) == pytest.approx(1 - p.item(), rel=1e-5)
 
 
 def test_a_label_whose_slope_is_rounded_to_zero_is_still_inferred():
@@ -233,3 +233,51 @@ def test_an_update_below_the_normal_numbers_is_doubtful():
     with pytest.warns(DoubtWarning, match="below the normal ones of torch.float32"):
         found = iv.GradientMatching(steps=1)(net, seen)
     assert found.warnings
+
+
+def batch_of(net, count=3):
+    x, _ = random_batch(count, dtype=next(net.parameters()).dtype)
+    labels = torch.full((count,), LABEL)
+    return x, labels, iv.observe(net, x, labels, iv.FedSGD(), normalization=iv.CIFAR10)
+
+
+@pytest.mark.parametrize("margin", [9.0, 20.0])
+def test_the_weights_of_a_batch_are_one_minus_each_probability(margin):
+    net = sure(margin, torch.float64)
+    x, labels, seen = batch_of(net)
+    inputs = iv.CIFAR10.encode(x)
+    problem = iv.GradientMatching().problem(net, seen)
+    assert problem.alpha == 1
+    found = problem.update(inputs, labels)
+    assert apart(flat(found), flat(seen.update)) < 2e-7
+    p = net(inputs).softmax(-1)[:, LABEL]
+    each = [flat(iv.FedSGD()(net, inputs[k : k + 1], labels[:1], loss=log_odds)) for k in range(3)]
+    rows = torch.stack(each)
+    assert apart(flat(found), rows.T @ (1 - p).detach()) < 2e-7
+    sent = flat(seen.update)
+    weights = saturation._nonnegative(rows @ rows.T, rows @ sent)
+    torch.testing.assert_close(weights / weights.sum(), ((1 - p) / (1 - p).sum()).detach(), rtol=1e-3, atol=0)
+
+
+def test_an_image_that_does_not_fit_keeps_a_weight():
+    gram, along = torch.eye(3), torch.tensor([1.0, -1.0, 0.5])
+    assert saturation._nonnegative(gram, along).tolist() == pytest.approx([1, 0.01, 0.5])
+    assert saturation._nonnegative(gram, -torch.ones(3)).tolist() == [1, 1, 1]
+    stacks = saturation._nonnegative(gram.expand(2, 3, 3), torch.stack([along, 2 * along]))
+    assert stacks[1].tolist() == pytest.approx([2, 0.02, 1])
+
+
+@pytest.mark.parametrize("engine", ["eager", "batched"])
+def test_the_slope_of_a_batch_is_that_of_its_best_weights(engine):
+    net = sure(9.0, torch.float64)
+    _, _, seen = batch_of(net)
+    attack = iv.GradientMatching(restarts=2)
+    problem = attack.problem(net, seen)
+    values = attack.starts(problem, seen, torch.Generator().manual_seed(0))[0]
+    measure = selection.build(engine, problem)
+    cost, _, [slopes] = measure([values], [0, 1], None, 1.0)
+    way = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).double()
+    more, less = (measure([values + h * way], [0, 1], None, 1.0)[0] for h in (1e-5, -1e-5))
+    torch.testing.assert_close((more - less) / 2e-5, (slopes * way).flatten(1).sum(1), rtol=1e-3, atol=1e-9)
+    assert (cost > 0).all()
+    assert (slopes.flatten(2).norm(dim=-1) > 0).all()
