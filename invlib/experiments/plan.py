@@ -111,6 +111,7 @@ class Plan:
             "labels": "known" if case.reveal_labels else "inferred",
             **({} if case.measure is None else {"measure": describe(case.measure)}),
             **({"dataset": "sentences", "split": "test"} if case.text else {}),
+            **({} if case.mode == "evaluation" else {"mode": case.mode}),
         }
 
     def images_sha256(self) -> str:
