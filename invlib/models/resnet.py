@@ -77,9 +77,10 @@ class PreActivationBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features ``(N, inputs, H, W)`` to ``(N, width, H / stride, W / stride)``."""
-        first = self.act(self.bn1(x))
+        first = branch = self.act(self.get_submodule("bn1")(x))
         shortcut: Tensor = x if isinstance(self.downsample, nn.Identity) else self.downsample(first)
-        branch: Tensor = self.conv2(self.act(self.bn2(self.conv1(first))))
+        for name in ("conv1", "bn2", "act", "conv2"):
+            branch = self.get_submodule(name)(branch)
         return branch + shortcut
 
 
