@@ -77,11 +77,11 @@ class PreActivationBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features ``(N, inputs, H, W)`` to ``(N, width, H / stride, W / stride)``."""
-        first = branch = self.act(self.get_submodule("bn1")(x))
+        first: Tensor = self.act(self.get_submodule("bn1")(x))
         shortcut: Tensor = x if isinstance(self.downsample, nn.Identity) else self.downsample(first)
         for name in ("conv1", "bn2", "act", "conv2"):
-            branch = self.get_submodule(name)(branch)
-        return branch + shortcut
+            first = self.get_submodule(name)(first)
+        return first + shortcut
 
 
 class ResNet(nn.Module):
