@@ -13,7 +13,8 @@ from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
-from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.many import attack_many
+from invlib.attacks.matching import GradientMatching
 from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
-from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
@@ -206,6 +206,8 @@ class Best(Settings):
             try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
+        if says_nothing(observation):
+            self = replace(self, evaluations=1, matching=replace(self.matching, steps=1))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         checked("generator", generator, torch.Generator)
         saved = None
@@ -344,6 +346,8 @@ class Best(Settings):
         labels, closed = start.labels, start.status == "closed_form"
         distance = distance_of(model, observation, self.matching.loss)
         length = float(sum(part.double().square().sum() for part in observation.update.values()))
+        # Of log-odds, which stand for a loss that is saturated, the length means nothing.
+        turned = self.matching.problem(model, observation, labels).alpha is not None
         result, status = start, start.status
         try:
             if not closed:
@@ -351,12 +355,15 @@ class Best(Settings):
             nearest, spent = distance(start.images, labels), 1
             while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
                 polish = GradientMatching(
-                    objective=_relative(2 * nearest * length),
+                    objective=_relative(objectives.chordal, nearest)
+                    if turned
+                    else _relative(objectives.l2, 2 * nearest * length),
                     optimizer=_quasi_newton(min(_POLISH, spare)),
                     decay=None,
                     init=result.images,
                     steps=steps,
                     loss=self.matching.loss,
+                    log_odds=self.matching.log_odds,
                     coordinates=_coordinates(self.matching),
                     recompute=self.matching.recompute,
                     record_every=1,
@@ -438,9 +445,9 @@ def _restarts(matching: GradientMatching) -> float:
     return steps / matching.steps
 
 
-def _relative(scale: float) -> Objective:
-    """Return the squared distance over a number."""
-    return lambda candidate, target, weights=None: objectives.l2(candidate, target, weights) / scale
+def _relative(objective: Objective, scale: float) -> Objective:
+    """Return an objective over a number."""
+    return lambda candidate, target, weights=None: objective(candidate, target, weights) / scale
 
 
 def _scored(part: Reconstruction, score: float, unit: float) -> Reconstruction:

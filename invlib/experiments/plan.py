@@ -22,7 +22,13 @@ from invlib.experiments.networks import Networks, check
 
 # Settings that the oldest records do not know, at the value that those were made with.
 ADDED_LATER: dict[str, dict[str, Any]] = {
-    "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
+    "GradientMatching": {
+        "prune": False,
+        "engine": "auto",
+        "recompute": None,
+        "precision": "full",
+        "log_odds": None,
+    },
     "FedAvg": {"shuffle": False, "orders": None},
 }
 # How records described `best` before it was a dataclass: by the variables of a function inside it.
