@@ -326,20 +326,21 @@ class FedAvg(Checked):
         return self._mean_gradient
 
     def _mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
-        if self._given().keys() & {"momentum", "proximal", "weight_decay"} or isinstance(self.lr, tuple):
-            return update / -self.response(num_images)[0]
-        return update / (-self.lr * len(self.batches(num_images)))
+        return update / -self.response(num_images)[0]
 
     def response(self, num_images: int) -> tuple[float, float, float]:
         r"""Say how SGD's update depends on gradients and weights, clipping apart.
 
-        The update is :math:`-\sum_k c_k g_k - d\, \theta_0`: with gradients that are all the same,
+        The update is :math:`-\sum_k c_k g_k - d\, \theta_0`; with gradients that are all the same,
         :math:`\theta_k = \theta_0 - w_k g`.
 
         Returns:
             :math:`W = \sum_k c_k`; :math:`a = \sum_k c_k w_k / W^2`, how far along the update the mean of the
             weights lies at which gradients are taken; and :math:`d`.
         """
+        steps, moved = len(self.batches(num_images)), {"momentum", "proximal", "weight_decay"}
+        if not isinstance(self.lr, tuple) and not self._given().keys() & moved:
+            return self.lr * steps, (steps - 1) / (2 * steps), 0.0
         client = replace(self, clip_norm=None)
         start = {"": torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)}
         now, state = start, State()
