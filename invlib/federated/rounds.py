@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,20 +146,23 @@ def several_rounds(
             f"the update of round {lengths.index(0)} is all zero; expected one that is not"
         )
     scales = tuple(1 / length for length in lengths)
-    joined: dict[str, dict[str, Tensor]] = {
-        part: {
-            f"rounds.{k}.{name}": value
-            for k, seen in enumerate(observations)
-            for name, value in getattr(seen, part).items()
-        }
-        for part in ("update", "buffers", "sent")
-    }
-    update = {name: u * scales[int(name.split(".")[1])] for name, u in joined.pop("update").items()}
     protocol = EachRound(clients=tuple(seen.protocol for seen in observations), scales=scales)
-    notes = tuple(dict.fromkeys(note for seen in observations for note in seen.notes))
-    labels = told[0] if told else None
-    whole = replace(first, update=update, protocol=protocol, labels=labels, notes=notes, **joined)
+    whole = replace(
+        first,
+        update=_joined(
+            {n: u * s for n, u in o.update.items()} for o, s in zip(observations, scales, strict=True)
+        ),
+        protocol=protocol,
+        labels=told[0] if told else None,
+        buffers=_joined(seen.buffers for seen in observations),
+        sent=_joined(seen.sent for seen in observations),
+        notes=tuple(dict.fromkeys(note for seen in observations for note in seen.notes)),
+    )
     return Rounds(checked).train(checked[0].training), whole
+
+
+def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"rounds.{k}.{name}": value for k, part in enumerate(parts) for name, value in part.items()}
 
 
 def _of_round(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:

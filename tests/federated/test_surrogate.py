@@ -105,13 +105,15 @@ def test_the_experiment_scores_it_through_the_local_steps(net):
     assert torch.equal(found.images, attack(*iv.as_one_gradient(net, seen)).images)
 
 
-def quadratic(client, *, spread=0.0):
-    """A linear network with squared loss, whose curvature is 1 in all directions, or spread."""
+def quadratic(client):
+    """A linear network with squared loss, whose curvature is the same in all directions."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False)).double()
     net[1].weight.data = torch.arange(8, dtype=torch.float64).view(2, 4) / 8 - 0.4
     # four images that are orthogonal, so that the mean of x x^T is a multiple of one
-    eye = torch.eye(4, dtype=torch.float64) * (1 + spread * torch.arange(4)) * 0.5
-    x, y = eye.view(4, 1, 2, 2), torch.rand(4, 2, generator=torch.Generator().manual_seed(0)).double()
+    x, y = (
+        torch.eye(4, dtype=torch.float64).view(4, 1, 2, 2) / 2,
+        torch.rand(4, 2, generator=torch.Generator().manual_seed(0)).double(),
+    )
     loss = torch.nn.functional.mse_loss
     return net, iv.observe(net, x, y, client, normalization=iv.UNIT, loss=loss), x
 
@@ -137,10 +139,8 @@ def test_on_a_quadratic_loss_the_fitted_place_is_exact(more):
 def test_of_plain_steps_on_a_quadratic_loss_the_place_is_the_one_that_follows():
     lr, steps = 2.0, 4
     net, seen, x = quadratic(iv.FedAvg(lr=lr, local_steps=steps))
-    left = 1 - lr * 0.25 / 4  # of the distance to the least loss after a step: curvature 2 / 8 * 1 / 4 ...
-    inputs = x.flatten(1)
-    curvature = 2 * (inputs.T @ inputs)[0, 0] / 8
-    left = float(1 - lr * curvature)
+    curvature = 2 * x.flatten(1).square().sum(0)[0] / 8  # of a mean over eight outputs
+    left = float(1 - lr * curvature)  # of the distance to the least loss, after a step
     passed = sum(1 - left**k for k in range(steps)) / steps
     assert iv.fitted_place(net, seen, x) == pytest.approx(passed / (1 - left**steps), abs=1e-5)
 
