@@ -379,12 +379,15 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     labels, residuals, weights, sure = (torch.cat(part) for part in zip(*parts, strict=True))
     if not sure.any():
         return None
-    # Several rows say the same but for rounding; that of the largest bias gradient says it best.
-    near = _near(inputs, inputs)
-    for k in sure.nonzero().flatten().tolist():
-        sure[k + 1 :] &= ~near[k, k + 1 :] | ~sure[k]
     found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
-    return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
+    found = _only(found, sure)
+    found = _only(found, found.residuals.argsort())
+    # Several rows say the same but for rounding, and what is less exact waits till the exact ones are gone.
+    near, keep = _near(found.inputs, found.inputs), found.residuals <= 1e3 * found.residuals[0]
+    for k in range(len(keep)):
+        keep[k + 1 :] &= ~near[k, k + 1 :] | ~keep[k]
+    found = _only(found, keep)
+    return replace(found, story=(f"{len(found.inputs)} from units active for them alone",))
 
 
 def _near(inputs: Tensor, others: Tensor) -> Tensor:
