@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from invlib.federated import FedSGD
 
 _TOLERANCE = 1e-6  # of the residual of a certified image; more where the update itself is rounded
 _LOOSEST = 1e-2
+_CLEAN = 1e-10  # of the residual of what is taken out of the gradient, of which an error stays in it
 AT_ONCE = 512  # simulated images
 
 
@@ -211,9 +212,43 @@ def signals_of(model: nn.Module, observation: Observation, layer: Layer, targets
     return signals
 
 
-def certified(
-    span: Span, signals: Signals, inputs: Tensor, share: float | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """Inputs of a layer and what proves them.
+
+    Args:
+        inputs: ``(M, d)`` float64.
+        labels: ``(M,)``, which of the targets each has.
+        residuals: ``(M,)``, distance of the network's signal and the update's, both of length one.
+        certified: ``(M,)``, whether that is rounding.
+        clean: ``(M,)``, of those, which are as exact as the gradient is, so that they can be taken out of it.
+        weights: ``(M,)``, the share of the batch that each is, where the update's factor is known.
+        story: how they were found, in clauses.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    residuals: Tensor
+    certified: Tensor
+    clean: Tensor
+    weights: Tensor
+    story: tuple[str, ...] = ()
+
+    def only(self, rows: Tensor) -> Found:
+        """Return those of some rows, or of a mask."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _EACH})
+
+
+_EACH = tuple(f.name for f in fields(Found) if f.name != "story")
+
+
+def joined(parts: list[Found]) -> Found:
+    """Return all that was found, and how."""
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in _EACH}
+    return Found(**together, story=tuple(dict.fromkeys(clause for part in parts for clause in part.story)))
+
+
+def certified(span: Span, signals: Signals, inputs: Tensor, share: float | None = None) -> Found:
     r"""Say of any inputs whether they are the client's: by the signal's residual in the column space.
 
     What the network sends back for an input x of the batch and its label, :math:`\delta`, lies in it: of m
@@ -226,9 +261,6 @@ def certified(
         inputs: ``(M, d)``, of the row space of the gradient.
         share: of what weights have to be multiples, see `Layer`.
 
-    Returns:
-        Labels (the best of all), residuals, weights, and whether they are certified, ``(M,)`` each.
-
     Source: the span check of Petrov et al. 2024 (DAGER), arXiv 2405.15586, for signals; the rank: Wedderburn.
     """
     back = signals(inputs)
@@ -237,23 +269,33 @@ def certified(
     left = (back - along @ span.columns.T).norm(dim=2) / length.clamp_min(1e-300)
     inverse = (along * (inputs @ span.core.T / span.core.square().sum(1))[:, None]).sum(2)
     left = torch.where((inverse > 0) & (length > 0), left, torch.ones_like(left))
-    residuals, labels = left.min(1)
+    labels = left.argmin(1)
     rows = torch.arange(len(inputs), device=labels.device)
     own, weights = back[rows, labels], inverse[rows, labels].reciprocal()
-    tolerance = tolerance_of(span, own.T)
-    return labels, residuals, weights, (residuals <= tolerance) & counted(weights, share, tolerance)
+    return judged(span, inputs, own.T, labels, left[rows, labels], weights, share)
 
 
-def counted(weights: Tensor, share: float | None, tolerance: Tensor) -> Tensor:
-    """Return which weights are those of one image, or of some that are the same; all of more classes."""
-    if share is None:
-        return torch.ones_like(weights, dtype=torch.bool)
-    times = weights / share
-    return (times > 0.5) & ((times - times.round()).abs() <= tolerance)
-
-
-def tolerance_of(span: Span, columns: Tensor) -> Tensor:
-    """Return up to which residual a column of D ``(m, M)`` is certified, by the noise of its directions."""
-    off = (F.normalize(columns.T @ span.columns) * span.noise).norm(dim=1)
-    tolerance: Tensor = (10 * off).clamp(_TOLERANCE, _LOOSEST)
-    return tolerance
+def judged(
+    span: Span,
+    inputs: Tensor,
+    columns: Tensor,
+    labels: Tensor,
+    residuals: Tensor,
+    weights: Tensor,
+    share: float | None,
+) -> Found:
+    """Say which residuals are rounding, by the noise of the directions of columns of D ``(m, M)``."""
+    noise = 10 * (F.normalize(columns.T @ span.columns) * span.noise).norm(dim=1)
+    tolerance = noise.clamp(_TOLERANCE, _LOOSEST)
+    sure = residuals <= tolerance
+    if share is not None:  # weights are those of one image, or of some that are the same
+        times = weights / share
+        sure &= (times > 0.5) & ((times - times.round()).abs() <= tolerance)
+    return Found(
+        inputs=inputs,
+        labels=labels,
+        residuals=residuals,
+        certified=sure,
+        clean=sure & (residuals <= noise.clamp(_CLEAN, _LOOSEST)),
+        weights=weights,
+    )

@@ -278,19 +278,19 @@ def decoys(images, count, generator):
 def test_true_pairs_are_certified_and_no_decoy_is(dtype, classes):
     span, signals, images, y = ready(dtype, classes=classes)
     share = 1 / 8 if classes == 2 else None
-    labels, residuals, weights, sure = certified(span, signals, images, share)
-    assert sure.all()
-    assert torch.equal(labels, y)
-    assert torch.allclose(weights, torch.full_like(weights, 1 / 8), rtol=1e-4)
+    found = certified(span, signals, images, share)
+    assert found.certified.all()
+    assert torch.equal(found.labels, y)
+    assert torch.allclose(found.weights, torch.full_like(found.weights, 1 / 8), rtol=1e-4)
     if dtype == torch.float64:
-        assert float(residuals.max()) < 1e-6
+        assert float(found.residuals.max()) < 1e-6
     generator = torch.Generator().manual_seed(0)
     others = iv.CIFAR10.encode(iv.data.samples("photos32")[0][:50].double()).flatten(1)
     mixed = decoys(images, 1500, generator)
     for wrong in (others, mixed, images.roll(1, 1), images.flip(1), 0 * images[:1]):
-        _, residuals, _, sure = certified(span, signals, wrong, share)
-        assert not sure.any()
-        assert classes == 2 or float(residuals.min()) > 1e-4
+        found = certified(span, signals, wrong, share)
+        assert not found.certified.any()
+        assert classes == 2 or float(found.residuals.min()) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -299,9 +299,9 @@ def test_a_wrong_label_is_not_certified(dtype, classes):
     span, signals, images, y = ready(dtype, classes=classes)
     back = signals(images)
     wrong = torch.stack([back[torch.arange(8), (y + k) % classes] for k in range(1, classes)], 1)
-    _, residuals, _, sure = certified(span, lambda _: wrong, images)
-    assert not sure.any()
-    assert float(residuals.min()) > 1e-2
+    found = certified(span, lambda _: wrong, images)
+    assert not found.certified.any()
+    assert float(found.residuals.min()) > 1e-2
 
 
 # --- features behind convolutions ---
