@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from invlib.attacks.base import loss_of, of_classes
 from invlib.attacks.chain import chain, sent, undo
-from invlib.attacks.directions import Span
+from invlib.attacks.directions import Span, decay_of
 from invlib.core.network import (
     in_mode,
     like,
@@ -42,8 +42,9 @@ class Layer:
         module: the layer, where it is a module.
         image_of: takes one input ``(d,)`` to the normalised image, flat; None where the layer sees features.
         in_range: says of inputs ``(K, d)`` which may be an image's, bool ``(K,)``.
-        share: of two classes, of what an image's weight has to be a multiple: all inputs for which the same
-            units fire have one signal but for its length. None of more classes.
+        share: of what an image's weight has to be a multiple, where that is known: mixtures of images for
+            which the same units fire may have signals in the column space.
+        decay: what multiple of the weight was in its gradient, and is taken out.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layer:
     image_of: Callable[[Tensor], Tensor] | None
     in_range: Callable[[Tensor], Tensor]
     share: float | None = None
+    decay: float = 0.0
 
 
 Signals = Callable[[Tensor], Tensor]  # inputs (M, d) -> the layer's signals for every label (M, L, m)
@@ -78,7 +80,7 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
             images = observation.normalization.decode(rows)
             return ((images > -1e-3) & (images < 1 + 1e-3)).flatten(1).all(1)
 
-        return Layer(
+        layer = Layer(
             name=first.name,
             weight_gradient=first.gradient(_gradient(model, observation, first.weight_name)),
             bias_gradient=None
@@ -89,6 +91,7 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
             image_of=image_of,
             in_range=in_box,
         )
+        return _without_decay(layer, first.weight, first.bias, observation.num_images)
     probe = torch.zeros(1, *observation.image_shape)
     _, calls = record_layers(model, probe, nn.Linear)
     names = [call.name for call in calls if call.given.ndim == 2]
@@ -101,7 +104,7 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
     chosen = name or names[0]
     module = modules[chosen]
     bias = f"{chosen}.bias" if module.bias is not None else None
-    return Layer(
+    layer = Layer(
         name=chosen,
         weight_gradient=_gradient(model, observation, f"{chosen}.weight"),
         bias_gradient=None if bias is None else _gradient(model, observation, bias),
@@ -110,6 +113,18 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
         image_of=None,
         in_range=lambda inputs: (inputs > -1e-6 * inputs.abs().amax(1, keepdim=True)).all(1),
     )
+    return _without_decay(layer, module.weight, module.bias, observation.num_images)
+
+
+def _without_decay(layer: Layer, weight: Tensor, bias: Tensor | None, expected: int) -> Layer:
+    decay = decay_of(layer.weight_gradient, weight, expected=expected)
+    if not decay:
+        return layer
+    shift = layer.bias_gradient
+    if shift is not None and bias is not None:
+        shift = shift - decay * bias.detach().flatten().double()
+    left = layer.weight_gradient - decay * weight.detach().double()
+    return replace(layer, weight_gradient=left, bias_gradient=shift, decay=decay)
 
 
 def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
@@ -123,9 +138,11 @@ def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
     labels = torch.zeros(count, dtype=torch.long) if labels is None else labels
     labels = labels.to(noise) if labels.is_floating_point() else labels.to(noise.device)
     loss = loss_of(F.cross_entropy, observation)
-    with in_mode(model, training=False):
+    with in_mode(model, training=False):  # the difference of two steps is free of weight decay
         own, slope = (
-            step(model, noise, labels, loss=loss)[name].detach().double()
+            (step(model, noise, labels, loss=loss)[name] - step(model, 1 - noise, labels, loss=loss)[name])
+            .detach()
+            .double()
             for step in (observation.protocol, FedSGD())
         )
     return raw.double() / (float((own * slope).sum() / slope.square().sum().clamp_min(1e-300)) or 1.0)

@@ -487,10 +487,14 @@ def _replayed(model: nn.Module, observation: Observation, images: Tensor, labels
 def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> tuple[str, list[str]]:
     """Return what there is to say of a result, and what is doubtful."""
     count, certain = len(found.inputs), int(found.certified.sum())
+    decay = (
+        [f"{layer.decay:.2g} times the layer's weight, by weight decay, is taken out"] if layer.decay else []
+    )
     what = "images" if layer.image_of is not None else "inputs (features)"
     note = [
         f"the gradient of {layer.name!r} has rank {span.rank} (behind it its singular values fall by "
         f"{span.gap:.0e})",
+        *decay,
         *found.story,
         f"{count} {what} found, {certain} certified with their labels",
     ]
