@@ -37,12 +37,14 @@ from invlib.federated import (
     FedAvg,
     FedSGD,
     as_one_gradient,
+    fitted_place,
     from_arrays,
     from_gradients,
     from_state_dicts,
     load_observation,
     observe,
     save_observation,
+    several_rounds,
 )
 from invlib.metrics import Identified, Report, evaluate, identifiability
 from invlib.optim import objectives, optimizers, priors
@@ -98,6 +100,7 @@ __all__ = [
     "errors",
     "evaluate",
     "exact_batch",
+    "fitted_place",
     "from_arrays",
     "from_gradients",
     "from_state_dicts",
@@ -118,6 +121,7 @@ __all__ = [
     "recursive_inversion",
     "save_observation",
     "see_through_gradients",
+    "several_rounds",
     "smoothing",
     "token_embedding",
 ]
