@@ -39,8 +39,10 @@ def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
     doubts = list(observation.notes)
     if not any(value.any() for value in observation.update.values()):
         doubts.append("the update is all zero: it says nothing about the images, and no result is right")
-    training = observation.training_mode
-    if is_random(model, observation.image_shape, training=training, count=observation.num_images):
+    training, dropout = observation.training_mode, getattr(observation.protocol, "dropout", "drawn")
+    if dropout == "drawn" and is_random(
+        model, observation.image_shape, training=training, count=observation.num_images
+    ):
         mode = "training" if training else "evaluation"
         doubts.append(
             f"the model is random in {mode} mode (dropout, say): what the client drew is unknown, so that "
