@@ -13,7 +13,8 @@ from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
-from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.many import attack_many
+from invlib.attacks.matching import GradientMatching
 from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,
@@ -36,12 +37,14 @@ from invlib.federated import (
     FedAvg,
     FedSGD,
     as_one_gradient,
+    fitted_place,
     from_arrays,
     from_gradients,
     from_state_dicts,
     load_observation,
     observe,
     save_observation,
+    several_rounds,
 )
 from invlib.metrics import Identified, Report, evaluate, identifiability
 from invlib.optim import objectives, optimizers, priors
@@ -97,6 +100,7 @@ __all__ = [
     "errors",
     "evaluate",
     "exact_batch",
+    "fitted_place",
     "from_arrays",
     "from_gradients",
     "from_state_dicts",
@@ -117,6 +121,7 @@ __all__ = [
     "recursive_inversion",
     "save_observation",
     "see_through_gradients",
+    "several_rounds",
     "smoothing",
     "token_embedding",
 ]
