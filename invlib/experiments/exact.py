@@ -179,7 +179,8 @@ def cases(setup: Setup) -> list[Case]:
     ]
     for images, units in ((16, 200), (64, 1000)):
         made.append(_case(images, "normalised", Batch(hidden=(units, _BEHIND), dtype="float32")))
-    made.append(_case(128, "normalised", Batch(hidden=(4096, _BEHIND)), clients=1))
+    for images in (128, 256):
+        made.append(_case(images, "normalised", Batch(hidden=(4096, _BEHIND)), clients=1))
     published = Batch(hidden=(1000,), deviation=0.25)
     return made + [_case(images, "in [0, 1]", published, clients=3) for images in _PUBLISHED]
 
