@@ -320,6 +320,26 @@ def test_true_pairs_are_certified_and_no_decoy_is(dtype, classes):
         assert classes == 2 or float(found.residuals.min()) > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore::invlib.errors.DoubtWarning")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_mixtures_of_images_for_which_the_same_units_fire_are_not_certified(copies):
+    net = network(classes=3, seed=2)
+    x, y = (part[4:].repeat_interleave(copies, 0) for part in photos(6, 3))
+    with torch.no_grad():  # the signals of three classes fill the column space, whatever the input
+        net[1].bias.copy_(torch.tensor([20.0, -20.0], dtype=torch.float64).repeat(60))
+    rec = iv.exact_batch(seconds=1)(net, seen_by(net, x, y))
+    assert "units active for them alone" in rec.note  # by their signals, that is
+    assert nearest(rec.images, x)[0] > 1
+    assert not rec.certified.any()
+
+
+def test_a_clipped_update_is_certified_as_a_whole():
+    net, (x, y) = network(), photos(6)
+    seen = seen_by(net, x, y)
+    clipped = replace(seen, update={n: 0.037 * u for n, u in seen.update.items()})
+    holds_all(iv.exact_batch()(net, clipped), x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("classes", [2, 10])
 def test_a_wrong_label_is_not_certified(dtype, classes):
