@@ -320,6 +320,15 @@ def test_true_pairs_are_certified_and_no_decoy_is(dtype, classes):
         assert classes == 2 or float(found.residuals.min()) > 1e-4
 
 
+def test_what_is_less_exact_than_the_gradient_is_certified_and_not_clean():
+    span, signals, images, _ = ready(torch.float64)
+    near = images + 1e-7 * (images.roll(1, 0) - images)
+    assert certified(span, signals, images).clean.all()
+    found = certified(span, signals, near)
+    assert found.certified.all()
+    assert not found.clean.any()
+
+
 @pytest.mark.filterwarnings("ignore::invlib.errors.DoubtWarning")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_mixtures_of_images_for_which_the_same_units_fire_are_not_certified(copies):
