@@ -340,11 +340,12 @@ def separated(span: Span, q: Tensor, bias_gradient: Tensor | None) -> tuple[Tens
     Returns:
         Inputs ``(r, d)`` and signals ``(m, r)``.
     """
-    inputs = torch.linalg.solve(q.T, span.core)
+    # Of directions that are not independent it is nonsense, and raises nothing; what proves inputs sees it.
+    inputs = torch.linalg.solve_ex(q.T, span.core).result
     signals = span.columns @ q.T
     if bias_gradient is None:
         return inputs, signals
-    scales = torch.linalg.solve(q.T, span.columns.T @ bias_gradient.double())
+    scales = torch.linalg.solve_ex(q.T, span.columns.T @ bias_gradient.double()).result
     scales = torch.where(scales.abs() > 1e-12 * scales.abs().max(), scales, torch.ones_like(scales))
     return inputs / scales[:, None], signals * scales
 
