@@ -11,6 +11,7 @@ from invlib import errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
+from invlib.attacks.buffers import buffers_alone
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.many import attack_many
@@ -95,6 +96,7 @@ __all__ = [
     "attack_many",
     "best",
     "beyond_inferring",
+    "buffers_alone",
     "client_privacy_leakage",
     "deep_leakage",
     "errors",
