@@ -11,9 +11,11 @@ from invlib import errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
+from invlib.attacks.batches import crossover
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
-from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.many import attack_many
+from invlib.attacks.matching import GradientMatching
 from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,
@@ -95,6 +97,7 @@ __all__ = [
     "best",
     "beyond_inferring",
     "client_privacy_leakage",
+    "crossover",
     "deep_leakage",
     "errors",
     "evaluate",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
-from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.batches import Additive, Batching, additive
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
@@ -22,7 +23,7 @@ from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.network import like
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, RecoveryError
 from invlib.federated import observe
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
@@ -206,6 +207,8 @@ class Best(Settings):
             try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
+        if says_nothing(observation):
+            self = replace(self, evaluations=1, matching=replace(self.matching, steps=1))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         checked("generator", generator, torch.Generator)
         saved = None
@@ -296,18 +299,23 @@ class Best(Settings):
         )
         # A short search has evaluations for few copies, or for none.
         copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
-        places = moves(model, observation) if self.evaluations >= _SHIFTING and copies else []
+        step = self._additive(model, observation)
+        asked += 0 if step is None else 2
+        shifting = self.evaluations >= _SHIFTING and copies and (step or observation.num_images == 1)
+        places = moves(model, observation) if shifting else []
         share = _restarts(search)
-        planned = self.evaluations * ((share + 5) / 6 if places else share)
+        planned = self.evaluations * ((share + 5) / 6 if places or step else share)
         parts.bar.total += round(planned) - self.evaluations
         parts.bar.update(asked)
-        if places:
+        stage = max(1, _STAGE * search.steps // self.evaluations)
+        per_step = max(1, self.evaluations // search.steps)
+        if step is not None:
+            result = Batching(
+                search=search, places=tuple(places), copies=copies, stage=stage, per_step=per_step
+            ).run(step, observation, parts)
+        elif places:
             result = Shifting(
-                search=search,
-                places=tuple(places),
-                copies=copies,
-                stage=max(1, _STAGE * search.steps // self.evaluations),
-                per_step=max(1, self.evaluations // search.steps),
+                search=search, places=tuple(places), copies=copies, stage=stage, per_step=per_step
             ).run(model, observation, parts)
         else:
             steps = told + search.steps
@@ -317,7 +325,9 @@ class Best(Settings):
             result,
             evaluations=result.evaluations + asked,
             history=replace(result.history, steps=[told + step for step in result.history.steps]),
-            note=note + (", and from shifted copies" if places else ""),
+            note=note
+            + (", of each image by itself too" if step else "")
+            + (", and from shifted copies" if places else ""),
         )
         short = None
         if self.evaluations > _SHORT:
@@ -325,6 +335,17 @@ class Best(Settings):
             begun = replace(matching, steps=fewer, init=search.init)
             short = replace(self, evaluations=_SHORT, shifts=0, near_grey=False, matching=begun)
         return result, min(self.evaluations, int(planned - result.evaluations)), short
+
+    def _additive(self, model: nn.Module, observation: Observation) -> Additive | None:
+        """Return the client's step where images of a batch are sought by themselves."""
+        search = self.matching
+        plain = (search.objective, search.layers, search.labels) == _PLAIN
+        if not plain or observation.num_images == 1 or self.evaluations < _SHIFTING:
+            return None
+        try:
+            return additive(model, observation, known_labels(model, observation), search)
+        except RecoveryError:
+            return None
 
     def _polished(
         self,
@@ -344,6 +365,8 @@ class Best(Settings):
         labels, closed = start.labels, start.status == "closed_form"
         distance = distance_of(model, observation, self.matching.loss)
         length = float(sum(part.double().square().sum() for part in observation.update.values()))
+        # Of log-odds, which stand for a loss that is saturated, the length means nothing.
+        turned = self.matching.problem(model, observation, labels).alpha is not None
         result, status = start, start.status
         try:
             if not closed:
@@ -351,12 +374,15 @@ class Best(Settings):
             nearest, spent = distance(start.images, labels), 1
             while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
                 polish = GradientMatching(
-                    objective=_relative(2 * nearest * length),
+                    objective=_relative(objectives.chordal, nearest)
+                    if turned
+                    else _relative(objectives.l2, 2 * nearest * length),
                     optimizer=_quasi_newton(min(_POLISH, spare)),
                     decay=None,
                     init=result.images,
                     steps=steps,
                     loss=self.matching.loss,
+                    log_odds=self.matching.log_odds,
                     coordinates=_coordinates(self.matching),
                     recompute=self.matching.recompute,
                     record_every=1,
@@ -438,9 +464,9 @@ def _restarts(matching: GradientMatching) -> float:
     return steps / matching.steps
 
 
-def _relative(scale: float) -> Objective:
-    """Return the squared distance over a number."""
-    return lambda candidate, target, weights=None: objectives.l2(candidate, target, weights) / scale
+def _relative(objective: Objective, scale: float) -> Objective:
+    """Return an objective over a number."""
+    return lambda candidate, target, weights=None: objective(candidate, target, weights) / scale
 
 
 def _scored(part: Reconstruction, score: float, unit: float) -> Reconstruction:

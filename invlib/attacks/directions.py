@@ -103,6 +103,37 @@ def span_of(weight_gradient: Tensor, *, expected: int = 32) -> Span:
     )
 
 
+def decay_of(weight_gradient: Tensor, weight: Tensor, *, expected: int = 32) -> float:
+    r"""Return what multiple of a layer's weight is in its gradient, which weight decay puts there; 0 if none.
+
+    :math:`G = D X + c W` where the client's steps are linear in gradient and weight, as those of SGD with
+    decay and momentum. Then c is the eigenvalue that all but r of those of :math:`G W^{+}` share, of rows
+    mixed at random, and exactly the share of W in the part of G that is beside the columns of :math:`G - cW`.
+
+    Args:
+        weight_gradient: ``(m, d)``.
+        weight: ``(m, d)``, what the server sent.
+        expected: about how many images there are.
+    """
+    g, w = weight_gradient.detach().double(), weight.detach().to(weight_gradient.device).double()
+    generator = torch.Generator().manual_seed(0)
+    count = min(2 * expected + _EXTRA, *g.shape)
+    mixed = torch.randn(count, len(g), dtype=torch.float64, generator=generator).to(g.device)
+    shared = torch.linalg.lstsq((mixed @ w).T, (mixed @ g).T).solution
+    if not shared.isfinite().all():
+        return 0.0
+    decay = torch.linalg.eigvals(shared.cpu()).real.median().to(g.device)
+    view = torch.randn(g.shape[1], min(count, len(g) // 2), dtype=torch.float64, generator=generator).to(
+        g.device
+    )
+    for _ in range(3):
+        basis = torch.linalg.qr((g - decay * w) @ view)[0]
+        beside, own = g - basis @ (basis.T @ g), w - basis @ (basis.T @ w)
+        decay = (beside * own).sum() / own.square().sum()
+    none = (beside - decay * own).norm() > 0.1 * beside.norm()
+    return 0.0 if none or not decay.isfinite() else float(decay)
+
+
 def _rank(values: Tensor, expected: int) -> int:
     """Return how many singular values lie above the noise: where they fall by two for the last time."""
     falls = values[:-1] / values[1:].clamp_min(1e-16 * values[0])
@@ -330,6 +361,7 @@ class BatchInputs:
         gap: by which factor the singular values fall behind the last that counts.
         silent: ``(M,)`` share of units that are silent for each input.
         found: how many of the directions were found.
+        decay: what multiple of the weight was in its gradient, and was taken out.
     """
 
     inputs: Tensor
@@ -338,12 +370,15 @@ class BatchInputs:
     gap: float
     silent: Tensor
     found: int
+    decay: float = 0.0
 
 
 def batch_inputs(
     weight_gradient: Tensor,
     bias_gradient: Tensor | None,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     seconds: float = 60.0,
     generator: torch.Generator | None = None,
 ) -> BatchInputs:
@@ -358,6 +393,8 @@ def batch_inputs(
     Args:
         weight_gradient: ``(m, d)``, up to a factor.
         bias_gradient: ``(m,)``, with the same factor; None leaves the inputs' scales and signs open.
+        weight: ``(m, d)``, the layer's own, whose multiple in the gradient, by weight decay, is taken out.
+        bias: ``(m,)``, the layer's own, which is decayed alike; None where it is not.
         seconds: how long to look for sparser directions at most; it ends before where four rounds bring none.
         generator: draws the starts; None makes one with seed 0.
 
@@ -374,6 +411,17 @@ def batch_inputs(
             f"the weight gradient has shape {tuple(weight_gradient.shape)} and the bias gradient {shape}; "
             "expected (out, in) and (out,)"
         )
+    decay = 0.0
+    if weight is not None:
+        if weight.shape != weight_gradient.shape:
+            raise RecoveryError(
+                f"the weight has shape {tuple(weight.shape)}; expected its gradient's, "
+                f"{tuple(weight_gradient.shape)}"
+            )
+        decay = decay_of(weight_gradient, weight)
+        weight_gradient = weight_gradient.double() - decay * weight.detach().double()
+        if bias_gradient is not None and bias is not None:
+            bias_gradient = bias_gradient.double() - decay * bias.detach().double()
     span = span_of(weight_gradient)
     until, generator = time.perf_counter() + seconds, generator or torch.Generator().manual_seed(0)
     best, dry = -1.0, 0
@@ -386,5 +434,11 @@ def batch_inputs(
     whole = len(q) == span.rank
     inputs, signals = separated(span, q, bias_gradient) if whole else (span.core[:0], span.columns @ q.T)
     return BatchInputs(
-        inputs=inputs, signals=signals, rank=span.rank, gap=span.gap, silent=zeros, found=len(q)
+        inputs=inputs,
+        signals=signals,
+        rank=span.rank,
+        gap=span.gap,
+        silent=zeros,
+        found=len(q),
+        decay=decay,
     )

@@ -16,14 +16,16 @@ from tqdm.auto import tqdm
 from invlib.attacks.base import Attack, Settings, closed_form, loss_of
 from invlib.attacks.certificate import (
     AT_ONCE,
+    Found,
     Layer,
     Signals,
+    accounted,
     certified,
-    counted,
+    joined,
+    judged,
     layer_of,
     signals_of,
     targets_of,
-    tolerance_of,
 )
 from invlib.attacks.chain import outside
 from invlib.attacks.directions import Span, directions, separated, span_of
@@ -176,16 +178,18 @@ class ExactBatch(Settings):
         with tqdm(total=span.rank, disable=not progress, desc="exact batch", unit="image") as bar:
             until = began + self.seconds
             found = _search(layer, signals, _ungated(sent_back), until, generator, proof, bar)
+        if layer.share is None and _mean(observation):
+            found = accounted(layer, span, signals, found, observation.num_images)
         note, more = _note(observation, layer, span, found)
         rows = torch.linalg.qr(found.inputs.T)[0]
         left = layer.weight_gradient - (layer.weight_gradient @ rows) @ rows.T
         if layer.image_of is None:
-            found = _only(found, found.residuals <= _NEAR)
+            found = found.only(found.residuals <= _NEAR)
             images, ways = _searched(
                 model, observation, layer, found, signals, labels_of, self.search, generator, progress
             )
             if self.search is not None:
-                found = _only(found, torch.arange(len(images)))  # of a search that Ctrl-C stopped too
+                found = found.only(torch.arange(len(images)))  # of a search that Ctrl-C stopped too
                 note += f"; images were searched for {len(images)} of them, and are proved by nothing"
             more += [doubt for way in ways for doubt in way.warnings]
         else:
@@ -209,25 +213,9 @@ class ExactBatch(Settings):
         return doubted(result, [*doubts, *more])
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
-    """Inputs of a layer and what proves them.
-
-    Args:
-        inputs: ``(M, d)`` float64.
-        labels: ``(M,)``, which of the targets each has.
-        residuals: ``(M,)``, distance of the network's signal and the update's, both of length one.
-        certified: ``(M,)``, whether that is rounding.
-        weights: ``(M,)``, the share of the batch that each is, where the update's factor is known.
-        story: how they were found, in clauses.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    residuals: Tensor
-    certified: Tensor
-    weights: Tensor
-    story: tuple[str, ...] = ()
+def _mean(observation: Observation) -> bool:
+    """Say whether the update is one gradient of a plain mean over the batch."""
+    return isinstance(observation.protocol, FedSGD) and observation.loss in (None, F.cross_entropy)
 
 
 def _images(observation: Observation, layer: Layer, inputs: Tensor) -> Tensor:
@@ -336,14 +324,15 @@ def _search(
     while True:
         rest = replace(layer, weight_gradient=weight, bias_gradient=bias)
         found = _alone(rest, span, signals)
-        if found is None:
-            found = _separate(rest, span, signals, sent_back, until, generator, proof)
+        if found is None or not found.clean.any():
+            other = _separate(rest, span, signals, sent_back, until, generator, proof)
+            found = other if found is None or other.certified.any() else found
         # Noise may leave enough of an image in the gradient for it to be found once more.
         known = torch.cat([part.inputs for part in out]) if out else found.inputs[:0]
-        again = _near(found.inputs, known).any(1)
-        found = _only(found, ~again)
-        sure, last = found.certified, found
-        out.append(_only(found, sure))
+        last = found = found.only(~_near(found.inputs, known).any(1))
+        sure = found.clean if found.clean.any() else found.certified
+        sure = sure & (sure.cumsum(0) <= whole.rank - sum(len(part.inputs) for part in out))
+        out.append(found.only(sure))
         bar.update(int(sure.sum()))
         left = whole.rank - sum(len(part.inputs) for part in out)
         if not sure.any() or left <= 0:
@@ -354,9 +343,9 @@ def _search(
         bias = None if bias is None else bias - columns.sum(1)
         span = span_of(weight, expected=left)
     room = max(whole.rank - sum(len(part.inputs) for part in out), 0)
-    doubtful = _only(last, ~last.certified)
-    out.append(_only(doubtful, doubtful.residuals.argsort()[:room]))
-    return _polished(layer, signals, whole, _joined(out))
+    doubtful = last.only(~sure)
+    out.append(doubtful.only(doubtful.residuals.argsort()[:room]))
+    return _polished(layer, signals, whole, joined(out))
 
 
 def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
@@ -375,16 +364,19 @@ def _alone(layer: Layer, span: Span, signals: Signals) -> Found | None:
     rows, inputs = rows[fits], inputs[fits]
     if not len(rows):
         return None
-    parts = [certified(span, signals, some, layer.share) for some in inputs.split(AT_ONCE)]
-    labels, residuals, weights, sure = (torch.cat(part) for part in zip(*parts, strict=True))
-    if not sure.any():
-        return None
-    # Several rows say the same but for rounding; that of the largest bias gradient says it best.
-    near = _near(inputs, inputs)
-    for k in sure.nonzero().flatten().tolist():
-        sure[k + 1 :] &= ~near[k, k + 1 :] | ~sure[k]
-    found = Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
-    return replace(_only(found, sure), story=(f"{int(sure.sum())} from units active for them alone",))
+    found = joined([certified(span, signals, some, layer.share) for some in inputs.split(AT_ONCE)])
+    found = found.only(found.certified)
+    found = found.only(found.residuals.argsort())
+    # Several rows say the same but for rounding.
+    near, keep = _near(found.inputs, found.inputs), torch.ones_like(found.certified)
+    for k in range(len(keep)):
+        keep[k + 1 :] &= ~near[k, k + 1 :] | ~keep[k]
+    found = found.only(keep)
+    return (
+        replace(found, story=(f"{len(found.inputs)} from units active for them alone",))
+        if keep.any()
+        else None
+    )
 
 
 def _near(inputs: Tensor, others: Tensor) -> Tensor:
@@ -415,9 +407,9 @@ def _separate(
             inputs, columns = _scaled(inputs, columns, signals, span)
         found = _checked(inputs, columns, signals, span, layer.share)
         if layer.bias_gradient is not None and not found.certified.all():
-            labels, _, _, sure = certified(span, signals, inputs, layer.share)
-            if (new := (sure & ~found.certified).nonzero().flatten()).numel():
-                back = signals(inputs[new])[torch.arange(len(new)), labels[new]]
+            other = certified(span, signals, inputs, layer.share)
+            if (new := (other.certified & ~found.certified).nonzero().flatten()).numel():
+                back = signals(inputs[new])[torch.arange(len(new)), other.labels[new]]
                 q = q.index_copy(0, new, F.normalize(back @ span.columns))
                 inputs, columns = separated(span, q, layer.bias_gradient)
                 found = _checked(inputs, columns, signals, span, layer.share)
@@ -427,7 +419,7 @@ def _separate(
         else:
             dry += 1
         # Those that are certain make room for the others; where nothing is, more rounds may bring it.
-        if best.certified.all() or dry >= (1 if best.certified.any() else _DRY):
+        if best.certified.all() or dry >= (1 if best.clean.any() else _DRY):
             return best
     return best or replace(_checked(span.core[:0], span.columns[:, :0], signals, span), story=story)
 
@@ -442,9 +434,7 @@ def _checked(
     gaps = (unit[:, None] - back / length[..., None]).norm(dim=2)
     residuals, labels = gaps.min(1) if len(inputs) else (gaps.new_zeros(0), gaps.new_zeros(0).long())
     weights = (along / length.square()).gather(1, labels[:, None])[:, 0]
-    tolerance = tolerance_of(span, columns)
-    sure = (residuals <= tolerance) & counted(weights, share, tolerance)
-    return Found(inputs=inputs, labels=labels, residuals=residuals, certified=sure, weights=weights)
+    return judged(span, inputs, columns, labels, residuals, weights, share)
 
 
 def _scaled(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> tuple[Tensor, Tensor]:
@@ -468,23 +458,6 @@ def _scaled(inputs: Tensor, columns: Tensor, signals: Signals, span: Span) -> tu
     return inputs * scale[:, None], columns / scale
 
 
-def _only(found: Found, rows: Tensor) -> Found:
-    return replace(
-        found,
-        **{
-            name: getattr(found, name)[rows]
-            for name in ("inputs", "labels", "residuals", "certified", "weights")
-        },
-    )
-
-
-def _joined(parts: list[Found]) -> Found:
-    names = ("inputs", "labels", "residuals", "certified", "weights")
-    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    story = tuple(dict.fromkeys(clause for part in parts for clause in part.story))
-    return Found(**together, story=story)
-
-
 def _completed(q: Tensor) -> Tensor:
     """Return directions with any one in the place of the last: an input depends on all but its own."""
     missing = torch.linalg.qr(q.T, mode="complete")[0][:, -1:].T
@@ -493,24 +466,15 @@ def _completed(q: Tensor) -> Tensor:
 
 def _polished(layer: Layer, signals: Signals, span: Span, found: Found) -> Found:
     """Return inputs by the network's own signals for directions, where one is missing at most."""
-    sure = _only(found, found.certified)
+    sure = found.only(found.certified)
     if layer.bias_gradient is None or not span.rank - 1 <= len(sure.inputs) <= span.rank:
         return found
     inputs, rows = sure.inputs, torch.arange(len(sure.inputs))
     for _ in range(_POLISHING):
         back = signals(inputs[rows])[rows, sure.labels]
         inputs, _ = separated(span, _completed(F.normalize(back @ span.columns)), layer.bias_gradient)
-    labels, residuals, weights, proved = certified(span, signals, inputs, layer.share)
-    if not proved.all():
-        return found
-    return Found(
-        inputs=inputs,
-        labels=labels,
-        residuals=residuals,
-        weights=weights,
-        certified=proved,
-        story=found.story,
-    )
+    polished = certified(span, signals, inputs, layer.share)
+    return replace(polished, story=found.story) if polished.certified.all() else found
 
 
 def _replayed(model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float:
@@ -532,10 +496,14 @@ def _replayed(model: nn.Module, observation: Observation, images: Tensor, labels
 def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> tuple[str, list[str]]:
     """Return what there is to say of a result, and what is doubtful."""
     count, certain = len(found.inputs), int(found.certified.sum())
+    decay = (
+        [f"{layer.decay:.2g} times the layer's weight, by weight decay, is taken out"] if layer.decay else []
+    )
     what = "images" if layer.image_of is not None else "inputs (features)"
     note = [
         f"the gradient of {layer.name!r} has rank {span.rank} (behind it its singular values fall by "
         f"{span.gap:.0e})",
+        *decay,
         *found.story,
         f"{count} {what} found, {certain} certified with their labels",
     ]

@@ -30,6 +30,7 @@ _FOREIGN = 0.45  # share of a gradient that labels leave unexplained, from which
 # third of its length leaves up to 0.3, soft labels 0.46, the loss of several labels at once 0.75 and more
 _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
 _UNEXPLAINED = 0.3  # the same, from which on other factors than 1 are tried
+_LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _TRIED = 8  # labels or exchanges that are tried by simulating a client
 
 
@@ -268,10 +269,13 @@ def _one(gradient: Tensor, typical: _Typical, whole: bool) -> LabelInference:
     """Return the label of one image, which alone has a negative factor; ``whole``: they add up to zero."""
     if gradient.ndim == 1:
         low = gradient.sort().values
-        if low[0] >= 0:
+        # Of a network that is sure of its label, p - 1 may be rounded to zero, where nothing else is.
+        sure = whole and low[0] == 0 < low[1] and gradient.sum() <= _LAST
+        if low[0] >= 0 and not sure:
             raise RecoveryError("no entry of the bias gradient is negative, as the label's is")
         label, method = int(gradient.argmin()), "smallest entry of the bias gradient"
-        doubt = max(0.0, float(low[1] / low[0]))
+        doubt = 0.0 if sure else max(0.0, float(low[1] / low[0]))
+        whole = whole and float(gradient.sum().abs()) > _LAST
     else:
         label, method, doubt = _opposed_row(typical, gradient)
     rest = float(gradient.sum(0).norm() / gradient.reshape(len(gradient), -1).norm(dim=1).sum())

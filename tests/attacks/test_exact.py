@@ -195,6 +195,33 @@ def test_a_step_of_unknown_length_is_certified():
     holds_all(iv.exact_batch()(net, seen_by(net, x, y, stepping)), x, y)
 
 
+def decaying(model, inputs, labels, *, params=None, buffers=None, loss=F.cross_entropy, on_step=None):
+    """A weight difference of a client with weight decay."""
+    update = iv.FedSGD()(model, inputs, labels, params=params, buffers=buffers, loss=loss, on_step=on_step)
+    own = dict(model.named_parameters()) if params is None else params
+    return {name: -0.3 * (slope + 0.05 * own[name].detach()) for name, slope in update.items()}
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weight_decay_is_taken_out(dtype, classes):
+    net, (x, y) = network(200, classes, dtype=dtype), photos(6, classes, dtype)
+    rec = iv.exact_batch(seconds=10)(net, seen_by(net, x, y, decaying))
+    holds_all(rec, x, y, within=1e-6 if dtype == torch.float64 else 1e-3)
+    assert "0.05 times the layer's weight, by weight decay, is taken out" in rec.note
+    assert "weight decay" not in iv.exact_batch()(net, seen_by(net, x, y)).note
+
+
+def test_weight_decay_is_taken_out_of_a_gradient_alone():
+    (d, x), (w, _) = planted(8, 120, 60), planted(60, 120, 1, zeros=0, seed=1)
+    parts = batch_inputs(d @ x + 0.3 * w, d.sum(1) + 0.3 * w[:, 0], weight=w, bias=w[:, 0])
+    assert parts.decay == pytest.approx(0.3, abs=1e-12)
+    assert nearest(parts.inputs, x)[0] < 1e-9
+    assert batch_inputs(d @ x, None, weight=w).decay == 0
+    with pytest.raises(RecoveryError, match="the weight has shape"):
+        batch_inputs(d @ x, None, weight=w.T)
+
+
 # --- what is refused, and what is not there ---
 
 
@@ -278,19 +305,39 @@ def decoys(images, count, generator):
 def test_true_pairs_are_certified_and_no_decoy_is(dtype, classes):
     span, signals, images, y = ready(dtype, classes=classes)
     share = 1 / 8 if classes == 2 else None
-    labels, residuals, weights, sure = certified(span, signals, images, share)
-    assert sure.all()
-    assert torch.equal(labels, y)
-    assert torch.allclose(weights, torch.full_like(weights, 1 / 8), rtol=1e-4)
+    found = certified(span, signals, images, share)
+    assert found.certified.all()
+    assert torch.equal(found.labels, y)
+    assert torch.allclose(found.weights, torch.full_like(found.weights, 1 / 8), rtol=1e-4)
     if dtype == torch.float64:
-        assert float(residuals.max()) < 1e-6
+        assert float(found.residuals.max()) < 1e-6
     generator = torch.Generator().manual_seed(0)
     others = iv.CIFAR10.encode(iv.data.samples("photos32")[0][:50].double()).flatten(1)
     mixed = decoys(images, 1500, generator)
     for wrong in (others, mixed, images.roll(1, 1), images.flip(1), 0 * images[:1]):
-        _, residuals, _, sure = certified(span, signals, wrong, share)
-        assert not sure.any()
-        assert classes == 2 or float(residuals.min()) > 1e-4
+        found = certified(span, signals, wrong, share)
+        assert not found.certified.any()
+        assert classes == 2 or float(found.residuals.min()) > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::invlib.errors.DoubtWarning")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_mixtures_of_images_for_which_the_same_units_fire_are_not_certified(copies):
+    net = network(classes=3, seed=2)
+    x, y = (part[4:].repeat_interleave(copies, 0) for part in photos(6, 3))
+    with torch.no_grad():  # the signals of three classes fill the column space, whatever the input
+        net[1].bias.copy_(torch.tensor([20.0, -20.0], dtype=torch.float64).repeat(60))
+    rec = iv.exact_batch(seconds=1)(net, seen_by(net, x, y))
+    assert "units active for them alone" in rec.note  # by their signals, that is
+    assert nearest(rec.images, x)[0] > 1
+    assert not rec.certified.any()
+
+
+def test_a_clipped_update_is_certified_as_a_whole():
+    net, (x, y) = network(), photos(6)
+    seen = seen_by(net, x, y)
+    clipped = replace(seen, update={n: 0.037 * u for n, u in seen.update.items()})
+    holds_all(iv.exact_batch()(net, clipped), x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -299,9 +346,9 @@ def test_a_wrong_label_is_not_certified(dtype, classes):
     span, signals, images, y = ready(dtype, classes=classes)
     back = signals(images)
     wrong = torch.stack([back[torch.arange(8), (y + k) % classes] for k in range(1, classes)], 1)
-    _, residuals, _, sure = certified(span, lambda _: wrong, images)
-    assert not sure.any()
-    assert float(residuals.min()) > 1e-2
+    found = certified(span, lambda _: wrong, images)
+    assert not found.certified.any()
+    assert float(found.residuals.min()) > 1e-2
 
 
 # --- features behind convolutions ---
