@@ -156,12 +156,11 @@ def label_share(slopes: Tensor, label: int) -> float:
     r"""Return :math:`\alpha` of `invlib.autodiff.odds.log_odds`: how the client's rounding left its label.
 
     The slopes of one image's logits add up to zero, but for the label's, ``p - 1``, which is rounded to the
-    last place of a number near 1. Where more than that is missing it is not rounding, and 1 is returned.
+    last place of a number near 1. Where that does not explain what is missing, 1 is returned.
     """
-    others = float(slopes.sum() - slopes[label])
-    if others <= 0 or abs(float(slopes.sum())) > _LAST:
-        return 1.0
-    return -float(slopes[label]) / others
+    others, own = float(slopes.sum() - slopes[label]), -float(slopes[label])
+    rounded = others > 0 and abs(own - others) <= _LAST and 0 <= own <= 3 * others
+    return own / others if rounded else 1.0
 
 
 def obstacle(

@@ -281,3 +281,18 @@ def test_the_slope_of_a_batch_is_that_of_its_best_weights(engine):
     torch.testing.assert_close((more - less) / 2e-5, (slopes * way).flatten(1).sum(1), rtol=1e-3, atol=1e-9)
     assert (cost > 0).all()
     assert (slopes.flatten(2).norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slopes", "share"),
+    [
+        ([1e-8, -3e-8, 0.0], 1.0),  # the label's is not below zero
+        ([1e-8, 0.0, 1e-8], 1.0),
+        ([0.0, 0.0, 0.0], 1.0),
+        ([1e-8, 1e-8, 0.0], 0.0),
+        ([1e-7, 1e-7, -1.8e-7], 0.9),
+        ([1e-5, 1e-5, -3e-5], 1.0),  # more is missing than rounding explains
+    ],
+)
+def test_what_rounding_does_not_explain_leaves_the_label_in_full(slopes, share):
+    assert saturation.label_share(torch.tensor(slopes).double(), 2) == pytest.approx(share)
