@@ -107,8 +107,8 @@ def decay_of(weight_gradient: Tensor, weight: Tensor, *, expected: int = 32) -> 
     r"""Return what multiple of a layer's weight is in its gradient, which weight decay puts there; 0 if none.
 
     :math:`G = D X + c W` where the client's steps are linear in gradient and weight, as those of SGD with
-    decay and momentum. Then c is the eigenvalue that all but r of those of :math:`G W^{+}` share, of rows
-    mixed at random, and exactly the share of W in the part of G that is beside the columns of :math:`G - cW`.
+    decay and momentum. Then c is the eigenvalue that all but r of those of :math:`G W^{+}` share, of some
+    rows, and exactly the share of W in the part of G that is beside the columns of :math:`G - cW`.
 
     Args:
         weight_gradient: ``(m, d)``.
@@ -118,15 +118,18 @@ def decay_of(weight_gradient: Tensor, weight: Tensor, *, expected: int = 32) -> 
     g, w = weight_gradient.detach().double(), weight.detach().to(weight_gradient.device).double()
     generator = torch.Generator().manual_seed(0)
     count = min(2 * expected + _EXTRA, *g.shape)
-    mixed = torch.randn(count, len(g), dtype=torch.float64, generator=generator).to(g.device)
-    shared = torch.linalg.lstsq((mixed @ w).T, (mixed @ g).T).solution
+    rows, columns = (torch.randperm(n, generator=generator).to(g.device) for n in g.shape)
+    some = (rows[:count, None], columns[: 2 * count])
+    shared = torch.linalg.lstsq(w[some].T, g[some].T).solution
     if not shared.isfinite().all():
         return 0.0
     decay = torch.linalg.eigvals(shared.cpu()).real.median().to(g.device)
+    if decay.abs() * w.norm() <= 1e-13 * g.norm():
+        return 0.0
     view = torch.randn(g.shape[1], min(count, len(g) // 2), dtype=torch.float64, generator=generator).to(
         g.device
     )
-    for _ in range(3):
+    for _ in range(2):
         basis = torch.linalg.qr((g - decay * w) @ view)[0]
         beside, own = g - basis @ (basis.T @ g), w - basis @ (basis.T @ w)
         decay = (beside * own).sum() / own.square().sum()
