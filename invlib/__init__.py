@@ -11,6 +11,7 @@ from invlib import errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
+from invlib.attacks.batches import crossover
 from invlib.attacks.buffers import buffers_alone
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
@@ -98,6 +99,7 @@ __all__ = [
     "beyond_inferring",
     "buffers_alone",
     "client_privacy_leakage",
+    "crossover",
     "deep_leakage",
     "errors",
     "evaluate",

@@ -88,7 +88,8 @@ def additive(
     Raises:
         RecoveryError: they do, as by batch norm in training mode, or with local steps of a size that counts.
     """
-    problem = matching.problem(model, observation, labels)
+    # Log-odds lack the factors with which single images' updates add up.
+    problem = replace(matching, log_odds=False).problem(model, observation, labels)
     if not problem.stackable or labels.ndim != 1:
         raise RecoveryError(
             f"the updates of single images are taken of a client that treats each by itself and of classes; "
