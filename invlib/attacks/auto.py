@@ -91,7 +91,10 @@ def best(
       product of its strides (4 pixels in ResNet20), so a search often ends in a shifted copy: the right
       picture in the wrong place. After a sixth of the evaluations the result is therefore compared with
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
-      has the lower score. For a single image, and from 500 evaluations on.
+      has the lower score. For a single image, and from 500 evaluations on;
+    - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
+      training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
+      the one brightness and contrast of each colour with which they hold best at the first layer.
 
     Where the cosine stalls before its evaluations are spent, as it does in single precision at small
     distances, the others go to the squared distance, in the same coordinates and without priors. What that
