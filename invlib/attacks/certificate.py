@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from invlib.attacks.base import loss_of, of_classes
-from invlib.attacks.chain import chain, sent, undo
+from invlib.attacks.chain import chain, not_linear, sent, undo
 from invlib.attacks.directions import Span, decay_of
 from invlib.core.network import (
     in_mode,
@@ -42,8 +42,8 @@ class Layer:
         module: the layer, where it is a module.
         image_of: takes one input ``(d,)`` to the normalised image, flat; None where the layer sees features.
         in_range: says of inputs ``(K, d)`` which may be an image's, bool ``(K,)``.
-        share: of what an image's weight has to be a multiple, where that is known: mixtures of images for
-            which the same units fire may have signals in the column space.
+        share: of two classes, of what an image's weight has to be a multiple: all inputs for which the same
+            units fire have one signal but for its length. None of more classes.
         decay: what multiple of the weight was in its gradient, and is taken out.
     """
 
@@ -67,6 +67,8 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
     Raises:
         RecoveryError: there is none, or it was not sent.
     """
+    if why := not_linear(observation):
+        raise RecoveryError(f"{why}; expected a client of SGD")
     stages = chain(model, observation)
     first = stages.stages[0] if stages.stages and stages.stages[0].window is None else None
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -290,6 +292,19 @@ def certified(span: Span, signals: Signals, inputs: Tensor, share: float | None 
     rows = torch.arange(len(inputs), device=labels.device)
     own, weights = back[rows, labels], inverse[rows, labels].reciprocal()
     return judged(span, inputs, own.T, labels, left[rows, labels], weights, share)
+
+
+def accounted(layer: Layer, span: Span, signals: Signals, found: Found, count: int) -> Found:
+    """Withdraw the proof of inputs with a weight that no images have, in one gradient of a mean over a batch.
+
+    Mixtures of images for which the same units fire have signals in the column space where there are few
+    classes. An image's weight is one in ``count``, or all inputs together make up the gradient.
+    """
+    columns = signals(found.inputs)[torch.arange(len(found.inputs)), found.labels].T * found.weights
+    gap = (layer.weight_gradient - columns @ found.inputs).norm() / layer.weight_gradient.norm()
+    tolerance = (100 * span.noise.max()).clamp(100 * _TOLERANCE, _LOOSEST)
+    fair = (found.weights * count - 1).abs() <= tolerance
+    return replace(found, certified=found.certified & (fair | (gap <= 10 * _TOLERANCE)))
 
 
 def judged(

@@ -54,8 +54,10 @@ def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
             f"the update's largest number is {largest:.0e}, below the normal ones of {number}: "
             "the client's loss is all but zero, and much of its update is rounding"
         )
-    training = observation.training_mode
-    if is_random(model, observation.image_shape, training=training, count=observation.num_images):
+    training, dropout = observation.training_mode, getattr(observation.protocol, "dropout", "drawn")
+    if dropout == "drawn" and is_random(
+        model, observation.image_shape, training=training, count=observation.num_images
+    ):
         mode = "training" if training else "evaluation"
         doubts.append(
             f"the model is random in {mode} mode (dropout, say): what the client drew is unknown, so that "

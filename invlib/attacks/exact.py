@@ -19,6 +19,7 @@ from invlib.attacks.certificate import (
     Found,
     Layer,
     Signals,
+    accounted,
     certified,
     joined,
     judged,
@@ -177,6 +178,8 @@ class ExactBatch(Settings):
         with tqdm(total=span.rank, disable=not progress, desc="exact batch", unit="image") as bar:
             until = began + self.seconds
             found = _search(layer, signals, _ungated(sent_back), until, generator, proof, bar)
+        if layer.share is None and _mean(observation):
+            found = accounted(layer, span, signals, found, observation.num_images)
         note, more = _note(observation, layer, span, found)
         rows = torch.linalg.qr(found.inputs.T)[0]
         left = layer.weight_gradient - (layer.weight_gradient @ rows) @ rows.T
@@ -208,6 +211,11 @@ class ExactBatch(Settings):
             result = replace(result, status="interrupted")
         result = replace(result, evaluations=sum(way.evaluations for way in ways))
         return doubted(result, [*doubts, *more])
+
+
+def _mean(observation: Observation) -> bool:
+    """Say whether the update is one gradient of a plain mean over the batch."""
+    return isinstance(observation.protocol, FedSGD) and observation.loss in (None, F.cross_entropy)
 
 
 def _images(observation: Observation, layer: Layer, inputs: Tensor) -> Tensor:
@@ -323,6 +331,7 @@ def _search(
         known = torch.cat([part.inputs for part in out]) if out else found.inputs[:0]
         last = found = found.only(~_near(found.inputs, known).any(1))
         sure = found.clean if found.clean.any() else found.certified
+        sure = sure & (sure.cumsum(0) <= whole.rank - sum(len(part.inputs) for part in out))
         out.append(found.only(sure))
         bar.update(int(sure.sum()))
         left = whole.rank - sum(len(part.inputs) for part in out)

@@ -110,10 +110,11 @@ class GradientMatching(Settings):
             takes hardly more memory than one of a single step, and about half as much time again; None does
             so from 10 local steps on.
         log_odds: match the direction of the log-odds of the label (`invlib.autodiff.odds.log_odds`) in the
-            place of cross-entropy, which has the same without the factor that a network's certainty takes
-            away. It needs one image of one class, a client that sends one gradient and an objective that a
-            factor does not change, as `cosine`. None does so where that holds and the update says that the
-            label had a probability above 0.999; elsewhere the two differ by rounding alone.
+            place of cross-entropy: it is the same, without the factor that a network's certainty takes away.
+            That needs labels that are classes, an objective that a factor does not change, as `cosine`, and
+            one image of a client that sends one gradient; or a batch of `invlib.FedSGD` in evaluation mode,
+            whose images each get the weight that fits best. None does so where all of that holds and the
+            update says that labels had a probability above 0.9999; below, rounding alone would differ.
         precision: of the multiplications in convolutions and fully connected layers, forward and backward:
             ``"full"`` is that of the parameters; ``"bfloat16"`` is fast where the device has units for it.
             Scores are always measured in full.

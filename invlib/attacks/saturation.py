@@ -18,8 +18,10 @@ from invlib.federated import FedSGD
 from invlib.optim.objectives import Objective, scale_free
 from invlib.search.problem import Update
 
-SATURATED = 1e-3  # one minus the label's probability, from which on down log-odds take the loss's place
-_ROUNDING = 4  # last places of a probability near 1 by which a client's own may be wrong
+# One minus the label's probability, from which on down log-odds take the loss's place: there the rounding of
+# the probability turns a gradient as far as that of a cosine in single precision can tell.
+SATURATED = 1e-4
+_LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _SAME = 1e-8  # cosine distance of two directions that differ by single precision alone
 
 _LEAST = 0.01  # weight of an image as a share of the largest
@@ -73,7 +75,7 @@ def share_of_label(
         assert labels is not None
         if slopes is None or len(labels) > 1:
             return 1.0
-        return label_share(slopes, int(labels), torch.finfo(target[0].dtype).eps)
+        return label_share(slopes, int(labels))
     if asked:
         raise ConfigError(f"GradientMatching log_odds is True, and {why}; expected None or False")
     return None
@@ -150,14 +152,14 @@ def unsure(slopes: Tensor) -> float:
     return max(float(slopes.clamp_min(0).sum()), -float(slopes.clamp_max(0).sum()))
 
 
-def label_share(slopes: Tensor, label: int, eps: float) -> float:
+def label_share(slopes: Tensor, label: int) -> float:
     r"""Return :math:`\alpha` of `invlib.autodiff.odds.log_odds`: how the client's rounding left its label.
 
     The slopes of one image's logits add up to zero, but for the label's, ``p - 1``, which is rounded to the
     last place of a number near 1. Where more than that is missing it is not rounding, and 1 is returned.
     """
     others = float(slopes.sum() - slopes[label])
-    if others <= 0 or abs(float(slopes.sum())) > _ROUNDING * eps:
+    if others <= 0 or abs(float(slopes.sum())) > _LAST:
         return 1.0
     return -float(slopes[label]) / others
 

@@ -179,9 +179,10 @@ def cases(setup: Setup) -> list[Case]:
     ]
     for images, units in ((16, 200), (64, 1000)):
         made.append(_case(images, "normalised", Batch(hidden=(units, _BEHIND), dtype="float32")))
-    made.append(_case(128, "normalised", Batch(hidden=(4096, _BEHIND)), clients=1))
-    published = Batch(hidden=(1000,), deviation=0.25)
-    return made + [_case(images, "in [0, 1]", published, clients=3) for images in _PUBLISHED]
+    published, wide = Batch(hidden=(1000,), deviation=0.25), Batch(hidden=(4096, _BEHIND))
+    made.append(_case(128, "normalised", wide, clients=1))
+    made += [_case(images, "in [0, 1]", published, clients=3) for images in _PUBLISHED]
+    return [*made, _case(256, "normalised", wide, clients=1)]
 
 
 EXPERIMENT = Experiment(

@@ -32,7 +32,7 @@ ADDED_LATER: dict[str, dict[str, Any]] = {
     "FedAvg": {
         **{"shuffle": False, "orders": None, "optimizer": "sgd", "momentum": 0.0, "dampening": 0.0},
         **{"nesterov": False, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "clip_norm": None},
-        "proximal": 0.0,
+        **{"proximal": 0.0, "dropout": "drawn"},
     },
 }
 # How records described `best` before it was a dataclass: by the variables of a function inside it.

@@ -28,8 +28,9 @@ from invlib.core.normalization import Normalization, as_normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, DoubtWarning, ObservationError
 from invlib.federated import rules
+from invlib.federated.dropout import Masks
 from invlib.federated.optimizers import settings_of
-from invlib.settings import Below1, Checked, Count, Finite, NotNegative, Positive, Rule, real, whole
+from invlib.settings import Below1, Checked, Count, Finite, NotNegative, Positive, Rule, Seed, real, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
@@ -126,6 +127,10 @@ class FedAvg(Checked):
         clip_norm: the longest gradient, as `torch.nn.utils.clip_grad_norm_` shortens it before each step.
         proximal: :math:`\mu` of FedProx, which adds :math:`\tfrac{\mu}{2} \|\theta - \theta_0\|^2` to the
             loss.
+        dropout: what it draws in training mode: ``"drawn"``, anew at each call, as the server has to where it
+            knows nothing; a seed, from which torch's generator draws all masks of a call, where the client
+            or the server set it; ``"expected"``, nothing: the gradient of the mean network, with which an
+            attack may replace what it does not know.
 
     Raises:
         ConfigError: neither or both of local_steps and epochs, a number out of range, or a setting of another
@@ -152,6 +157,7 @@ class FedAvg(Checked):
     eps: Positive = 1e-8
     clip_norm: Positive | None = None
     proximal: NotNegative = 0.0
+    dropout: Literal["drawn", "expected"] | Seed = "drawn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,7 +219,12 @@ class FedAvg(Checked):
     @property
     def stackable(self) -> bool:
         """Whether the client treats every restart of a stack by itself; a subclass has to say so anew."""
-        return type(self) is FedAvg
+        return type(self) is FedAvg and isinstance(self.dropout, str)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the update is a sum of gradients, with numbers as their factors; that of Adam is none."""
+        return self.optimizer == "sgd"
 
     def passes(self, num_images: int) -> int:
         """Return how many passes over the client's images are begun."""
@@ -270,11 +281,11 @@ class FedAvg(Checked):
     ) -> dict[str, Tensor]:
         """Return the weight difference by parameter name."""
         start = dict(trainable_parameters(model) if params is None else params)
-        now, state = dict(start), State()
+        now, state, masks = dict(start), State(), Masks(model, self.dropout)
         for k, rows in enumerate(self.batches(inputs.shape[0])):
             if on_step is not None:
                 on_step(now, inputs[rows])
-            loss_of = _loss_of(model, buffers, loss)
+            loss_of = masks.of(_loss_of(model, buffers, loss))
             rule = partial(self._rule, start=start, step=k, stacked=mode.kind in ("mapped", "stacked"))
             now, state = descend(loss_of, now, inputs[rows], labels[rows], rule, state, mode)
         return {name: now[name] - start[name] for name in start}
@@ -321,7 +332,7 @@ class FedAvg(Checked):
         Raises:
             AttributeError: the client runs Adam, whose update is no sum of gradients.
         """
-        if self.optimizer != "sgd":
+        if not self.linear:
             raise AttributeError(f"the update of {self} is no sum of gradients, so that it has no mean")
         return self._mean_gradient
 

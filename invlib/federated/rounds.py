@@ -52,6 +52,11 @@ class EachRound:
         return all(map(stackable, self.clients))
 
     @property
+    def linear(self) -> bool:
+        """Whether the updates are sums of gradients."""
+        return all(getattr(client, "linear", True) for client in self.clients)
+
+    @property
     def mean_gradient(self) -> Callable[[Tensor, int], Tensor]:
         """Turn a tensor of the first round's update into its mean gradient.
 

@@ -61,7 +61,7 @@ def as_one_gradient(
     if at is not None and not 0 <= at <= 1:
         raise ConfigError(f"as_one_gradient at is {at}; expected a number in [0, 1]")
     count, params = observation.num_images, trainable_parameters(model)
-    if protocol.optimizer == "sgd":
+    if protocol.linear:
         whole, place, decay = protocol.response(count)
     else:
         steps, decay = len(protocol.batches(count)), 0.0
@@ -121,7 +121,7 @@ def fitted_place(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoubtWarning)  # of directions alone
         target = as_one_gradient(model, observation, at=0)[1].update
-    told = protocol.optimizer == "sgd" and protocol.clip_norm is None
+    told = protocol.linear and protocol.clip_norm is None
 
     def distance(at: float) -> float:
         params = {n: p.detach() + at * observation.update[n].to(p) for n, p in start.items()}

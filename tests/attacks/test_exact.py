@@ -10,7 +10,7 @@ from torch import nn
 import invlib as iv
 from invlib.attacks import analytic
 from invlib.attacks.certificate import certified, layer_of, signals_of
-from invlib.attacks.directions import batch_inputs, span_of
+from invlib.attacks.directions import batch_inputs, separated, span_of
 from invlib.errors import ConfigError, DoubtWarning, RecoveryError
 from invlib.metrics import psnr
 
@@ -85,6 +85,11 @@ def test_a_bias_gradient_gives_the_scales():
     gap, rows = nearest(batch_inputs(d @ x, d.sum(1)).inputs, x)
     assert gap < 1e-9
     assert rows.sort().values.tolist() == list(range(8))
+
+
+def test_directions_that_are_not_independent_raise_nothing():
+    d, x = planted(3, 40, 20)
+    separated(span_of(d @ x), torch.ones(3, 3, dtype=torch.float64), d.sum(1))
 
 
 @pytest.mark.parametrize(("count", "units"), [(4, 100), (12, 200)])
@@ -318,6 +323,35 @@ def test_true_pairs_are_certified_and_no_decoy_is(dtype, classes):
         found = certified(span, signals, wrong, share)
         assert not found.certified.any()
         assert classes == 2 or float(found.residuals.min()) > 1e-4
+
+
+def test_what_is_less_exact_than_the_gradient_is_certified_and_not_clean():
+    span, signals, images, _ = ready(torch.float64)
+    near = images + 1e-7 * (images.roll(1, 0) - images)
+    assert certified(span, signals, images).clean.all()
+    found = certified(span, signals, near)
+    assert found.certified.all()
+    assert not found.clean.any()
+
+
+@pytest.mark.filterwarnings("ignore::invlib.errors.DoubtWarning")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_mixtures_of_images_for_which_the_same_units_fire_are_not_certified(copies):
+    net = network(classes=3, seed=2)
+    x, y = (part[4:].repeat_interleave(copies, 0) for part in photos(6, 3))
+    with torch.no_grad():  # the signals of three classes fill the column space, whatever the input
+        net[1].bias.copy_(torch.tensor([20.0, -20.0], dtype=torch.float64).repeat(60))
+    rec = iv.exact_batch(seconds=1)(net, seen_by(net, x, y))
+    assert "units active for them alone" in rec.note  # by their signals, that is
+    assert nearest(rec.images, x)[0] > 1
+    assert not rec.certified.any()
+
+
+def test_a_clipped_update_is_certified_as_a_whole():
+    net, (x, y) = network(), photos(6)
+    seen = seen_by(net, x, y)
+    clipped = replace(seen, update={n: 0.037 * u for n, u in seen.update.items()})
+    holds_all(iv.exact_batch()(net, clipped), x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -95,7 +95,7 @@ def test_the_rounding_of_the_clients_probability_is_found_in_its_bias(margin):
 @pytest.mark.parametrize("engine", ["eager", "batched"])
 @pytest.mark.parametrize("sharpness", [None, 4.0])
 def test_engines_agree_with_the_slow_way(engine, sharpness):
-    net = sure(9.0, torch.float64)
+    net = sure(12.0, torch.float64)
     _, seen = seen_of(net)
     attack = iv.GradientMatching(restarts=3)
     problem = attack.problem(net, seen)
@@ -114,7 +114,7 @@ def test_engines_agree_with_the_slow_way(engine, sharpness):
 
 
 def test_one_batch_of_all_restarts_takes_log_odds(monkeypatch):
-    net = sure(9.0)
+    net = sure(12.0)
     _, seen = seen_of(net)
     from invlib.autodiff import gradients
 
@@ -144,8 +144,8 @@ class Averaged(iv.FedSGD):
 
 @pytest.mark.parametrize("client", [iv.FedAvg(lr=0.5, local_steps=1), Averaged()])
 def test_other_clients_that_send_one_gradient(client):
-    x, seen = seen_of(sure(9.0, torch.float64), client)
-    attack, net = iv.GradientMatching(), sure(9.0, torch.float64)
+    x, seen = seen_of(sure(12.0, torch.float64), client)
+    attack, net = iv.GradientMatching(), sure(12.0, torch.float64)
     assert attack.problem(net, seen).alpha is not None
     assert attack.score(net, seen, x, torch.tensor([LABEL])) < 1e-12
 
@@ -160,7 +160,7 @@ def test_other_clients_that_send_one_gradient(client):
     ],
 )
 def test_where_log_odds_do_not_hold_they_are_not_taken(settings, client, facts, why):
-    net = sure(9.0, torch.float64)
+    net = sure(12.0, torch.float64)
     _, seen = seen_of(net, client, **facts)
     assert iv.GradientMatching(**settings).problem(net, seen).alpha is None
     with pytest.raises(ConfigError, match=f"log_odds is True, and .*{why}"):
@@ -168,7 +168,7 @@ def test_where_log_odds_do_not_hold_they_are_not_taken(settings, client, facts, 
 
 
 def test_noise_on_an_update_is_not_taken_for_rounding():
-    net = sure(9.0)
+    net = sure(12.0)
     _, seen = seen_of(net)
     generator = torch.Generator().manual_seed(0)
     noisy = {n: u + 1e-5 * torch.randn(u.shape, generator=generator) for n, u in seen.update.items()}
@@ -241,7 +241,7 @@ def batch_of(net, count=3):
     return x, labels, iv.observe(net, x, labels, iv.FedSGD(), normalization=iv.CIFAR10)
 
 
-@pytest.mark.parametrize("margin", [9.0, 20.0])
+@pytest.mark.parametrize("margin", [12.0, 20.0])
 def test_the_weights_of_a_batch_are_one_minus_each_probability(margin):
     net = sure(margin, torch.float64)
     x, labels, seen = batch_of(net)
@@ -269,7 +269,7 @@ def test_an_image_that_does_not_fit_keeps_a_weight():
 
 @pytest.mark.parametrize("engine", ["eager", "batched"])
 def test_the_slope_of_a_batch_is_that_of_its_best_weights(engine):
-    net = sure(9.0, torch.float64)
+    net = sure(12.0, torch.float64)
     _, _, seen = batch_of(net)
     attack = iv.GradientMatching(restarts=2)
     problem = attack.problem(net, seen)

@@ -357,3 +357,77 @@ def test_the_update_of_adam_is_no_mean_gradient():
     seen = iv.observe(DOUBLE, X, Y, client, normalization=iv.CIFAR10)
     with pytest.raises(RecoveryError, match=r"optimizer='adam'.*has no method mean_gradient"):
         seen.mean_gradient("0.weight")
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("label", range(5))
+def test_the_hidden_label_of_one_image_is_read_off(name, label):
+    net, (x, _) = build_tiny(), random_batch(seed=label)
+    client, y = client_of(name, local_steps=3), torch.tensor([label])
+    seen = iv.observe(net, x, y, client, normalization=iv.CIFAR10, reveal_labels=False)
+    assert iv.labels.infer(net, seen).labels.tolist() == [label]
+
+
+@pytest.mark.parametrize("more", [{"momentum": 0.9}, {"clip_norm": 0.1, "proximal": 1.0}], ids=str)
+def test_one_image_of_a_first_layer_is_exact_without_decay(more):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)
+    )
+    (x, y), net = random_batch(dtype=torch.float64), net.double()
+    client = iv.FedAvg(lr=(0.1, 0.05, 0.2), local_steps=3, **more)
+    found = iv.fully_connected()(net, iv.observe(net, x, y, client, normalization=iv.CIFAR10))
+    assert float(iv.metrics.psnr(found.images, x)) > 100
+    decayed = iv.observe(net, x, y, replace(client, weight_decay=0.1), normalization=iv.CIFAR10)
+    with pytest.warns(DoubtWarning, match=r"weight decay of 0.1 is read as a part of its gradient"):
+        iv.fully_connected()(net, decayed)
+    adam = iv.observe(net, x, y, client_of("adam", local_steps=3), normalization=iv.CIFAR10)
+    for attack in (iv.fully_connected(), iv.recursive_inversion(), iv.exact_batch()):
+        with pytest.raises(RecoveryError, match=r"optimizer='adam'\) is no sum of gradients"):
+            attack(net, adam)
+    with pytest.raises(RecoveryError, match="expected a client of SGD"):
+        iv.analytic.layer_input_of(net, adam, "1")
+
+
+def dropping():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = torch.nn.Linear(192, 16), torch.nn.Sigmoid(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 5)
+        return torch.nn.Sequential(torch.nn.Flatten(), *parts).double()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_of_a_known_seed_is_that_of_the_loop(recompute):
+    net = dropping()
+    client = iv.FedAvg(lr=0.1, local_steps=4, momentum=0.9, dropout=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = trained(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), ALL * 4, net=net.train())
+    before = torch.get_rng_state()
+    own = {n: p.detach().requires_grad_() for n, p in net.named_parameters()}
+    images = X.clone().requires_grad_()
+    update = client(net, images, Y, params=own, mode=GradientMode(kind="tape", recompute=recompute))
+    same(update, expected)
+    [slope] = torch.autograd.grad(sum(u.square().sum() for u in update.values()), images)
+    assert torch.equal(torch.get_rng_state(), before)
+    once_more = client(net, images, Y, params=own)
+    same(once_more, expected)
+    [other] = torch.autograd.grad(sum(u.square().sum() for u in once_more.values()), images)
+    torch.testing.assert_close(slope, other)
+
+
+def test_an_attack_draws_the_masks_of_a_known_seed_or_takes_their_mean():
+    net, (x, y) = dropping(), random_batch(dtype=torch.float64)
+    client = iv.FedAvg(lr=0.1, local_steps=3, dropout=5)
+    seen = iv.observe(net, x, y, client, normalization=iv.CIFAR10, training_mode=True)
+    for engine in ("eager", "batched"):
+        attack = iv.inverting_gradients(steps=2, restarts=2, engine=engine)
+        found = attack(net, seen)
+        assert attack.score(net, seen, x, y) < 1e-12
+        assert attack.score(net, seen, found.images, y) == pytest.approx(found.score)
+        assert not any("random" in warning for warning in found.warnings)
+    mean = replace(seen, protocol=replace(client, dropout="expected"))
+    scores = [iv.GradientMatching().score(net, mean, x, y) for _ in range(2)]
+    assert scores[0] == scores[1] > 1e-6
+    steady = replace(client, dropout="expected")(net.train(), X, Y)
+    same(steady, replace(client, dropout="drawn")(net.eval(), X, Y))
+    assert net.train()[3].training
