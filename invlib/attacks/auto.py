@@ -306,10 +306,10 @@ class Best(Settings):
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
-        copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
         step = self._additive(model, observation)
+        copies = min(self.shifts, self.evaluations // _STAGE // (2 if step is None else 4) - 2)
         asked += 0 if step is None else 2
-        shifting = self.evaluations >= _SHIFTING and copies and (step or observation.num_images == 1)
+        shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
         places = moves(model, observation) if shifting else []
         share = _restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places or step else share)
@@ -319,7 +319,7 @@ class Best(Settings):
         per_step = max(1, self.evaluations // search.steps)
         if step is not None:
             result = Batching(
-                search=search, places=tuple(places), copies=copies, stage=stage, per_step=per_step
+                search=search, places=tuple(places), copies=max(0, copies), stage=stage, per_step=per_step
             ).run(step, observation, parts)
         elif places:
             result = Shifting(
