@@ -11,9 +11,12 @@ from invlib import errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
+from invlib.attacks.batches import crossover
+from invlib.attacks.buffers import buffers_alone
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
-from invlib.attacks.matching import GradientMatching, attack_many
+from invlib.attacks.many import attack_many
+from invlib.attacks.matching import GradientMatching
 from invlib.attacks.patches import patch_embedding
 from invlib.attacks.published import (
     beyond_inferring,
@@ -36,12 +39,14 @@ from invlib.federated import (
     FedAvg,
     FedSGD,
     as_one_gradient,
+    fitted_place,
     from_arrays,
     from_gradients,
     from_state_dicts,
     load_observation,
     observe,
     save_observation,
+    several_rounds,
 )
 from invlib.metrics import Identified, Report, evaluate, identifiability
 from invlib.optim import objectives, optimizers, priors
@@ -92,11 +97,14 @@ __all__ = [
     "attack_many",
     "best",
     "beyond_inferring",
+    "buffers_alone",
     "client_privacy_leakage",
+    "crossover",
     "deep_leakage",
     "errors",
     "evaluate",
     "exact_batch",
+    "fitted_place",
     "from_arrays",
     "from_gradients",
     "from_state_dicts",
@@ -117,6 +125,7 @@ __all__ = [
     "recursive_inversion",
     "save_observation",
     "see_through_gradients",
+    "several_rounds",
     "smoothing",
     "token_embedding",
 ]

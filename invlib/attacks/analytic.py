@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, closed_form, known_labels, of_classes, with_labels
-from invlib.attacks.chain import Chain, Stage, chain, outside, precise, sent, undo
+from invlib.attacks.chain import Chain, Stage, chain, not_linear, outside, precise, sent, undo
 from invlib.attacks.directions import BatchInputs as BatchInputs
 from invlib.attacks.directions import batch_inputs as batch_inputs
 from invlib.attacks.doubts import doubted, doubts_of
@@ -134,6 +134,8 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
 
     Taught in: chapter 1
     """
+    if why := not_linear(observation):
+        raise RecoveryError(f"{why}; expected a client of SGD")
     module = dict(model.named_modules()).get(layer)
     if not isinstance(module, nn.Linear) or module.bias is None:
         known = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is not None]

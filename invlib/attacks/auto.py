@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
-from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.batches import Additive, Batching, additive
+from invlib.attacks.buffers import with_statistics
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
@@ -22,18 +24,20 @@ from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.network import like
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
-from invlib.errors import ConfigError
+from invlib.errors import ConfigError, RecoveryError
 from invlib.federated import observe
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
+from invlib.optim.statistics import batch_statistics
 from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.halving import rungs
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
+_SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
@@ -87,7 +91,10 @@ def best(
       product of its strides (4 pixels in ResNet20), so a search often ends in a shifted copy: the right
       picture in the wrong place. After a sixth of the evaluations the result is therefore compared with
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
-      has the lower score. For a single image, and from 500 evaluations on.
+      has the lower score. For a single image, and from 500 evaluations on;
+    - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
+      training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
+      the one brightness and contrast of each colour with which they hold best at the first layer.
 
     Where the cosine stalls before its evaluations are spent, as it does in single precision at small
     distances, the others go to the squared distance, in the same coordinates and without priors. What that
@@ -206,6 +213,8 @@ class Best(Settings):
             try_writing(path)
         model = observation.validate(model)
         observation = with_loss(self.matching.loss, observation)
+        if says_nothing(observation):
+            self = replace(self, evaluations=1, matching=replace(self.matching, steps=1))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         checked("generator", generator, torch.Generator)
         saved = None
@@ -240,6 +249,7 @@ class Best(Settings):
         if (shuffled := self.matching.in_likely_order(model, observation, result)) is not None:
             again = self._polished(result, model, shuffled, self.evaluations // 2, parts, self.matching.steps)
             result = replace(again, note=f"{again.note}, in a likely order of the client's minibatches")
+        result = self._coloured(result, model, observation)
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
@@ -290,24 +300,30 @@ class Best(Settings):
                 *matching.priors,
                 (self.natural * unit, _coordinates(matching).prior(observation.normalization)),
                 (self.tv * unit, priors.rounded_total_variation),
+                *_statistics(model, observation, unit),
             ),
             init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
-        copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
-        places = moves(model, observation) if self.evaluations >= _SHIFTING and copies else []
+        step = self._additive(model, observation)
+        copies = min(self.shifts, self.evaluations // _STAGE // (2 if step is None else 4) - 2)
+        asked += 0 if step is None else 2
+        shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
+        places = moves(model, observation) if shifting else []
         share = _restarts(search)
-        planned = self.evaluations * ((share + 5) / 6 if places else share)
+        planned = self.evaluations * ((share + 5) / 6 if places or step else share)
         parts.bar.total += round(planned) - self.evaluations
         parts.bar.update(asked)
-        if places:
+        stage = max(1, _STAGE * search.steps // self.evaluations)
+        per_step = max(1, self.evaluations // search.steps)
+        if step is not None:
+            result = Batching(
+                search=search, places=tuple(places), copies=max(0, copies), stage=stage, per_step=per_step
+            ).run(step, observation, parts)
+        elif places:
             result = Shifting(
-                search=search,
-                places=tuple(places),
-                copies=copies,
-                stage=max(1, _STAGE * search.steps // self.evaluations),
-                per_step=max(1, self.evaluations // search.steps),
+                search=search, places=tuple(places), copies=copies, stage=stage, per_step=per_step
             ).run(model, observation, parts)
         else:
             steps = told + search.steps
@@ -317,7 +333,9 @@ class Best(Settings):
             result,
             evaluations=result.evaluations + asked,
             history=replace(result.history, steps=[told + step for step in result.history.steps]),
-            note=note + (", and from shifted copies" if places else ""),
+            note=note
+            + (", of each image by itself too" if step else "")
+            + (", and from shifted copies" if places else ""),
         )
         short = None
         if self.evaluations > _SHORT:
@@ -325,6 +343,29 @@ class Best(Settings):
             begun = replace(matching, steps=fewer, init=search.init)
             short = replace(self, evaluations=_SHORT, shifts=0, near_grey=False, matching=begun)
         return result, min(self.evaluations, int(planned - result.evaluations)), short
+
+    def _coloured(self, found: Reconstruction, model: nn.Module, observation: Observation) -> Reconstruction:
+        """Bring images to the colours and the contrast that were sent, on which updates hardly depend."""
+        if not observation.training_mode or found.labels is None:
+            return found
+        try:
+            images = with_statistics(model, observation, found.images).clamp(0, 1)
+        except RecoveryError:
+            return found
+        score = self.matching.scorer(model, observation, found.labels)(images)
+        note = f"{found.note}; colours and contrast by the statistics that were sent"
+        return replace(found, images=images, score=score, evaluations=found.evaluations + 1, note=note)
+
+    def _additive(self, model: nn.Module, observation: Observation) -> Additive | None:
+        """Return the client's step where images of a batch are sought by themselves."""
+        search = self.matching
+        plain = (search.objective, search.layers, search.labels) == _PLAIN
+        if not plain or observation.num_images == 1 or self.evaluations < _SHIFTING:
+            return None
+        try:
+            return additive(model, observation, known_labels(model, observation), search)
+        except RecoveryError:
+            return None
 
     def _polished(
         self,
@@ -344,6 +385,8 @@ class Best(Settings):
         labels, closed = start.labels, start.status == "closed_form"
         distance = distance_of(model, observation, self.matching.loss)
         length = float(sum(part.double().square().sum() for part in observation.update.values()))
+        # Of log-odds, which stand for a loss that is saturated, the length means nothing.
+        turned = self.matching.problem(model, observation, labels).alpha is not None
         result, status = start, start.status
         try:
             if not closed:
@@ -351,12 +394,15 @@ class Best(Settings):
             nearest, spent = distance(start.images, labels), 1
             while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
                 polish = GradientMatching(
-                    objective=_relative(2 * nearest * length),
+                    objective=_relative(objectives.chordal, nearest)
+                    if turned
+                    else _relative(objectives.l2, 2 * nearest * length),
                     optimizer=_quasi_newton(min(_POLISH, spare)),
                     decay=None,
                     init=result.images,
                     steps=steps,
                     loss=self.matching.loss,
+                    log_odds=self.matching.log_odds,
                     coordinates=_coordinates(self.matching),
                     recompute=self.matching.recompute,
                     record_every=1,
@@ -430,6 +476,19 @@ class Best(Settings):
         )
 
 
+def _statistics(
+    model: nn.Module, observation: Observation, unit: float
+) -> tuple[tuple[float, priors.Unbound], ...]:
+    """Return the equations that sent buffers are, with their weight; none where there are none."""
+    if not observation.training_mode:
+        return ()
+    try:
+        batch_statistics(model, observation)
+    except RecoveryError:
+        return ()
+    return ((_SENT * unit, priors.BatchStatistics()),)
+
+
 def _restarts(matching: GradientMatching) -> float:
     """Return how many restarts run on average over the steps."""
     plan = rungs(matching.steps, matching.restarts, matching.prune)
@@ -438,9 +497,9 @@ def _restarts(matching: GradientMatching) -> float:
     return steps / matching.steps
 
 
-def _relative(scale: float) -> Objective:
-    """Return the squared distance over a number."""
-    return lambda candidate, target, weights=None: objectives.l2(candidate, target, weights) / scale
+def _relative(objective: Objective, scale: float) -> Objective:
+    """Return an objective over a number."""
+    return lambda candidate, target, weights=None: objective(candidate, target, weights) / scale
 
 
 def _scored(part: Reconstruction, score: float, unit: float) -> Reconstruction:

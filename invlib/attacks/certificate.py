@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from invlib.attacks.base import loss_of, of_classes
-from invlib.attacks.chain import chain, sent, undo
+from invlib.attacks.chain import chain, not_linear, sent, undo
 from invlib.attacks.directions import Span, decay_of
 from invlib.core.network import (
     in_mode,
@@ -67,6 +67,8 @@ def layer_of(model: nn.Module, observation: Observation, name: str | None) -> La
     Raises:
         RecoveryError: there is none, or it was not sent.
     """
+    if why := not_linear(observation):
+        raise RecoveryError(f"{why}; expected a client of SGD")
     stages = chain(model, observation)
     first = stages.stages[0] if stages.stages and stages.stages[0].window is None else None
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from invlib.core.calls import MOVES, PRODUCTS, SAME, Call, Trace, along, trace
-from invlib.core.observation import Observation
+from invlib.core.observation import Observation, words_of
 from invlib.errors import RecoveryError
 
 # Rounding may leave an output at an end of the activation's range, where the inverse is infinite.
@@ -72,6 +72,8 @@ class Chain:
 
 def chain(model: nn.Module, observation: Observation) -> Chain:
     """Follow an image through a network as long as each value is used once, by what can be undone."""
+    if why := not_linear(observation):
+        return Chain(first=(), stages=(), why=why)
     probe = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0))
     ran = trace(model, probe, training=observation.training_mode)
     needed: set[Call | None] = {ran.last} - {None}
@@ -351,6 +353,14 @@ def sent(observation: Observation, name: str) -> Tensor:
         share = float(observation.sent[name].double().mean())
         raise RecoveryError(f"only {share:.1%} of the numbers of {name!r} were sent; expected all of them")
     return precise(observation.update[name])
+
+
+def not_linear(observation: Observation) -> str:
+    """Say why the update keeps no ratios of gradients; empty where the client does not say so, as of Adam."""
+    if getattr(observation.protocol, "linear", True):
+        return ""
+    client = words_of(observation.protocol)
+    return f"the update of {client} is no sum of gradients, whose rows would tell the input"
 
 
 def precise(tensor: Tensor) -> Tensor:

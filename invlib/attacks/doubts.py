@@ -29,6 +29,11 @@ def doubted(result: Reconstruction, doubts: Iterable[str]) -> Reconstruction:
     return replace(result, warnings=tuple(together), note=note)
 
 
+def says_nothing(observation: Observation) -> bool:
+    """Say whether an update is all zero, as of a loss that is zero in the client's precision."""
+    return not any(value.any() for value in observation.update.values())
+
+
 def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
     """Return what is doubtful about an observation that fits the model, without an evaluation of the client.
 
@@ -37,10 +42,22 @@ def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
         observation: what the server saw.
     """
     doubts = list(observation.notes)
-    if not any(value.any() for value in observation.update.values()):
-        doubts.append("the update is all zero: it says nothing about the images, and no result is right")
-    training = observation.training_mode
-    if is_random(model, observation.image_shape, training=training, count=observation.num_images):
+    sizes = [float(value.abs().max()) for value in observation.update.values() if value.numel()]
+    largest, number = max(sizes, default=0.0), next(iter(observation.update.values())).dtype
+    if says_nothing(observation):
+        doubts.append(
+            f"the update is all zero, as of a loss that is zero in {number}: it says nothing about the "
+            "images, nothing is searched for, and no result is right"
+        )
+    elif largest < torch.finfo(number).tiny:
+        doubts.append(
+            f"the update's largest number is {largest:.0e}, below the normal ones of {number}: "
+            "the client's loss is all but zero, and much of its update is rounding"
+        )
+    training, dropout = observation.training_mode, getattr(observation.protocol, "dropout", "drawn")
+    if dropout == "drawn" and is_random(
+        model, observation.image_shape, training=training, count=observation.num_images
+    ):
         mode = "training" if training else "evaluation"
         doubts.append(
             f"the model is random in {mode} mode (dropout, say): what the client drew is unknown, so that "

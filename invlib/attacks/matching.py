@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.base import Settings, index_of_best, with_labels, with_loss, words
-from invlib.attacks.doubts import doubted, doubts_of, length_doubts
+from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.losses import taking_probabilities
 from invlib.attacks.orders import likely_orders
+from invlib.attacks.saturation import share_of_label, weighed
 from invlib.autodiff.gradients import PLAIN, GradientMode
+from invlib.autodiff.odds import log_odds
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.convert import as_images, as_labels
 from invlib.core.fingerprint import describe
@@ -33,13 +35,13 @@ from invlib.optim import objectives
 from invlib.optim.coordinates import NaturalImages, Tiles
 from invlib.optim.objectives import Compared, Layers, Objective
 from invlib.optim.optimizers import Adam, Optimizer, Variable, per_restart
-from invlib.optim.priors import AnyPrior, Unbound, bound
+from invlib.optim.priors import AnyPrior, bound
 from invlib.optim.schedules import StepDecay
 from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.engines import memory, selection
 from invlib.search.hooks import Bar, Hook, Told
 from invlib.search.interrupt import held
-from invlib.search.problem import Joined, Problem
+from invlib.search.problem import Problem, Update
 from invlib.search.run import SearchResult, run
 from invlib.search.settings import EngineName, Schedule, SearchSettings
 from invlib.settings import Count, Factor, Finite, NotNegative, Rule, checked, taking
@@ -107,6 +109,12 @@ class GradientMatching(Settings):
         recompute: compute local steps anew in the backward pass, one by one, so that a client of many steps
             takes hardly more memory than one of a single step, and about half as much time again; None does
             so from 10 local steps on.
+        log_odds: match the direction of the log-odds of the label (`invlib.autodiff.odds.log_odds`) in the
+            place of cross-entropy: it is the same, without the factor that a network's certainty takes away.
+            That needs labels that are classes, an objective that a factor does not change, as `cosine`, and
+            one image of a client that sends one gradient; or a batch of `invlib.FedSGD` in evaluation mode,
+            whose images each get the weight that fits best. None does so where all of that holds and the
+            update says that labels had a probability above 0.9999; below, rounding alone would differ.
         precision: of the multiplications in convolutions and fully connected layers, forward and backward:
             ``"full"`` is that of the parameters; ``"bfloat16"`` is fast where the device has units for it.
             Scores are always measured in full.
@@ -142,6 +150,7 @@ class GradientMatching(Settings):
     prune: bool = False
     engine: EngineName = "auto"
     recompute: bool | None = None
+    log_odds: bool | None = None
     precision: Literal["full", "bfloat16"] = "full"
     record_every: Count = 10
 
@@ -192,6 +201,8 @@ class GradientMatching(Settings):
         if checkpoint is not None:
             try_writing(Path(checkpoint))
         model = observation.validate(model)
+        if says_nothing(observation):
+            self = replace(self, steps=1)
         problem = self.problem(model, observation)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         starts = self.starts(problem, observation, generator)
@@ -295,6 +306,7 @@ class GradientMatching(Settings):
             targets: Tensor,
             params: dict[str, Tensor] | None = None,
             mode: GradientMode = PLAIN,
+            loss: Loss = loss,
         ) -> list[Tensor]:
             settings: dict[str, Any] = {
                 "params": own if params is None else params,
@@ -317,10 +329,20 @@ class GradientMatching(Settings):
                 return place
             return observation.normalization.encode(self.coordinates.images(place))
 
+        objective, compared = _weighted(self.objective, weights), [target[i] for i in indices]
+        alpha = share_of_label(self.log_odds, model, observation, labels, objective, compared, update)
+        step: Update = update
+        if alpha is not None:
+            # A factor does not count, and squares of very small numbers would be zero.
+            largest = torch.stack([t.abs().max() for t in compared if t.numel()]).max()
+            compared = [t / largest for t in compared]
+            step = partial(update, loss=partial(log_odds, alpha=alpha))
+            step = weighed(step, compared) if observation.num_images > 1 else step
         return Problem(
-            update=update,
-            objective=_weighted(self.objective, weights),
-            target=[target[i] for i in indices],
+            update=step,
+            objective=objective,
+            target=compared,
+            alpha=alpha,
             params=own,
             priors=tuple((w, bound(prior, model, observation, labels)) for w, prior in self.priors),
             variables=[images, Variable(name="labels", signed=False)] if optimized else [images],
@@ -470,7 +492,7 @@ def _weighted(
 ) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     if weights is None:
         return objective
-    return functools.partial(objective, weights=weights)
+    return partial(objective, weights=weights)
 
 
 def hooks_of(callback: Callback | None, progress: bool) -> list[Hook]:
@@ -530,91 +552,3 @@ def checked_starts(restarts: int, observation: Observation) -> tuple[int, ...]:
             f"take {memory.words(need)} where {memory.words(free)} are free"
         )
     return shape
-
-
-def attack_many(
-    attack: GradientMatching,
-    model: nn.Module,
-    observations: Sequence[Observation],
-    *,
-    generators: Sequence[torch.Generator] | None = None,
-    progress: bool = False,
-) -> list[Reconstruction]:
-    """Attack many observations of one model in one run, each as if it were alone.
-
-    Small networks leave most of a machine idle; a hundred clients fill it as a hundred restarts do. Restarts
-    are pruned among those of their own observation. An attack that stops early (``tolerance``, ``patience``)
-    or has priors of its own for each observation, an optimiser that takes one restart at a time and a client
-    that cannot be stacked run one observation after another. Ctrl-C ends the run for all of them.
-
-    Args:
-        attack: what is run.
-        model: the model that every client received; it is not changed.
-        observations: what the server saw, of clients with the same protocol and shapes.
-        generators: draw the starting points, one for each observation; None makes them with seed 0.
-        progress: show a progress bar.
-
-    Returns:
-        One reconstruction for each observation; its ``seconds`` are an equal share of the whole.
-
-    Raises:
-        ObservationError: an observation does not fit the model.
-        ConfigError: there is none, they differ in more than updates and labels, or the attack begins at
-            given images or matches the largest layers.
-
-    Example:
-        >>> import invlib as iv
-        >>> model = iv.models.build("LeNetZhu", num_classes=10, seed=0)
-        >>> images, labels = iv.data.samples("photos32", indices=[0, 1])
-        >>> seen = [
-        ...     iv.observe(model, images[k:k+1], labels[k:k+1], iv.FedSGD(), normalization=iv.CIFAR10)
-        ...     for k in range(2)
-        ... ]
-        >>> len(iv.attack_many(iv.inverting_gradients(steps=2), model, seen))
-        2
-    """
-    began = time.perf_counter()
-    _check_alike(attack, observations)
-    chosen = generators or [torch.Generator().manual_seed(0) for _ in observations]
-    if len(chosen) != len(observations):
-        raise ConfigError(
-            f"generators has {len(chosen)} entries; expected one for each of {len(observations)} observations"
-        )
-    pairs = list(zip(observations, chosen, strict=True))
-    early = (attack.tolerance, attack.patience) != (None, None)
-    own_priors = any(isinstance(prior, Unbound) for _, prior in attack.priors)
-    if early or own_priors or not (attack.optimizer.together and stackable(observations[0].protocol)):
-        return [attack(model, o, generator=g, progress=progress) for o, g in pairs]
-    for observation in observations:
-        model = observation.validate(model)
-    parts = [attack.problem(model, o) for o in observations]
-    starts = [attack.starts(p, o, g) for p, (o, g) in zip(parts, pairs, strict=True)]
-    common = {f.name: getattr(parts[0], f.name) for f in fields(Problem)}
-    joined = Joined(**common, parts=tuple(parts), guesses=attack.restarts)
-    with in_mode(model, training=observations[0].training_mode):
-        together = [torch.cat(some) for some in zip(*starts, strict=True)]
-        results = run(joined, together, attack.search, hooks_of(None, progress))
-        done = [
-            reconstruction(*each, words(attack.objective), began)
-            for each in zip(parts, results, observations, strict=True)
-        ]
-    share = (time.perf_counter() - began) / len(done)
-    return [replace(one, seconds=share) for one in done]
-
-
-def _check_alike(attack: GradientMatching, observations: Sequence[Observation]) -> None:
-    if not observations:
-        raise ConfigError("observations is empty; expected at least one")
-    if isinstance(attack.init, Tensor):
-        raise ConfigError("GradientMatching init is a tensor; expected a name for many observations")
-    if attack.layers.which == "largest":
-        raise ConfigError(
-            "GradientMatching layers are the largest, which differ from one update to the next; expected "
-            "others for many observations"
-        )
-    for name in ("protocol", "num_images", "image_shape", "normalization", "training_mode"):
-        first = getattr(observations[0], name)
-        for k, observation in enumerate(observations):
-            value = getattr(observation, name)
-            if value != first:
-                raise ConfigError(f"observation {k} has {name} {value}; expected {first}, as the first has")

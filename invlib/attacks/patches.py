@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -25,6 +25,8 @@ from invlib.optim.coordinates import NaturalImages
 from invlib.settings import NotNegative
 
 _DETERMINED = 30.0  # dB that are expected of an image that counts as determined
+_CHANCE = 0.95  # of the residual that chance leaves, from which on nothing is expected
+_DRAWS = 2  # images that an expectation is the mean of
 _CLOSE = 60.0  # dB at which errors are too small to leave [0, 1] by what counts as outside
 # Operations that may lie between the embedding and the positions: they choose, join, shift and scale.
 _BETWEEN = MOVES | SAME | {"cat", "add", "sub", "mul", "div", "index", "index_select"}
@@ -170,7 +172,8 @@ def patch_embedding(
         each pixel of a patch has as many equations as a token has numbers, and as many unknowns as there
         are patches. ``certified`` says that the residual is rounding and that the equations determine the
         image (30 dB and more, ``expected_psnr``): only the update of one image obeys them. It does not
-        speak of the label. ``expected_psnr`` is NaN where a residual may be of a step that is not linear.
+        speak of the label. ``expected_psnr`` is NaN where a residual may be of a step that is not linear, and
+        where it is what chance leaves.
 
     Source: this project's; compare Lu et al. 2022 (APRIL), arXiv 2112.14087, who solve for the input of
     attention.
@@ -218,12 +221,20 @@ class PatchEmbedding(Settings):
                 f"{count} patches and tokens of {width} numbers: {width} equations for each pixel of a patch "
                 f"have {count} unknowns; expected at most {width} patches"
             )
-        system = _without_decay(step, model, update, self.decay)
-        images = observation.normalization.decode(_solve(step, observation, system)).to(like(model))
+        least = max(max(_rounding(part), torch.finfo(part.dtype).eps) for part in update.values())
+        system = _without_decay(step, model, update, self.decay, least)
+        inputs = _solve(step, observation, system)
+        images = observation.normalization.decode(inputs).to(like(model))
         rounding = max(self.tolerance, *(_rounding(part) for part in update.values()))
         fits, checked = system.residual <= rounding, count < width
         linear = fits or hasattr(observation.protocol, "mean_gradient")
-        expected = _expected(step, observation, system) if linear else math.nan
+        # What any signals leave of numbers that have nothing to do with them.
+        chance = system.residual > _CHANCE * math.sqrt(1 - count / width)
+        expected = (
+            _expected(step, observation, system, inputs, least)
+            if linear and (fits or not chance)
+            else math.nan
+        )
 
         doubts = doubts_of(model, observation)
         # What dropout drew does not matter here.
@@ -239,6 +250,7 @@ class PatchEmbedding(Settings):
             doubts.append(
                 f"{system.residual:.1%} of the update of {step.weight!r} is of no image: it has noise, the "
                 "client's step is not linear in its gradients (Adam), or there was more than one image"
+                + (", and no fewer would be by chance, so that no PSNR can be expected" if chance else "")
             )
         note = (
             f"one least squares from {step.weight!r} and {step.positions!r}: {count} patches of {size} "
@@ -478,7 +490,9 @@ def _system(
     return min(tried if spare else tried[:1], key=lambda pair: pair[0])[1]
 
 
-def _without_decay(step: PatchStep, model: nn.Module, update: dict[str, Tensor], fit: bool) -> _System:
+def _without_decay(
+    step: PatchStep, model: nn.Module, update: dict[str, Tensor], fit: bool, rounding: float
+) -> _System:
     r"""Subtract weight decay, which adds the same multiple of every decayed weight to the update.
 
     Local steps with decay and momentum are linear in the weights that they began with and in the gradients,
@@ -518,7 +532,6 @@ def _without_decay(step: PatchStep, model: nn.Module, update: dict[str, Tensor],
     # One number more explains this much by chance only in updates of pure noise.
     if gap**2 > (1 - 100 / seen.numel()) * plain**2:
         c = 0.0
-    rounding = max(max(_rounding(part), torch.finfo(part.dtype).eps) for part in update.values())
     return _system(signals - c * tied * table, seen - c * weight, rounding, (c * tied, c))
 
 
@@ -572,23 +585,38 @@ def _solve(step: PatchStep, observation: Observation, system: _System) -> Tensor
     return found
 
 
-def _expected(step: PatchStep, observation: Observation, system: _System) -> float:
-    """Return the PSNR with which a drawn image, as photographs vary, comes back through such equations.
+def _expected(
+    step: PatchStep, observation: Observation, system: _System, found: Tensor, rounding: float
+) -> float:
+    """Return the PSNR with which images that fit what was seen come back through such equations.
 
-    The noise that the residual shows is shared out among both sides of them.
+    The noise that the residual shows is shared out among both sides. Noise makes the signals that were sent
+    look easier to invert than the client's own, so that its singular values are subtracted from theirs. An
+    image is what was ``found`` and the error with which one that is drawn as photographs vary comes back.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
 
-    images = NaturalImages().images(draw((1, *observation.image_shape)))
-    patches = step.patches(observation.normalization.encode(images))
-    noise = system.noise / math.sqrt(1 + float(patches.square().sum(0).mean()))
-    told = replace(
-        system,
-        signals=system.signals + noise * draw(system.signals.shape),
-        seen=system.signals.T @ patches + noise * draw(system.seen.shape),
-    )
-    gap = observation.normalization.decode(_solve(step, observation, told)) - images
-    return -10 * math.log10(max(float(gap.square().mean()), 1e-30))
+    left, sizes, right = torch.linalg.svd(system.signals, full_matrices=False)
+    own = torch.linalg.svdvals(draw(system.signals.shape))
+    size = float(step.patches(found).square().sum(0).mean())
+    # Noise leaves no singular value much smaller than its own smallest.
+    inside = min(system.noise / math.sqrt(1 + size), 1.5 * float(sizes[-1] / own[-1]))
+    noise = math.sqrt(system.noise**2 - size * inside**2)
+    signals = (left * (sizes.square() - (inside * own).square()).clamp_min(0).sqrt()) @ right
+
+    def error(inputs: Tensor) -> Tensor:
+        seen = signals.T @ step.patches(inputs) + noise * draw(system.seen.shape)
+        told = _system(signals + inside * draw(signals.shape), seen, rounding)
+        return _solve(step, observation, told) - inputs
+
+    decode, encode = observation.normalization.decode, observation.normalization.encode
+    psnrs = []
+    for _ in range(_DRAWS):
+        inputs = encode(NaturalImages().images(draw(found.shape)))
+        inputs = found - error(inputs)
+        gap = decode(error(inputs) + inputs) - decode(inputs)
+        psnrs.append(-10 * math.log10(max(float(gap.square().mean()), 1e-30)))
+    return sum(psnrs) / len(psnrs)

@@ -23,7 +23,7 @@ Move = tuple[int, int]
 _REACH = 2  # strides, up and down and to the sides
 # From the initial sharpness (0) to the last (1), in its logarithm: where the search stops, to where shifted
 # copies are compared, and where the rest begins.
-_FOUND, _SHIFTED, _REST = 0.37, 0.5, 0.6
+FOUND, SHIFTED, REST = 0.37, 0.5, 0.6
 # Which part of the budget is spent when the search ends, and at most when the last copies were compared.
 _SEARCH, _COMPARED = 1 / 6, 5 / 6
 
@@ -33,11 +33,8 @@ def moves(model: nn.Module, observation: Observation) -> list[Move]:
 
     A network that pools over all places at its end is invariant to shifts by the product of its strides, the
     border apart: they give nearly the same gradient. The product is measured: the side of the image over that
-    of the smallest output of a convolution. None for a batch, in which each image would have to be shifted by
-    itself, or where nothing is strided.
+    of the smallest output of a convolution. None where nothing is strided.
     """
-    if observation.num_images > 1:
-        return []
     calls = trace(model, torch.zeros(1, *observation.image_shape)).calls
     sides = [c.output.shape[-2:] for c in calls if c.op == "convolution" and c.output.ndim == 4]
     image = observation.image_shape[-2:]
@@ -82,7 +79,7 @@ class Shifting(Checked):
         search, stage, spent = self.search, self.stage, 0.0
 
         def run(first: float, last: float, steps: int, name: str, **settings: object) -> Reconstruction:
-            part = replace(_part(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
+            part = replace(part_of(search, first, last), steps=steps, **settings)  # type: ignore[arg-type]
             return parts.run(part, observation, spent=round(spent), steps=search.steps, name=name)
 
         first, result = max(2 * stage, round(_SEARCH * search.steps)), None
@@ -90,7 +87,7 @@ class Shifting(Checked):
         # copies an evaluation for each place.
         price = (self.copies + 2) * stage + len(self.places) / self.per_step
         try:
-            result = run(0, _FOUND, first, "gradient matching")
+            result = run(0, FOUND, first, "gradient matching")
             spent += first
             assert result.labels is not None
             score_of = search.scorer(model, observation, result.labels)
@@ -100,7 +97,7 @@ class Shifting(Checked):
                 order = sorted(range(len(others)), key=scores.__getitem__)[: self.copies]
                 starts = torch.stack([result.images, *(others[k] for k in order)])
                 compared = run(
-                    *(_FOUND, _SHIFTED, 2 * stage, "shifted copies"),
+                    *(FOUND, SHIFTED, 2 * stage, "shifted copies"),
                     init=starts,
                     restarts=len(starts),
                     prune=True,
@@ -112,7 +109,7 @@ class Shifting(Checked):
                     break
             if result.status == "max_steps":
                 left = int(search.steps - spent)
-                rest = run(_REST, 1, left, "gradient matching", init=result.images, restarts=1)
+                rest = run(REST, 1, left, "gradient matching", init=result.images, restarts=1)
                 result = joined(result, rest, round(spent), 0)
         except KeyboardInterrupt:
             if result is None:
@@ -121,7 +118,7 @@ class Shifting(Checked):
         return result
 
 
-def _part(search: GradientMatching, first: float, last: float) -> GradientMatching:
+def part_of(search: GradientMatching, first: float, last: float) -> GradientMatching:
     """Return the part of a search between two places from 0, the initial sharpness, to 1, the last."""
     whole = search.smoothing
     return replace(

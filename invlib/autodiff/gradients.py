@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,34 +121,48 @@ def _stacked_loss(
     return loss
 
 
+State = tuple[Mapping[str, Tensor], ...]
+# One update of an optimiser: parameters, their gradient and what it keeps, to parameters and what it keeps.
+Rule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], State], tuple[dict[str, Tensor], State]]
+
+
 def descend(
     loss_of: LossOf,
     params: Mapping[str, Tensor],
     inputs: Tensor,
     labels: Tensor,
-    lr: float,
+    rule: Rule,
+    state: State = (),
     mode: GradientMode = PLAIN,
-) -> dict[str, Tensor]:
-    """Return the parameters after one step of gradient descent; arguments as for `gradient`.
+) -> tuple[dict[str, Tensor], State]:
+    """Return the parameters after one step of an optimiser, and its state; arguments as for `gradient`.
 
     Args:
         loss_of: maps parameters, inputs and labels to the loss.
         params: before the step.
         inputs: normalised images.
         labels: of the images.
-        lr: the learning rate.
+        rule: what the optimiser makes of a gradient.
+        state: what it keeps from one step to the next: momentum, say, by parameter name.
         mode: how the gradient is computed.
     """
     if mode.kind == "transforms" or not mode.recompute:
-        slopes = gradient(loss_of, params, inputs, labels, mode)
-        return {name: p - lr * slopes[name] for name, p in params.items()}
+        return rule(params, gradient(loss_of, params, inputs, labels, mode), state)
     names = list(params)
-    after = _RecomputedStep.apply(mode, loss_of, names, lr, inputs, labels, *params.values())
-    return dict(zip(names, after, strict=True))
+    values = [kept[name] for kept in (params, *state) for name in names]
+    after = _RecomputedStep.apply(mode, loss_of, names, rule, inputs, labels, *values)
+    now, *kept = _by_name(names, after)
+    return now, tuple(kept)
+
+
+def _by_name(names: list[str], values: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """Part tensors into mappings, each of all names."""
+    size = len(names)
+    return [dict(zip(names, values[k : k + size], strict=True)) for k in range(0, len(values), size)]
 
 
 class _RecomputedStep(torch.autograd.Function):
-    """A local step of which only the weights are kept; its graph is made anew in the backward pass."""
+    """A local step of which only weights and state are kept; its graph is made anew in the backward pass."""
 
     @staticmethod
     def forward(
@@ -156,12 +170,12 @@ class _RecomputedStep(torch.autograd.Function):
         mode: GradientMode,
         loss_of: LossOf,
         names: list[str],
-        lr: float,
+        rule: Rule,
         inputs: Tensor,
         labels: Tensor,
         *values: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.settings = (mode, loss_of, names, lr)
+        ctx.settings = (mode, loss_of, names, rule)
         ctx.save_for_backward(inputs, labels, *values)
         _, _, after = _step_on_copies(*ctx.settings, inputs, labels, *values)
         return tuple(p.detach() for p in after)
@@ -176,15 +190,16 @@ class _RecomputedStep(torch.autograd.Function):
 
 
 def _step_on_copies(
-    mode: GradientMode, loss_of: LossOf, names: list[str], lr: float, *saved: Tensor
+    mode: GradientMode, loss_of: LossOf, names: list[str], rule: Rule, *saved: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Take the step on copies of what was saved: inputs and labels, parameters, and those after it."""
+    """Take the step on copies of what was saved: inputs and labels, what was kept, and that after it."""
     inputs, labels, *values = (t.detach() for t in saved)
     with torch.enable_grad():
         for tensor in (inputs, labels, *values):
             tensor.requires_grad_(tensor.is_floating_point())
         # These leaves stand for parameters that depend on the images.
-        params = dict(zip(names, values, strict=True))
+        params, *state = _by_name(names, values)
         slopes = gradient(loss_of, params, inputs, labels, mode, fixed=False)
-        after = [p - lr * slopes[name] for name, p in params.items()]
+        now, state_after = rule(params, slopes, tuple(state))
+        after = [kept[name] for kept in (now, *state_after) for name in names]
     return [inputs, labels], values, after

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from invlib.autodiff.layers import cast, convolution, fixed_batch_norm, product
+from invlib.autodiff.odds import log_odds
 
 
 class NotStackable(Exception):
@@ -131,6 +132,11 @@ class StackedForward(TorchFunctionMode):
         self.loss = total / (len(input) // self.restarts)
         return self.loss
 
+    def log_odds(self, logits: Tensor, labels: Tensor, *, alpha: float = 1.0) -> Tensor:
+        """Take the place of `invlib.autodiff.odds.log_odds`, and end the network."""
+        self.loss = self.restarts * log_odds(logits, labels, alpha=alpha)
+        return self.loss
+
     def _biased(self, output: Tensor, bias: Tensor | None, more: int) -> Tensor:
         if bias is None:
             return output
@@ -177,6 +183,7 @@ _OWN: dict[Any, Callable[..., Tensor]] = {
     F.linear: StackedForward.linear,
     F.batch_norm: StackedForward.batch_norm,
     F.cross_entropy: StackedForward.cross_entropy,
+    log_odds: StackedForward.log_odds,
 }
 
 # What treats every number, or every image, by itself, whatever its other arguments are.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from invlib.cli.status import POSITIVE, SEED, check_ranges
 from invlib.core.normalization import NORMALIZATIONS
 from invlib.core.optional import device_of
 from invlib.errors import ConfigError
+from invlib.federated import FedAvg, FedSGD
 from invlib.legacy import DEFAULT_CONFIG
 from invlib.legacy.config import FILTERS, INITS, OPTIMIZERS, SCORINGS, checked
 from invlib.legacy.costs import DISTANCES, SUBSETS, WEIGHTS
+from invlib.legacy.reconstruction_algorithms import local_training
 
 _DTYPES = {
     "float": torch.float32,
@@ -61,6 +63,7 @@ _RANGES = {
     "accumulation": (0, 10**6),
     "local_lr": (POSITIVE, 1e6),
     "batch_size": (0, 10**7),
+    "local_momentum": (0, 10),
     "restarts": (1, 10**4),
     "iterations": (1, 10**9),
     "lr": (POSITIVE, 1e6),
@@ -100,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--local_lr", type=float, default=1e-4, help="the client's learning rate (%(default)s)")
     what.add_argument("--batch_size", type=int, default=0, help="images in a local step; 0 takes all")
+    what.add_argument(
+        "--local_optimizer",
+        default="sgd",
+        choices=["sgd", "adam", "adamw"],
+        help="of the local steps; others than plain sgd with --optim best alone (%(default)s)",
+    )
+    what.add_argument("--local_momentum", type=float, default=0.0, help="of sgd, likewise (%(default)s)")
 
     how = parser.add_argument_group("the attack", "Defaults are those of --optim.")
     how.add_argument(
@@ -192,6 +202,19 @@ class ClientOptions:
     accumulation: int
     local_lr: float
     batch_size: int
+    local_optimizer: str
+    local_momentum: float
+
+    def step(self) -> FedSGD | FedAvg:
+        """Return what the client computes.
+
+        Raises:
+            ConfigError: momentum with Adam.
+        """
+        if not self.accumulation:
+            return FedSGD()
+        plain = local_training(self.accumulation, self.local_lr, self.batch_size)
+        return replace(plain, optimizer=self.local_optimizer, momentum=self.local_momentum)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +278,12 @@ class Request:
                     f"--{flag} is {getattr(args, flag)!r}; expected one of {', '.join(choices)}"
                 )
         check_ranges(args, _RANGES)
+        own = (args.local_optimizer, args.local_momentum) != ("sgd", 0.0)
+        if own and (optim != "best" or not args.accumulation):
+            raise ConfigError(
+                f"--local_optimizer is {args.local_optimizer} and --local_momentum {args.local_momentum}; "
+                "expected plain sgd but with --optim best and --accumulation"
+            )
         if Path(args.name).name != args.name:
             raise ConfigError(f"--name is {args.name!r}; expected a part of a file's name, without a folder")
         given = vars(args) | {"optim": optim, "reason": reason, "config": checked(config)}
@@ -262,12 +291,14 @@ class Request:
         def part(kind: type[Any]) -> Any:
             return kind(**{field.name: given[field.name] for field in fields(kind)})
 
+        client = part(ClientOptions)
+        client.step()
         return cls(
             program=args.program,
             notes=tuple(since2020.notes(args, optim)),
             images=part(ImageOptions),
             network=part(NetworkOptions),
-            client=part(ClientOptions),
+            client=client,
             attack=part(AttackOptions),
             files=part(FileOptions),
             device=device_of(args.device),

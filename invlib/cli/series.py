@@ -90,6 +90,8 @@ def series(request: Request, *, clients: int, results: Path) -> int:
         "trained": request.network.trained_model,
         "soft_labels": request.attack.soft_labels,
     }
+    if request.client.local_optimizer != "sgd" or request.client.local_momentum:
+        settings |= {"client": str(request.client.step())}
     tag = hashlib.md5(json.dumps(settings, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
     folder = results / tag
     table = folder / f"table_mul_exp_{request.files.name}.csv"

@@ -16,13 +16,12 @@ from invlib import data, metrics, models
 from invlib.attacks.auto import best
 from invlib.cli.options import AttackOptions, ClientOptions, ImageOptions, NetworkOptions, Request
 from invlib.core.normalization import NORMALIZATIONS, Normalization
-from invlib.core.observation import ClientStep, Observation
+from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.data.files import check_indices
 from invlib.errors import ConfigError, DataError, RecoveryError, UnknownNameError
-from invlib.federated import FedSGD, observe
+from invlib.federated import observe
 from invlib.legacy import FedAvgReconstructor, GradientReconstructor
-from invlib.legacy.reconstruction_algorithms import local_training
 from invlib.metrics import Report
 from invlib.models import cards
 
@@ -182,9 +181,7 @@ class Session:
         net, device = self.network, self.request.device
         began = time.perf_counter()
         truth, labels = subject.images.to(device), subject.labels.to(device)
-        step: ClientStep = FedSGD()
-        if client.accumulation:
-            step = local_training(client.accumulation, client.local_lr, client.batch_size)
+        step = client.step()
         # --dtype is the attack's; the client computes in single precision.
         seen = observe(net.model.float(), truth, labels, step, normalization=net.normalization)
         model = net.model.to(options.torch_dtype)

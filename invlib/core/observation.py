@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from invlib.core.convert import as_labels, as_shape, as_tensor
 from invlib.core.network import num_classes, trainable_parameters, unwrapped
 from invlib.core.normalization import UNIT, Normalization, as_normalization
-from invlib.errors import ObservationError, RecoveryError
+from invlib.errors import DoubtWarning, ObservationError, RecoveryError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -201,6 +202,12 @@ class Observation:
             raise RecoveryError(
                 f"the client's step {words_of(self.protocol)} has no method mean_gradient, which turns its "
                 "update into a gradient"
+            )
+        if decay := getattr(self.protocol, "weight_decay", 0):
+            warnings.warn(
+                f"the client's weight decay of {decay} is read as a part of its gradient",
+                DoubtWarning,
+                stacklevel=2,
             )
         gradient: Tensor = turn(self.update[name], self.num_images)
         return gradient

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invlib.attacks.auto import best
+from invlib.attacks.auto import Best, best
 from invlib.attacks.base import Attack
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.published import improved_deep_leakage, inverting_gradients
@@ -47,7 +47,7 @@ class OnTheWay:
         attack: what is run on that gradient.
     """
 
-    attack: GradientMatching
+    attack: GradientMatching | Best
 
     def __call__(
         self,
@@ -62,7 +62,8 @@ class OnTheWay:
         moved, gradient = as_one_gradient(model, observation)
         result = self.attack(moved, gradient, generator=generator, callback=callback, progress=progress)
         assert result.labels is not None  # the attack does not optimise them
-        score = self.attack.score(model, observation, result.images, result.labels)
+        matching = self.attack.matching if isinstance(self.attack, Best) else self.attack
+        score = matching.score(model, observation, result.images, result.labels)
         return replace(result, score=score, trial_scores=torch.tensor([score]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from invlib.attacks.base import Attack
 from invlib.core.normalization import Normalization
@@ -68,6 +68,8 @@ class Case:
         measure: makes client and network by itself, attacks and compares; None does as for every search.
         clients: at most how many are attacked; None as many as the form has.
         text: whether a client has sentences in the place of images.
+        mode: ``"evaluation"``, ``"training"``, or ``"training, buffers withheld"``, where the client does
+            not send its batch-norm statistics.
     """
 
     columns: Mapping[str, str]
@@ -86,6 +88,7 @@ class Case:
     measure: Measure | None = None
     clients: int | None = None
     text: bool = False
+    mode: Literal["evaluation", "training", "training, buffers withheld"] = "evaluation"
 
     @property
     def name(self) -> str:

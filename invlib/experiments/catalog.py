@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from invlib.errors import UnknownNameError
-from invlib.experiments import ablation, architecture, exact, fedavg, imagenet, multi, table1, transformers
+from invlib.experiments import (
+    ablation,
+    architecture,
+    dispute,
+    exact,
+    fedavg,
+    imagenet,
+    multi,
+    table1,
+    transformers,
+)
 from invlib.experiments.cases import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -15,6 +25,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "imagenet": imagenet.EXPERIMENT,
     "exact": exact.EXPERIMENT,
     "transformers": transformers.EXPERIMENT,
+    "dispute": dispute.EXPERIMENT,
 }
 
 

@@ -22,8 +22,18 @@ from invlib.experiments.networks import Networks, check
 
 # Settings that the oldest records do not know, at the value that those were made with.
 ADDED_LATER: dict[str, dict[str, Any]] = {
-    "GradientMatching": {"prune": False, "engine": "auto", "recompute": None, "precision": "full"},
-    "FedAvg": {"shuffle": False, "orders": None},
+    "GradientMatching": {
+        "prune": False,
+        "engine": "auto",
+        "recompute": None,
+        "precision": "full",
+        "log_odds": None,
+    },
+    "FedAvg": {
+        **{"shuffle": False, "orders": None, "optimizer": "sgd", "momentum": 0.0, "dampening": 0.0},
+        **{"nesterov": False, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "clip_norm": None},
+        **{"proximal": 0.0, "dropout": "drawn"},
+    },
 }
 # How records described `best` before it was a dataclass: by the variables of a function inside it.
 _FORMER_BEST = "best.<locals>.attack"
@@ -111,6 +121,7 @@ class Plan:
             "labels": "known" if case.reveal_labels else "inferred",
             **({} if case.measure is None else {"measure": describe(case.measure)}),
             **({"dataset": "sentences", "split": "test"} if case.text else {}),
+            **({} if case.mode == "evaluation" else {"mode": case.mode}),
         }
 
     def images_sha256(self) -> str:

@@ -320,7 +320,10 @@ def _searched(plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
         case.protocol,
         normalization=net.normalization,
         reveal_labels=case.reveal_labels,
+        training_mode=case.mode != "evaluation",
     )
+    if case.mode.endswith("withheld"):
+        seen = replace(seen, buffers={})
     reconstruction = case.attack(net.model, seen, generator=torch.Generator().manual_seed(seed))
     if reconstruction.status == "interrupted":
         raise KeyboardInterrupt

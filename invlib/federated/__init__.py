@@ -8,16 +8,19 @@ from invlib.federated.capture import (
     save_observation,
 )
 from invlib.federated.protocols import FedAvg, FedSGD, observe
-from invlib.federated.surrogate import as_one_gradient
+from invlib.federated.rounds import several_rounds
+from invlib.federated.surrogate import as_one_gradient, fitted_place
 
 __all__ = [
     "FedAvg",
     "FedSGD",
     "as_one_gradient",
+    "fitted_place",
     "from_arrays",
     "from_gradients",
     "from_state_dicts",
     "load_observation",
     "observe",
     "save_observation",
+    "several_rounds",
 ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, descend, gradient
+from invlib.autodiff.gradients import PLAIN, GradientMode, LossOf, State, descend, gradient
 from invlib.core.convert import as_images, as_labels, as_tokens
 from invlib.core.network import (
     forward,
@@ -26,7 +27,10 @@ from invlib.core.network import (
 from invlib.core.normalization import Normalization, as_normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, DoubtWarning, ObservationError
-from invlib.settings import Checked, Count, Positive, Rule, whole
+from invlib.federated import rules
+from invlib.federated.dropout import Masks
+from invlib.federated.optimizers import settings_of
+from invlib.settings import Below1, Checked, Count, Finite, NotNegative, Positive, Rule, Seed, real, whole
 
 OnStep = Callable[[Mapping[str, Tensor], Tensor], None]
 CLIENT_SEED = 0x0B5E2FE  # of a simulated client's dropout, where nothing else is said
@@ -39,6 +43,11 @@ _ORDERS = Rule(
         and len({len(o) for o in orders}) == 1
         and all(len(set(o)) == len(o) for o in orders)
     ),
+)
+_RATE = real("a rate from 0 on", lambda rate: rate >= 0)
+_RATES = Rule(
+    "a tuple of rates from 0 on",
+    lambda rates: isinstance(rates, tuple) and len(rates) > 0 and all(map(_RATE.holds, rates)),
 )
 _Passes = Annotated[int, whole("a whole number from 1 to 1,000,000", lambda n: 1 <= n <= 1_000_000)]
 
@@ -87,17 +96,19 @@ class FedSGD:
         return update
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FedAvg(Checked):
     r"""One client trains for some steps and sends :math:`\theta_K - \theta_0`, its weight difference.
 
     Each local step is plain SGD,
-    :math:`\theta_{k+1} = \theta_k - \eta \nabla_\theta L(f_{\theta_k}(x_k), y_k)`, over minibatches
-    taken in order and around again. Called like `FedSGD`; the unrolled steps are differentiable with
-    respect to the inputs.
+    :math:`\theta_{k+1} = \theta_k - \eta \nabla_\theta L(f_{\theta_k}(x_k), y_k)`, unless another optimiser
+    is named, over minibatches taken in order and around again. Whatever the optimiser keeps begins anew, as
+    it does in every round of the usual frameworks. Called like `FedSGD`; the unrolled steps are
+    differentiable with respect to the inputs.
 
     Args:
-        lr: the client's learning rate :math:`\eta`.
+        lr: the client's learning rate :math:`\eta`, or a schedule: a tuple of rates, one for each local step
+            (of more rates than steps, the first).
         local_steps: how many SGD steps; give this or ``epochs``, not both.
         epochs: how many passes over the client's images.
         batch_size: images in a step; None takes all of them.
@@ -106,22 +117,47 @@ class FedAvg(Checked):
             an attack begins with the order as it is, looks for the client's in what it found, and goes on in
             it, and `GradientMatching.score` looks for it with the images that it is given.
         orders: the images in the order of each epoch, where they are known; then around again.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, each as `torch.optim` has it.
+        momentum: of SGD; 0 is plain SGD.
+        dampening: of SGD's momentum.
+        nesterov: whether SGD's momentum is Nesterov's.
+        weight_decay: added to the gradient (SGD, Adam), or taken off the weights (AdamW).
+        betas: of Adam and AdamW: how much of the mean gradient and of its square is kept.
+        eps: of Adam and AdamW.
+        clip_norm: the longest gradient, as `torch.nn.utils.clip_grad_norm_` shortens it before each step.
+        proximal: :math:`\mu` of FedProx, which adds :math:`\tfrac{\mu}{2} \|\theta - \theta_0\|^2` to the
+            loss.
+        dropout: what it draws in training mode: ``"drawn"``, anew at each call, as the server has to where it
+            knows nothing; a seed, from which torch's generator draws all masks of a call, where the client
+            or the server set it; ``"expected"``, nothing: the gradient of the mean network, with which an
+            attack may replace what it does not know.
 
     Raises:
-        ConfigError: neither or both of local_steps and epochs, or a number out of range.
+        ConfigError: neither or both of local_steps and epochs, a number out of range, or a setting of another
+            optimiser than the one that is named.
 
-    Source: McMahan et al. 2017, arXiv 1602.05629, algorithm 1.
+    Source: McMahan et al. 2017, arXiv 1602.05629, algorithm 1; Li et al. 2020 (FedProx), arXiv 1812.06127.
 
     Taught in: chapter 4
     """
 
-    lr: Positive
+    lr: Positive | Annotated[tuple[float, ...], _RATES]
     local_steps: _Passes | None = None
     epochs: _Passes | None = None
     batch_size: Count | None = None
     drop_last: bool = False
     shuffle: bool = False
     orders: Annotated[tuple[tuple[int, ...], ...], _ORDERS] | None = None
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: NotNegative = 0.0
+    dampening: Finite = 0.0
+    nesterov: bool = False
+    weight_decay: NotNegative = 0.0
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_norm: Positive | None = None
+    proximal: NotNegative = 0.0
+    dropout: Literal["drawn", "expected"] | Seed = "drawn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,11 +168,63 @@ class FedAvg(Checked):
             )
         if self.orders is not None:
             object.__setattr__(self, "orders", tuple(tuple(order) for order in self.orders))
+        plain, given = self.optimizer == "sgd", self._given()
+        for name in ("betas", "eps") if plain else ("momentum", "dampening", "nesterov"):
+            if name in given:
+                raise ConfigError(
+                    f"FedAvg {name} is {given[name]} and optimizer is {self.optimizer!r}; expected {name} "
+                    f"with {'adam' if plain else 'sgd'} alone"
+                )
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ConfigError(
+                f"FedAvg nesterov is True with momentum={self.momentum} and dampening={self.dampening}; "
+                "expected momentum above 0 and no dampening"
+            )
+
+    @classmethod
+    def from_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        loader: Any = None,
+        *,
+        scheduler: Any = None,
+        per_epoch: bool = False,
+        **settings: Any,
+    ) -> FedAvg:
+        """Return the client that trains with an optimiser of `torch.optim`, on batches of a data loader.
+
+        Args:
+            optimizer: a `torch.optim.SGD`, `torch.optim.Adam` or `torch.optim.AdamW`, of all trainable
+                parameters of the model, as it is before the client's first step.
+            loader: a `torch.utils.data.DataLoader` of the client's images, whose batch size, last batch and
+                shuffling are taken; None takes them from ``settings``.
+            scheduler: of the learning rate, where there is one, as it is before the first step; it stays as
+                it is.
+            per_epoch: the scheduler is stepped after every epoch, not after every local step.
+            settings: of `FedAvg`, what neither holds: ``epochs`` or ``local_steps``, ``clip_norm``.
+
+        Raises:
+            ConfigError: a setting that `FedAvg` does not have, an optimiser of another class, groups of
+                parameters whose settings differ, or a loader that draws in another way.
+        """
+        return cls(**settings_of(optimizer, loader, scheduler, per_epoch, settings))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._given().items())})"
+
+    def _given(self) -> dict[str, Any]:
+        """Return the settings that are not their defaults."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
     @property
     def stackable(self) -> bool:
         """Whether the client treats every restart of a stack by itself; a subclass has to say so anew."""
-        return type(self) is FedAvg
+        return type(self) is FedAvg and isinstance(self.dropout, str)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the update is a sum of gradients, with numbers as their factors; that of Adam is none."""
+        return self.optimizer == "sgd"
 
     def passes(self, num_images: int) -> int:
         """Return how many passes over the client's images are begun."""
@@ -146,11 +234,14 @@ class FedAvg(Checked):
         """Return which images each local step uses, in order.
 
         Raises:
-            ConfigError: batch_size is larger than num_images, or ``orders`` are of other images.
+            ConfigError: batch_size is larger than num_images, ``orders`` are of other images, or rates are
+                missing.
         """
         epoch = self._epoch(num_images)
         steps = len(epoch) * self.epochs if self.epochs is not None else self.local_steps
         assert steps is not None
+        if isinstance(self.lr, tuple) and len(self.lr) < steps:
+            raise ConfigError(f"FedAvg lr has {len(self.lr)} rates; expected one for each of {steps} steps")
         rows = [(k // len(epoch), epoch[k % len(epoch)]) for k in range(steps)]
         if self.orders is None:
             return [part for _, part in rows]
@@ -190,17 +281,89 @@ class FedAvg(Checked):
     ) -> dict[str, Tensor]:
         """Return the weight difference by parameter name."""
         start = dict(trainable_parameters(model) if params is None else params)
-        now = dict(start)
-        for rows in self.batches(inputs.shape[0]):
+        now, state, masks = dict(start), State(), Masks(model, self.dropout)
+        for k, rows in enumerate(self.batches(inputs.shape[0])):
             if on_step is not None:
                 on_step(now, inputs[rows])
-            loss_of = _loss_of(model, buffers, loss)
-            now = descend(loss_of, now, inputs[rows], labels[rows], self.lr, mode)
+            loss_of = masks.of(_loss_of(model, buffers, loss))
+            rule = partial(self._rule, start=start, step=k, stacked=mode.kind in ("mapped", "stacked"))
+            now, state = descend(loss_of, now, inputs[rows], labels[rows], rule, state, mode)
         return {name: now[name] - start[name] for name in start}
 
-    def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
-        """Return ``-update / (lr * steps)``: the mean gradient of the local steps, with its own sign."""
-        return update / (-self.lr * len(self.batches(num_images)))
+    def _rule(
+        self,
+        params: rules.Named,
+        slopes: rules.Named,
+        state: State,
+        *,
+        start: rules.Named,
+        step: int,
+        stacked: bool = False,
+    ) -> tuple[dict[str, Tensor], State]:
+        """Take the local step of that number, from 0, along a gradient of the loss."""
+        if self.proximal:
+            slopes = {name: g + self.proximal * (params[name] - start[name]) for name, g in slopes.items()}
+        if self.clip_norm is not None:
+            slopes = rules.clipped(slopes, self.clip_norm, stacked=stacked)
+        lr = self.lr[step] if isinstance(self.lr, tuple) else self.lr
+        if self.optimizer == "sgd":
+            settings = {name: getattr(self, name) for name in ("momentum", "dampening", "nesterov")}
+            return rules.sgd(params, slopes, state, lr=lr, weight_decay=self.weight_decay, **settings)
+        return rules.adam(
+            params,
+            slopes,
+            state,
+            step=step + 1,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled=self.optimizer == "adamw",
+        )
+
+    @property
+    def mean_gradient(self) -> Callable[[Tensor, int], Tensor]:
+        """Turn a tensor of the update and the number of images into the mean gradient, with its own sign.
+
+        Without momentum it is ``-update / (lr * steps)``. With it, rates that differ or a proximal term, the
+        steps' gradients have the weights that they have in the update. Clipping only changes the length, and
+        weight decay counts as a part of the gradient, of which `Observation.mean_gradient` warns.
+
+        Raises:
+            AttributeError: the client runs Adam, whose update is no sum of gradients.
+        """
+        if not self.linear:
+            raise AttributeError(f"the update of {self} is no sum of gradients, so that it has no mean")
+        return self._mean_gradient
+
+    def _mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
+        return update / -self.response(num_images)[0]
+
+    def response(self, num_images: int) -> tuple[float, float, float]:
+        r"""Say how SGD's update depends on gradients and weights, clipping apart.
+
+        The update is :math:`-\sum_k c_k g_k - d\, \theta_0`; with gradients that are all the same,
+        :math:`\theta_k = \theta_0 - w_k g`.
+
+        Returns:
+            :math:`W = \sum_k c_k`; :math:`a = \sum_k c_k w_k / W^2`, how far along the update the mean of the
+            weights lies at which gradients are taken; and :math:`d`.
+        """
+        steps, moved = len(self.batches(num_images)), {"momentum", "proximal", "weight_decay"}
+        if not isinstance(self.lr, tuple) and not self._given().keys() & moved:
+            return self.lr * steps, (steps - 1) / (2 * steps), 0.0
+        client = replace(self, clip_norm=None)
+        start = {"": torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)}
+        now, state = start, State()
+        for k in range(len(self.batches(num_images))):
+            slopes = {
+                "": torch.stack([torch.ones_like(now[""][0]), -now[""][0], torch.zeros_like(now[""][0])])
+            }
+            now, state = client._rule(now, slopes, state, start=start, step=k)
+        whole, along, left = now[""].tolist()
+        if whole == 0:
+            raise ConfigError(f"{self} takes no step; expected rates of which one is above 0")
+        return -whole, -along / whole**2, 1 - left
 
 
 def _loss_of(model: nn.Module, buffers: Mapping[str, Tensor] | None, loss: Loss) -> LossOf:

@@ -18,6 +18,7 @@ class BasicBlock(nn.Module):
     expansion: ClassVar[int] = 1
     kernels: ClassVar[tuple[int, ...]] = (3, 3)
     strided: ClassVar[int] = 0  # which convolution has the stride
+    norm_first: ClassVar[bool] = False  # whether a norm comes before its convolution or after it
 
     def __init__(self, inputs: int, width: int, stride: int, activation: str, batch_norm: bool) -> None:
         super().__init__()
@@ -33,8 +34,8 @@ class BasicBlock(nn.Module):
                 bias=not batch_norm,
             )
             self.add_module(f"conv{k + 1}", conv)
-            self.add_module(f"bn{k + 1}", norm_layer(channels[k + 1], batch_norm))
-        self.downsample = _shortcut(inputs, channels[-1], stride, batch_norm)
+            self.add_module(f"bn{k + 1}", norm_layer(channels[k if self.norm_first else k + 1], batch_norm))
+        self.downsample = _shortcut(inputs, channels[-1], stride, batch_norm and not self.norm_first)
         self.act = activation_layer(activation)
 
     @property
@@ -66,6 +67,23 @@ class Bottleneck(BasicBlock):
     strided = 1
 
 
+class PreActivationBlock(BasicBlock):
+    """Norm and activation before each of two 3×3 convolutions (He 2016, arXiv 1603.05027, figure 1 right).
+
+    A shortcut that changes shape is a 1×1 convolution of the first activation.
+    """
+
+    norm_first = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features ``(N, inputs, H, W)`` to ``(N, width, H / stride, W / stride)``."""
+        first: Tensor = self.act(self.get_submodule("bn1")(x))
+        shortcut: Tensor = x if isinstance(self.downsample, nn.Identity) else self.downsample(first)
+        for name in ("conv1", "bn2", "act", "conv2"):
+            first = self.get_submodule(name)(first)
+        return first + shortcut
+
+
 class ResNet(nn.Module):
     r"""A residual network with a 3×3 stem, no pooling before the end, and stages that double in width.
 
@@ -76,7 +94,7 @@ class ResNet(nn.Module):
     shortcut changes shape (option B).
 
     Args:
-        block: ``"basic"`` or ``"bottleneck"``.
+        block: ``"basic"``, ``"bottleneck"`` or ``"pre-activation"``.
         layers: Blocks in each stage.
         width: Channels of the stem and of the first stage's blocks.
         strides: Stride of each stage; by default 1 and then 2.
@@ -90,7 +108,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         *,
-        block: Literal["basic", "bottleneck"] = "basic",
+        block: Literal["basic", "bottleneck", "pre-activation"] = "basic",
         layers: Sequence[int] = (3, 3, 3),
         width: int = 16,
         strides: Sequence[int] | None = None,
@@ -104,10 +122,11 @@ class ResNet(nn.Module):
         if pool not in ("mean", "max"):
             raise ConfigError(f"pool is {pool!r}; expected 'mean' or 'max'")
         if block not in _BLOCKS:
-            raise ConfigError(f"block is {block!r}; expected 'basic' or 'bottleneck'")
+            raise ConfigError(f"block is {block!r}; expected one of {', '.join(_BLOCKS)}")
         self.pool = pool
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=not batch_norm)
-        self.bn1 = norm_layer(width, batch_norm)
+        norm_first = _BLOCKS[block].norm_first
+        self.bn1 = norm_layer(width, batch_norm and not norm_first)
         self.act = activation_layer(activation)
         strides = strides or (1, *(2 for _ in layers[1:]))
         stages = []
@@ -122,6 +141,7 @@ class ResNet(nn.Module):
                 stage.append(new)
             stages.append(nn.Sequential(*stage))
         self.layers = nn.ModuleList(stages)
+        self.last = nn.Sequential(norm_layer(channels, batch_norm), self.act) if norm_first else nn.Identity()
         self.fc = nn.Linear(channels, num_classes)
         self._initialise(sum(layers), batch_norm)
 
@@ -137,9 +157,12 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(N, C, H, W)`` to logits ``(N, K)``."""
-        x = self.act(self.bn1(self.conv1(images)))
+        x = self.conv1(images)
+        if isinstance(self.last, nn.Identity):
+            x = self.act(self.bn1(x))
         for stage in self.layers:
             x = stage(x)
+        x = self.last(x)
         logits: Tensor = self.fc(x.mean((2, 3)) if self.pool == "mean" else x.amax((2, 3)))
         return logits
 
@@ -151,12 +174,17 @@ def _shortcut(inputs: int, outputs: int, stride: int, batch_norm: bool) -> nn.Mo
     return nn.Sequential(conv, norm_layer(outputs, batch_norm))
 
 
-_BLOCKS: dict[str, type[BasicBlock]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+_BLOCKS: dict[str, type[BasicBlock]] = {
+    "basic": BasicBlock,
+    "bottleneck": Bottleneck,
+    "pre-activation": PreActivationBlock,
+}
 
 # The 2020 code's names: the suffix multiplies the width, and "unpooled" takes the maximum over the last
 # feature maps where the others take their mean.
 MODELS = {
     "ResNet20": partial(ResNet, layers=(3, 3, 3)),
+    "ResNet20-preactivation": partial(ResNet, block="pre-activation", layers=(3, 3, 3)),
     "ResNet20-nostride": partial(ResNet, layers=(3, 3, 3), strides=(1, 1, 1)),
     "ResNet20-4": partial(ResNet, layers=(3, 3, 3), width=64),
     "ResNet20-4-unpooled": partial(ResNet, layers=(3, 3, 3), width=64, pool="max"),

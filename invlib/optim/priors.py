@@ -14,6 +14,7 @@ from invlib import kernels
 from invlib.core.network import classifier, forward, in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.errors import ConfigError
+from invlib.optim.statistics import LayerStatistics, batch_statistics
 from invlib.settings import Checked, Positive, checked, whole
 
 Prior = Callable[[Tensor], Tensor]
@@ -192,6 +193,50 @@ class BatchNormStatistics(Unbound):
         """Return the prior; raises what `batch_norm_statistics` raises."""
         some = like(model)
         return batch_norm_statistics(model, {n: b.to(some.device) for n, b in observation.buffers.items()})
+
+
+@dataclass(frozen=True)
+class BatchStatistics(Unbound):
+    r"""How far a batch is from the statistics that the client's own left in the buffers that it sent.
+
+    They are no guess but equations, two for each channel of each batch-norm layer, which the client's batch
+    obeys to rounding. The network runs with the client's statistics in the place of those of the guess, so
+    that each image is seen as it would be among the client's. The value is
+    :math:`\frac1L\sum_l \frac1{C_l}\sum_c ((\mu_{lc}(x) - \mu_{lc})/\sigma_{lc})^2
+    + \log^2(\sigma_{lc}(x)/\sigma_{lc})`; after several local steps they hold as far as the weights have
+    not moved.
+
+    Source: this project's, from `invlib.optim.statistics.batch_statistics`; compare Yin et al. 2021,
+    arXiv 2104.07586, equation 6.
+    """
+
+    def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
+        """Return the prior; raises what `invlib.optim.statistics.batch_statistics` raises."""
+        params, some = trainable_parameters(model), like(model)
+        layers = {name: layer.to(some) for name, layer in batch_statistics(model, observation).items()}
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        for name, layer in layers.items():
+            buffers |= {f"{name}.running_mean": layer.mean, f"{name}.running_var": layer.variance}
+
+        def prior(inputs: Tensor) -> Tensor:
+            terms: list[Tensor] = []
+
+            def compared(layer: LayerStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+                return lambda _, given: terms.append(layer.gaps(given[0]).square().sum(0).mean())
+
+            handles = [
+                model.get_submodule(name).register_forward_pre_hook(compared(layer))
+                for name, layer in layers.items()
+            ]
+            try:
+                with in_mode(model, training=False):
+                    forward(model, params, buffers, inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return torch.stack(terms).mean()
+
+        return prior
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class Problem:
         recompute: compute local steps anew in the backward pass.
         compute_dtype: the type in which layers multiply; None keeps the parameters' own.
         activations: bytes that the client's passes through the network make; None where that is unknown.
+        alpha: what the label's logit counts where log-odds take the loss's place; None where they do not.
         notes: what is doubtful about it, such as labels that were guessed, a sentence each.
     """
 
@@ -100,6 +101,7 @@ class Problem:
     recompute: bool
     compute_dtype: torch.dtype | None
     activations: int | None
+    alpha: float | None = None
     notes: tuple[str, ...] = ()
 
     def targets(self, inputs: Tensor, logits: Tensor | None) -> Tensor:

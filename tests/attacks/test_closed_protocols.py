@@ -38,6 +38,13 @@ PROTOCOLS = {
     "drop_last": (iv.FedAvg(lr=0.1, epochs=2, batch_size=2, drop_last=True), (3,)),
     "shuffled": (iv.FedAvg(lr=0.1, epochs=2, batch_size=2, shuffle=True), (4,)),
     "momentum": (momentum, (1, 2)),
+    "nesterov": (
+        iv.FedAvg(lr=0.1, epochs=2, batch_size=2, momentum=0.9, nesterov=True, weight_decay=0.01),
+        (2, 3),
+    ),
+    "clipped": (iv.FedAvg(lr=(0.1, 0.2), local_steps=2, clip_norm=0.1, proximal=0.5), (1, 2)),
+    "adam": (iv.FedAvg(lr=0.01, epochs=1, batch_size=1, optimizer="adam"), (1, 2)),
+    "adamw": (iv.FedAvg(lr=0.01, local_steps=2, optimizer="adamw", weight_decay=0.01), (1, 2)),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from invlib import models
 from invlib.cli import reconstruct, series, session
 from invlib.cli.options import Request
+from invlib.federated import FedAvg
 
 PAGE = Path(__file__).parents[2] / "book/coming-from-2020.md"
 COMMANDS = {"reconstruct_image": reconstruct, "rec_mult": series}
@@ -237,3 +239,24 @@ def test_weights_of_2020_are_found_by_their_name(
     shape = {"num_classes": 10, "in_channels": 3, "image_size": 32}
     assert seen == [(("ConvNet64",), {**shape, "weights": Path("models", name)})]
     assert net.about == f"ConvNet64, trained in 2020: models/{name}"
+
+
+def test_the_client_may_have_another_optimizer() -> None:
+    line = [
+        "--optim",
+        "best",
+        "--accumulation",
+        "3",
+        "--local_lr",
+        "0.01",
+        "--batch_size",
+        "2",
+        "--target_id",
+        "-1",
+    ]
+    plain = FedAvg(lr=0.01, local_steps=3, batch_size=2, drop_last=True)
+    assert asked("reconstruct_image", *line).client.step() == plain
+    other = asked("rec_mult", *line, "--local_optimizer", "adamw")
+    assert other.client.step() == replace(plain, optimizer="adamw")
+    other = asked("reconstruct_image", *line, "--local_momentum", "0.9")
+    assert other.client.step() == replace(plain, momentum=0.9)

@@ -454,6 +454,43 @@ def test_a_case_may_name_its_classes_and_its_normalisation(here, monkeypatch):
     assert rows()[0]["settings"]["classes"] == {"0": 17}
 
 
+def test_a_case_may_train_its_client_and_withhold_the_statistics(here, monkeypatch):
+    seen = {}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Look(Guess):
+        name: str = ""
+
+        def __call__(self, model, observation, *, generator=None):
+            seen[self.name] = observation
+            return super().__call__(model, observation, generator=generator)
+
+    modes = ("evaluation", "training", "training, buffers withheld")
+    made = [
+        Case(columns={"mode": m}, network="ConvNet8", attack=Look(level=0.5, name=m), mode=m) for m in modes
+    ]
+    size = Size(images=1, steps=4)
+    experiment = Experiment(title="modes", cases=lambda setup: made, full=size, reduced=size)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "guess", experiment)
+    assert cli.main(["experiment", "guess"]) == 0
+    kept = [row["settings"].get("mode") for row in rows()]
+    assert kept == [None, "training", "training, buffers withheld"]
+    still, trained, withheld = (seen[mode] for mode in modes)
+    assert not still.training_mode
+    assert trained.training_mode
+    assert withheld.training_mode
+    moved = [n for n in still.buffers if not torch.equal(still.buffers[n], trained.buffers[n])]
+    assert len(moved) == len(still.buffers) > 0
+    assert not withheld.buffers
+
+
+def test_the_disputed_clients_have_names_of_their_own():
+    setups = [experiments.cases.Setup(steps=3, restarts=1, reduced=r, slug="cifar10") for r in (True, False)]
+    short, full = (experiments.EXPERIMENTS["dispute"].cases(setup) for setup in setups)
+    assert {case.name for case in short} < {case.name for case in full}
+    assert len({case.name for case in full}) == len(full) == 3 * 2 * 3 * 6 + 2 * 6
+
+
 def test_a_record_can_be_kept_without_pictures(here, monkeypatch):
     register(monkeypatch, dark=Guess(level=0.2))
     assert cli.main(["experiment", "guess", "--images", "2", "--no-pictures"]) == 0

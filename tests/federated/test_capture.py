@@ -74,7 +74,14 @@ def test_state_dicts_before_and_after():
 
 
 @pytest.mark.parametrize(
-    "protocol", [iv.FedSGD(), iv.FedAvg(lr=0.1, epochs=2, batch_size=1, drop_last=True)], ids=str
+    "protocol",
+    [
+        iv.FedSGD(),
+        iv.FedAvg(lr=0.1, epochs=2, batch_size=1, drop_last=True),
+        iv.FedAvg(lr=(0.1, 0.0), local_steps=2, momentum=0.9, nesterov=True, clip_norm=0.5, dropout=7),
+        iv.FedAvg(lr=0.01, local_steps=2, optimizer="adamw", betas=(0.8, 0.9), eps=1e-4, weight_decay=0.1),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("reveal", [True, False])
 def test_a_saved_observation_comes_back(tiny, tmp_path, protocol, reveal):
@@ -83,6 +90,19 @@ def test_a_saved_observation_comes_back(tiny, tmp_path, protocol, reveal):
     iv.save_observation(seen, path)
     same(iv.load_observation(path), seen)
     assert [p.name for p in tmp_path.iterdir()] == ["seen.safetensors"]
+
+
+def test_a_file_from_before_other_optimizers_is_of_plain_sgd(tiny, tmp_path):
+    path, client = tmp_path / "seen.safetensors", iv.FedAvg(lr=0.1, epochs=2, batch_size=1)
+    seen = iv.observe(tiny, *random_batch(2), client, normalization=iv.CIFAR10)
+    iv.save_observation(seen, path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["invlib"])
+    of_old = ("lr", "local_steps", "epochs", "batch_size", "drop_last", "shuffle", "orders")
+    header["protocol_settings"] = {name: header["protocol_settings"][name] for name in of_old}
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {"invlib": json.dumps(header)})
+    same(iv.load_observation(path), seen)
 
 
 def test_saved_buffers_come_back(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import invlib as iv
-from invlib.errors import ConfigError, ObservationError
+from invlib.errors import ConfigError, DoubtWarning, ObservationError
 from invlib.experiments.attacks import OnTheWay
 from tests.conftest import build_tiny, random_batch
 
@@ -103,3 +103,80 @@ def test_the_experiment_scores_it_through_the_local_steps(net):
     found = OnTheWay(attack=attack)(net, seen)
     assert found.score == pytest.approx(attack.score(net, seen, found.images, y))
     assert torch.equal(found.images, attack(*iv.as_one_gradient(net, seen)).images)
+
+
+def quadratic(client):
+    """A linear network with squared loss, whose curvature is the same in all directions."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False)).double()
+    net[1].weight.data = torch.arange(8, dtype=torch.float64).view(2, 4) / 8 - 0.4
+    # four images that are orthogonal, so that the mean of x x^T is a multiple of one
+    x, y = (
+        torch.eye(4, dtype=torch.float64).view(4, 1, 2, 2) / 2,
+        torch.rand(4, 2, generator=torch.Generator().manual_seed(0)).double(),
+    )
+    loss = torch.nn.functional.mse_loss
+    return net, iv.observe(net, x, y, client, normalization=iv.UNIT, loss=loss), x
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"lr": (1.0, 3.0, 2.0, 1.0)}],
+    ids=str,
+)
+def test_on_a_quadratic_loss_the_fitted_place_is_exact(more):
+    client = iv.FedAvg(**({"lr": 2.0, "local_steps": 4} | more))
+    net, seen, x = quadratic(client)
+    at = iv.fitted_place(net, seen, x)
+    moved, one = iv.as_one_gradient(net, seen, at=at)
+    true = iv.FedSGD()(moved, x, seen.labels, loss=seen.loss)
+    assert 0 < at < 1
+    torch.testing.assert_close(true["1.weight"].detach(), one.update["1.weight"], rtol=1e-5, atol=1e-9)
+    halfway, _ = iv.as_one_gradient(net, seen)
+    other = iv.FedSGD()(halfway, x, seen.labels, loss=seen.loss)
+    assert (other["1.weight"] - one.update["1.weight"]).norm() > 1e-3 * one.update["1.weight"].norm()
+
+
+def test_of_plain_steps_on_a_quadratic_loss_the_place_is_the_one_that_follows():
+    lr, steps = 2.0, 4
+    net, seen, x = quadratic(iv.FedAvg(lr=lr, local_steps=steps))
+    curvature = 2 * x.flatten(1).square().sum(0)[0] / 8  # of a mean over eight outputs
+    left = float(1 - lr * curvature)  # of the distance to the least loss, after a step
+    passed = sum(1 - left**k for k in range(steps)) / steps
+    assert iv.fitted_place(net, seen, x) == pytest.approx(passed / (1 - left**steps), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"momentum": 0.9}, {"lr": (1e-3, 4e-3, 0.0)}, {"weight_decay": 1.0}, {"proximal": 3.0, "momentum": 0.5}],
+    ids=str,
+)
+def test_the_mean_of_the_way_is_right_for_other_steps_of_sgd(net, more):
+    client = iv.FedAvg(**({"lr": 1e-3, "local_steps": 3} | more))
+    small = replace(client, lr=tuple(r / 2 for r in client.lr) if "lr" in more else client.lr / 2)
+
+    def error(client):
+        seen, x, y = see(net, client)
+        moved, one = iv.as_one_gradient(net, seen)
+        true = iv.FedSGD()(moved, iv.CIFAR10.encode(x), y)
+        return sum((true[name] - one.update[name]).square().sum().item() for name in true) ** 0.5
+
+    assert error(client) / error(small) > 3.5 or "weight_decay" in more
+    assert error(client) < 1e-4 + (1e-2 if "weight_decay" in more else 0)
+
+
+def test_the_gradient_of_adam_is_doubted(net):
+    seen, x, y = see(net, iv.FedAvg(lr=1e-3, local_steps=3, optimizer="adam"))
+    with pytest.warns(DoubtWarning, match="roughly its signs"):
+        _, one = iv.as_one_gradient(net, seen)
+    signs = [
+        torch.sign(one.update[n]) == torch.sign(g)
+        for n, g in iv.FedSGD()(net, iv.CIFAR10.encode(x), y).items()
+    ]
+    assert torch.cat([s.flatten() for s in signs]).double().mean() > 0.95
+    assert 0 <= iv.fitted_place(net, seen, x) <= 1
+
+
+def test_a_place_needs_labels(net):
+    seen, x, _ = see(net, iv.FedAvg(lr=0.1, local_steps=3))
+    with pytest.raises(ObservationError, match="labels are hidden"):
+        iv.fitted_place(net, replace(seen, labels=None), x)

@@ -25,6 +25,7 @@ COUNTS = {
     "MLP": 5_256_202,
     "TwoLP": 6_313_994,
     "ResNet20": 272_474,
+    "ResNet20-preactivation": 272_378,
     "ResNet20-nostride": 272_474,
     "ResNet20-4": 4_327_754,
     "ResNet20-4-unpooled": 4_327_754,
@@ -318,6 +319,20 @@ def test_unknown_parts_of_a_family_are_refused() -> None:
         ResNet(block="wide")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="stem is 'mnist'; expected 'cifar' or 'imagenet'"):
         DenseNet(stem="mnist")  # type: ignore[arg-type]
+
+
+def test_pre_activation_leaves_the_shortcut_alone():
+    net = models.build("ResNet20-preactivation", seed=0).eval()
+    first, wider = net.layers[0][0], net.layers[1][0]
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        # Sums of branches and the identity: what goes in comes out again where the branch is silent.
+        branch = first.conv2(first.bn2(first.conv1(first.bn1(x).relu())).relu())
+        torch.testing.assert_close(first(x), x + branch)
+        first.conv2.weight.zero_()
+        torch.testing.assert_close(first(x), x)
+        wider.conv2.weight.zero_()
+        torch.testing.assert_close(wider(x), wider.downsample(wider.bn1(x).relu()))
 
 
 @pytest.mark.gpu
