@@ -239,7 +239,10 @@ def test_an_activation_without_zeros_is_refused(after):
 
 @pytest.mark.parametrize(("side", "units"), [(8, 6), (1, 40)])
 def test_more_images_than_units_or_inputs_are_refused(side, units):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, units), nn.ReLU(), nn.Linear(units, 10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, units), nn.ReLU(), nn.Linear(units, 10))
+        nn.init.ones_(net[1].bias)  # so that no unit is silent for all images
     x, y = photos(6, dtype=torch.float32)
     seen = iv.observe(net, x[:, :, :side, :side], y, iv.FedSGD(), normalization=iv.CIFAR10)
     with pytest.raises(RecoveryError, match=f"6 images and only {min(3 * side**2, units)} "):
