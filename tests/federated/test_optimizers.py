@@ -258,6 +258,8 @@ def test_a_schedule_is_read_off_its_scheduler_which_stays_as_it_is():
     loader = DataLoader(TensorDataset(X, Y), batch_size=2)
     read = iv.FedAvg.from_optimizer(optimizer, loader, scheduler=scheduler, per_epoch=True, epochs=3)
     assert read.lr == (0.4, 0.4, 0.4, 0.4, 0.2, 0.2)
+    read = iv.FedAvg.from_optimizer(optimizer, loader, scheduler=scheduler, epochs=2)
+    assert read.lr == (0.4, 0.4, 0.2, 0.2)
     assert (scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (0, 0.4)
 
 
