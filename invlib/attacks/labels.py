@@ -138,7 +138,9 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
     client = (
         None if hasattr(observation.protocol, "mean_gradient") else _Simulated(model, observation, loss, head)
     )
-    gradient = head.read(observation.update[head.name]) / client.factor if client else head.mean(observation)
+    gradient = (
+        head.read(observation.update[head.name]) / client.factor if client else head.mean(observation, model)
+    )
     if not torch.isfinite(gradient).all():
         raise RecoveryError(f"the gradient of {head.name!r} has NaN or infinite numbers")
     if not gradient.any():
@@ -193,11 +195,11 @@ class _Head:
             return value.flatten()
         return value.mT if self.transposed else value.flatten(1)
 
-    def mean(self, observation: Observation) -> Tensor:
+    def mean(self, observation: Observation, model: nn.Module) -> Tensor:
         if self.bias and observation.num_images == 1 and self.name in observation.sent:
             # Of one image the label's entry alone is negative, so that a part of the bias may do.
             return self.read(observation.protocol.mean_gradient(observation.update[self.name], 1))
-        return self.read(observation.mean_gradient(self.name))
+        return self.read(observation.mean_gradient(self.name, model))
 
     def nudged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters with 1 added to all that makes the first logit."""
@@ -612,7 +614,7 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
             or kind_of(loss, len(labels), len(observation.update[head.name]), like(model)) != "classes"
         ):
             return None
-        gradient = head.read(observation.mean_gradient(head.name))
+        gradient = head.read(observation.mean_gradient(head.name, model))
     except RecoveryError:
         return None
     absent = torch.ones_like(gradient, dtype=torch.bool)
