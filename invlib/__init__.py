@@ -12,6 +12,7 @@ from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
 from invlib.attacks.batches import crossover
+from invlib.attacks.buffers import buffers_alone
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.forward import ForwardMatching
 from invlib.attacks.many import attack_many
@@ -96,6 +97,7 @@ __all__ = [
     "attack_many",
     "best",
     "beyond_inferring",
+    "buffers_alone",
     "client_privacy_leakage",
     "crossover",
     "deep_leakage",

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
 from invlib.attacks.batches import Additive, Batching, additive
+from invlib.attacks.buffers import with_statistics
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
@@ -29,12 +30,14 @@ from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
 from invlib.optim.objectives import Layers, Objective
 from invlib.optim.optimizers import LBFGS
+from invlib.optim.statistics import batch_statistics
 from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.search.halving import rungs
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
+_SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
@@ -88,7 +91,10 @@ def best(
       product of its strides (4 pixels in ResNet20), so a search often ends in a shifted copy: the right
       picture in the wrong place. After a sixth of the evaluations the result is therefore compared with
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
-      has the lower score. For a single image, and from 500 evaluations on.
+      has the lower score. For a single image, and from 500 evaluations on;
+    - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
+      training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
+      the one brightness and contrast of each colour with which they hold best at the first layer.
 
     Where the cosine stalls before its evaluations are spent, as it does in single precision at small
     distances, the others go to the squared distance, in the same coordinates and without priors. What that
@@ -243,6 +249,7 @@ class Best(Settings):
         if (shuffled := self.matching.in_likely_order(model, observation, result)) is not None:
             again = self._polished(result, model, shuffled, self.evaluations // 2, parts, self.matching.steps)
             result = replace(again, note=f"{again.note}, in a likely order of the client's minibatches")
+        result = self._coloured(result, model, observation)
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
@@ -293,15 +300,16 @@ class Best(Settings):
                 *matching.priors,
                 (self.natural * unit, _coordinates(matching).prior(observation.normalization)),
                 (self.tv * unit, priors.rounded_total_variation),
+                *_statistics(model, observation, unit),
             ),
             init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
-        copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
         step = self._additive(model, observation)
+        copies = min(self.shifts, self.evaluations // _STAGE // (2 if step is None else 4) - 2)
         asked += 0 if step is None else 2
-        shifting = self.evaluations >= _SHIFTING and copies and (step or observation.num_images == 1)
+        shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
         places = moves(model, observation) if shifting else []
         share = _restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places or step else share)
@@ -311,7 +319,7 @@ class Best(Settings):
         per_step = max(1, self.evaluations // search.steps)
         if step is not None:
             result = Batching(
-                search=search, places=tuple(places), copies=copies, stage=stage, per_step=per_step
+                search=search, places=tuple(places), copies=max(0, copies), stage=stage, per_step=per_step
             ).run(step, observation, parts)
         elif places:
             result = Shifting(
@@ -335,6 +343,18 @@ class Best(Settings):
             begun = replace(matching, steps=fewer, init=search.init)
             short = replace(self, evaluations=_SHORT, shifts=0, near_grey=False, matching=begun)
         return result, min(self.evaluations, int(planned - result.evaluations)), short
+
+    def _coloured(self, found: Reconstruction, model: nn.Module, observation: Observation) -> Reconstruction:
+        """Bring images to the colours and the contrast that were sent, on which updates hardly depend."""
+        if not observation.training_mode or found.labels is None:
+            return found
+        try:
+            images = with_statistics(model, observation, found.images).clamp(0, 1)
+        except RecoveryError:
+            return found
+        score = self.matching.scorer(model, observation, found.labels)(images)
+        note = f"{found.note}; colours and contrast by the statistics that were sent"
+        return replace(found, images=images, score=score, evaluations=found.evaluations + 1, note=note)
 
     def _additive(self, model: nn.Module, observation: Observation) -> Additive | None:
         """Return the client's step where images of a batch are sought by themselves."""
@@ -454,6 +474,19 @@ class Best(Settings):
             status="interrupted" if stopped else "closed_form",
             note=form.note + "; a search came less near",
         )
+
+
+def _statistics(
+    model: nn.Module, observation: Observation, unit: float
+) -> tuple[tuple[float, priors.Unbound], ...]:
+    """Return the equations that sent buffers are, with their weight; none where there are none."""
+    if not observation.training_mode:
+        return ()
+    try:
+        batch_statistics(model, observation)
+    except RecoveryError:
+        return ()
+    return ((_SENT * unit, priors.BatchStatistics()),)
 
 
 def _restarts(matching: GradientMatching) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from invlib.errors import RecoveryError
 from invlib.optim.coordinates import NaturalImages
 from invlib.optim.statistics import LayerStatistics, batch_statistics
 
-_DRAWN = 64  # images as photographs vary, by which the contrast behind filters is measured
-_FALLOFFS = torch.linspace(0.6, 2.0, 15, dtype=torch.float64).tolist()
+_DRAWN = 32  # images as photographs vary, by which the contrast behind filters is measured
+_FALLOFFS = torch.linspace(0.6, 2.0, 8, dtype=torch.float64).tolist()
 _ROUNDS = 50  # of Gauss-Newton, at most
 
 
@@ -39,8 +40,9 @@ class BatchColour:
     contrast: float
 
 
+@torch.no_grad()
 def buffers_alone(model: nn.Module, observation: Observation) -> BatchColour:
-    r"""Return the mean colour and the contrast of a batch from the buffers that were sent, without a gradient.
+    r"""Return the mean colour and the contrast of a batch from the buffers that were sent, and no gradient.
 
     The input of the first batch-norm layer is linear in the images, mostly: a convolution. Its mean over the
     batch is therefore that of the *mean image* :math:`\bar x`, :math:`\mu = A \bar x + b`, one equation for
@@ -67,19 +69,18 @@ def buffers_alone(model: nn.Module, observation: Observation) -> BatchColour:
     encode, natural = observation.normalization.encode, NaturalImages()
     some = like(model)
 
-    def means(coordinates: Tensor) -> Tensor:
-        seen = given(encode(natural.images(coordinates)))
-        return seen.mean([0, *range(2, seen.ndim)])
+    def affine(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the matrix and the offset of a function of the coordinates of an image."""
+        start = torch.zeros(1, *observation.image_shape).to(some).requires_grad_()
+        with torch.enable_grad():
+            at_zero = function(natural.images(start))
+            rows = [torch.autograd.grad(one, start, retain_graph=True)[0].flatten() for one in at_zero]
+        return torch.stack(rows).double().cpu(), at_zero.detach().double().cpu()
 
-    start = torch.zeros(1, *observation.image_shape).to(some).requires_grad_()
-    with torch.enable_grad():
-        at_zero = means(start)
-        rows = [torch.autograd.grad(one, start, retain_graph=True)[0].flatten() for one in at_zero]
-    equations = torch.stack(rows).double().cpu()
+    equations, offset = affine(lambda images: _over_places(given(encode(images))))
+    colour_of, _ = affine(_over_places)
     inverse = torch.linalg.pinv(equations, rtol=1e-5)
-    found = inverse @ (mean - at_zero.detach().double().cpu())
-    colour_of = torch.eye(len(found), dtype=torch.float64).view(-1, *observation.image_shape)
-    colour_of = (natural.images(colour_of) - natural.mean).mean((-2, -1)).T  # (C, CHW)
+    found = inverse @ (mean - offset)
     left = colour_of - colour_of @ inverse @ equations
     mean_image = natural.images(found.view(1, *observation.image_shape))
 
@@ -95,6 +96,10 @@ def buffers_alone(model: nn.Module, observation: Observation) -> BatchColour:
     )
 
 
+def _over_places(x: Tensor) -> Tensor:
+    return x.mean([0, *range(2, x.ndim)])
+
+
 def _contrast(
     observation: Observation, given: Callable[[Tensor], Tensor], variance: Tensor, some: Tensor
 ) -> float:
@@ -108,16 +113,16 @@ def _contrast(
         axes = [*range(2, x.ndim)]
         return (x.square().mean([0, *axes]) - x.mean(axes).square().mean(0) / count).double().cpu()
 
+    nothing = given(encode(torch.zeros_like(drawn[:1])))
     fits = []
     for falloff in _FALLOFFS:
         images = NaturalImages(falloff=falloff, mean=0.0, contrast=1.0).images(drawn)
-        zero = torch.zeros_like(images[:1])
-        behind = spread(given(encode(images)) - given(encode(zero)))
-        ratio = (variance / behind).log()
+        ratio = (variance / spread(given(encode(images)) - nothing)).log()
         fits.append((float(ratio.var(correction=0)), float(ratio.mean().exp() * spread(images).mean())))
-    return min(fits)[1] ** 0.5
+    return math.sqrt(min(fits)[1])
 
 
+@torch.no_grad()
 def with_statistics(model: nn.Module, observation: Observation, images: Tensor) -> Tensor:
     r"""Return images whose colours and contrast are those that the buffers say the batch has.
 

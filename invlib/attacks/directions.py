@@ -159,7 +159,9 @@ def directions(
     point of FastICA with a smoothed absolute value that sharpens). Where the signals before the activation
     are known, it also minimises randomly weighted sums over the cone of directions that have their signs: the
     columns of one class have nearly one sign in each row, and their differences, which are as sparse, do not.
-    Both end in least squares on the rows that vanish.
+    Both end in least squares on the rows that vanish. Null vectors of r - 1 rows drawn (SPEAR's) are no third
+    kind: for 8 and 12 images they found what these find, and of 16 images at m = 200, 13 or 14 directions in
+    8 to 20 seconds, where these found all 16 in less than one.
 
     Args:
         span: of the weight gradient.
@@ -304,19 +306,19 @@ def _solve(u: Tensor, weights: Tensor, right: Tensor) -> Tensor:
 
 def distinct(q: Tensor, alike: float) -> Tensor:
     """Return directions without those that are nearly parallel to an earlier one."""
-    near, keep = (q @ q.T).abs() > alike, torch.ones(len(q), dtype=torch.bool, device=q.device)
+    near, keep = ((q @ q.T).abs() > alike).cpu(), torch.ones(len(q), dtype=torch.bool)
     for k in range(len(q)):
         if keep[k]:
             keep[k + 1 :] &= ~near[k, k + 1 :]
-    return q[keep]
+    return q[keep.to(q.device)]
 
 
 def sparsest(span: Span, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return independent directions, the sparsest first, and their shares of zeros."""
-    zeros = span.silent(q)
-    basis, chosen = q.new_zeros(span.rank, 0), []
+    zeros, own = span.silent(q), q.cpu()  # one by one, which a GPU would wait for
+    basis, chosen = own.new_zeros(span.rank, 0), []
     for k in zeros.argsort(descending=True, stable=True).tolist():
-        left = q[k] - basis @ (basis.T @ q[k])
+        left = own[k] - basis @ (basis.T @ own[k])
         left = left - basis @ (basis.T @ left)
         if (length := left.norm()) > 1e-6:
             chosen.append(k)
@@ -340,11 +342,12 @@ def separated(span: Span, q: Tensor, bias_gradient: Tensor | None) -> tuple[Tens
     Returns:
         Inputs ``(r, d)`` and signals ``(m, r)``.
     """
-    inputs = torch.linalg.solve(q.T, span.core)
+    # Of directions that are not independent it is nonsense, and raises nothing; what proves inputs sees it.
+    inputs = torch.linalg.solve_ex(q.T, span.core).result
     signals = span.columns @ q.T
     if bias_gradient is None:
         return inputs, signals
-    scales = torch.linalg.solve(q.T, span.columns.T @ bias_gradient.double())
+    scales = torch.linalg.solve_ex(q.T, span.columns.T @ bias_gradient.double()).result
     scales = torch.where(scales.abs() > 1e-12 * scales.abs().max(), scales, torch.ones_like(scales))
     return inputs / scales[:, None], signals * scales
 

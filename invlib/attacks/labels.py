@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.losses import balanced, batch_scale, binary_labels, class_slopes, kind_of
-from invlib.core.calls import logits_layer, logits_layer_inputs
-from invlib.core.network import (
-    blank,
-    forward,
-    in_mode,
-    like,
-    num_classes,
-    placed,
-    trainable_parameters,
-    unwrapped,
+from invlib.attacks.counts import (
+    Counts,
+    countable,
+    fit_of,
+    impossible,
+    likeliest,
+    likelihoods,
+    nearest,
+    weighed,
 )
+from invlib.attacks.demixing import Demixed, demix
+from invlib.attacks.lastlayer import Head, Simulated, Typical
+from invlib.attacks.losses import balanced, binary_labels, kind_of
 from invlib.core.network import classifier as classifier
-from invlib.core.observation import ClientStep, Loss, Observation, words_of
+from invlib.core.network import like, num_classes, unwrapped
+from invlib.core.observation import Loss, Observation, words_of
 from invlib.errors import RecoveryError
-from invlib.federated import FedAvg, FedSGD
+from invlib.federated import FedSGD
 
 _FOREIGN = 0.45  # share of a gradient that labels leave unexplained, from which on they are none: noise of a
 # third of its length leaves up to 0.3, soft labels 0.46, the loss of several labels at once 0.75 and more
 _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
-_UNEXPLAINED = 0.3  # the same, from which on other factors than 1 are tried
 _LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
-_TRIED = 8  # labels or exchanges that are tried by simulating a client
+_NEGATIVE = 1e-5  # of the largest entry: so far below zero an entry is no rounding
+_MOST = 64  # label multisets that are ranked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,19 @@ class LabelInference:
             Zeros and ones ``(1, classes)`` of floating point where each image has several labels.
         counts: int64 ``(classes,)``, how many images of each class.
         method: which rule gave them, in words.
-        doubt: 0 where they are exact, up to 1. Of a batch it is :math:`r / r'`, where :math:`r` is how far
+        doubt: 0 where they are exact, up to 1. Of one image it is the share of the gradient that no one label
+            can make. Of a batch with cross-entropy it is the probability that the least certain label is
+            wrong. With other losses it is :math:`r / r'`, where :math:`r` is how far
             the gradient of the logits is from what the counts :math:`n` make of typical predictions,
             :math:`\| f g - \sum_c n_c\, \bar g_c \|` with a factor :math:`f`, and :math:`r'` the same for the
-            best other counts. Of one image it is the share of the gradient that no one label can make.
+            best other counts.
         guess: whether they are an estimate.
         factor: :math:`f`; not 1 where the update is longer or shorter than the loss makes it, as a clipped
             one is.
+        confidence: float64 ``(N,)``, how probable it is that each label is in the batch, as often as it
+            stands in ``labels`` up to there; None where no probabilities are known.
+        candidates: int64 ``(k, N)``, label multisets, each ascending, the most probable first.
+        weights: float64 ``(k,)``, their probabilities relative to each other, adding up to 1.
     """
 
     labels: Tensor
@@ -58,11 +65,19 @@ class LabelInference:
     doubt: float = 0.0
     guess: bool = False
     factor: float = 1.0
+    confidence: Tensor | None = None
+    candidates: Tensor | None = None
+    weights: Tensor | None = None
 
     def __str__(self) -> str:
         factor = "" if self.factor == 1 else f" times {self.factor:.3g}, which the loss does not explain"
         how = "guessed" if self.guess else "inferred"
-        return f"labels were {how}: {self.method}{factor}; doubt {self.doubt:.2f}"
+        unsure = []
+        if self.guess and self.confidence is not None:
+            pairs = sorted(zip(self.confidence.tolist(), self.labels.tolist(), strict=True))
+            unsure = [f"{label} ({sure:.2f})" for sure, label in pairs if sure < 0.9]
+        more = f"; least certain: {', '.join(unsure[:8])}" if unsure else ""
+        return f"labels were {how}: {self.method}{factor}; doubt {self.doubt:.2f}{more}"
 
 
 def infer(
@@ -72,8 +87,13 @@ def infer(
 
     With cross-entropy the bias gradient of class :math:`c` is the mean of :math:`p_c - [y = c]`, so it
     is negative only for classes in the batch. For one image its smallest entry is the label. For a batch
-    of :math:`N` images the counts are about :math:`N(\bar p_c - g_c)`; the mean prediction
-    :math:`\bar p` is estimated by running the model on random images. Other losses of classes are asked for
+    of :math:`N` images the counts are about :math:`N(\bar p_c - g_c)`. How the predictions of images of a
+    class are distributed is estimated by running the model on photographs and noise, which tells a trained
+    network from a fresh one; it gives each count of each class a probability, under the condition that all
+    add up to :math:`N`, and the labels of which most are right on average are taken. Of fewer images than
+    classes, one gradient step holds more: the features of every image are fitted to the gradient of the last
+    layer together with its label (`invlib.attacks.demixing.demix`), and where that succeeds to rounding, the
+    labels are certain. Other losses of classes are asked for
     their gradients at the same predictions, :math:`\bar g_c` for label :math:`c`, and the counts are those
     for which :math:`\sum_c n_c\, \bar g_c` is nearest to the gradient. A weight update is turned into a mean
     gradient first, which also mends its opposite sign; a client's step that cannot say how is run on random
@@ -87,6 +107,10 @@ def infer(
     right for features that cannot be negative (or positive), and a guess for others. For a batch, row sums
     take the place of the bias gradient, divided by the mean sum of such features.
 
+    Where the gradient of one image shows that its label is soft (smoothed, or of a mixture of two images),
+    the bias and weight gradients give its features, the features its predictions, and these the label,
+    exactly.
+
     Where each logit has a label of its own (binary cross-entropy), the signs of one image's bias gradient
     are its labels.
 
@@ -94,10 +118,11 @@ def infer(
         model: the model that the client received.
         observation: what the server saw.
         loss: the client's loss; None takes the observation's, or else cross-entropy.
-        samples: how many random images estimate the mean prediction of a batch.
+        samples: how many photographs and noise images estimate the predictions of a batch.
 
     Returns:
-        The labels (exact for one image, but for the two rows above; an estimate for batches).
+        The labels (exact for one image, but for the two rows above; for batches an estimate that says how
+        probable each is, unless it is certain).
 
     Raises:
         RecoveryError: no layer is known to make the logits, the update lacks it, its gradient is zero or one
@@ -105,6 +130,8 @@ def infer(
 
     Source: Zhao et al. 2020 (iDLG), arXiv 2001.02610, for one image; Wainakh et al. 2022 (LLG),
     arXiv 2105.09369, for batches.
+
+    The probabilities of counts and the fit of features are this project's own.
 
     Taught in: chapter 1
     """
@@ -134,9 +161,9 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
         raise RecoveryError(f"one gradient of {count} images does not tell which has which of several labels")
     if observation.is_text and (count > 1 or not hasattr(observation.protocol, "mean_gradient")):
         raise RecoveryError(f"there are {count} sequences of {words_of(observation.protocol)}; expected one")
-    head = _Head.of(model, observation)
+    head = Head.of(model, observation)
     client = (
-        None if hasattr(observation.protocol, "mean_gradient") else _Simulated(model, observation, loss, head)
+        None if hasattr(observation.protocol, "mean_gradient") else Simulated(model, observation, loss, head)
     )
     gradient = (
         head.read(observation.update[head.name]) / client.factor if client else head.mean(observation, model)
@@ -145,17 +172,22 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
         raise RecoveryError(f"the gradient of {head.name!r} has NaN or infinite numbers")
     if not gradient.any():
         raise RecoveryError(f"the gradient of {head.name!r} is all zero; it says nothing about the labels")
-    typical = _Typical(model, observation, head, samples, trains=client is not None and client.factor < 0)
+    typical = Typical(model, observation, head, samples, trains=client is not None and client.factor < 0)
     if kind == "signs":
         found = _signs(loss, gradient, typical, some)
     elif client is not None and count == 1:
-        found = client.tried(gradient)
+        label, doubt = client.tried(gradient)
+        found = _labels(label, classes, "nearest of the labels tried in the client's step", doubt)
     elif count == 1:
         whole = head.name not in observation.sent and balanced(loss, some.new_zeros(1, classes))
-        found = _one(gradient, typical, whole)
+        soft = _soft(gradient, observation, typical) if loss is F.cross_entropy else None
+        found = soft or _one(gradient, typical, whole)
     else:
-        found = _batch(loss, gradient, typical, observation, parallel=client is None or client.linear)
-        found = found if client is None or client.linear else client.exchanged(found)
+        parallel = client is None or client.linear
+        found = _batch(loss, gradient, typical, observation, parallel=parallel, exact=client is None)
+        if client is not None and not client.linear:
+            some, doubt = client.exchanged(found.labels)
+            found = _labels(some, classes, "counts that come nearest in the client's step", doubt)
     device = observation.update[head.name].device
     return replace(found, labels=found.labels.to(device), counts=found.counts.to(device))
 
@@ -170,6 +202,7 @@ def _labels(
     )
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True, kw_only=True)
 class _Head:
     """The parameter that labels are read off: the bias of the layer that makes the logits, or its weight."""
@@ -268,6 +301,9 @@ def _noise_images(samples: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _one(gradient: Tensor, typical: _Typical, whole: bool) -> LabelInference:
+=======
+def _one(gradient: Tensor, typical: Typical, whole: bool) -> LabelInference:
+>>>>>>> 272abd7d3136b0061440a13d44cec476e97176eb
     """Return the label of one image, which alone has a negative factor; ``whole``: they add up to zero."""
     if gradient.ndim == 1:
         low = gradient.sort().values
@@ -289,7 +325,7 @@ def _one(gradient: Tensor, typical: _Typical, whole: bool) -> LabelInference:
     return _labels(torch.tensor([label]), len(gradient), method, doubt, least=0.01)
 
 
-def _opposed_row(typical: _Typical, gradient: Tensor) -> tuple[int, str, float]:
+def _opposed_row(typical: Typical, gradient: Tensor) -> tuple[int, str, float]:
     """Return which row of one image's weight gradient is opposed to the others, by what, and the doubt."""
     rows = gradient / gradient.abs().max()
     along = rows @ rows[rows.square().sum(1).argmax()]
@@ -313,7 +349,7 @@ def _opposed_row(typical: _Typical, gradient: Tensor) -> tuple[int, str, float]:
     return second if cosine > 0 else first, method, 1 - abs(cosine)
 
 
-def _signs(loss: Loss, gradient: Tensor, typical: _Typical, some: Tensor) -> LabelInference:
+def _signs(loss: Loss, gradient: Tensor, typical: Typical, some: Tensor) -> LabelInference:
     per_class, doubt = gradient, 0.0
     if gradient.ndim == 2:
         features = typical.features()
@@ -331,7 +367,7 @@ def _signs(loss: Loss, gradient: Tensor, typical: _Typical, some: Tensor) -> Lab
 
 
 def _batch(
-    loss: Loss, gradient: Tensor, typical: _Typical, observation: Observation, *, parallel: bool
+    loss: Loss, gradient: Tensor, typical: Typical, observation: Observation, *, parallel: bool, exact: bool
 ) -> LabelInference:
     """Return the counts whose gradients at typical predictions add up to the one that was observed.
 
@@ -341,6 +377,8 @@ def _batch(
         typical: what the network makes of random images.
         observation: what the server saw.
         parallel: it is a gradient up to a factor, and not what an optimiser such as Adam makes of it.
+        exact: the client's step says how its update is a gradient; where random images had to tell, as with
+            momentum, counts near it are taken, without probabilities.
     """
     count, classes = observation.num_images, len(gradient)
     source = "bias gradient" if gradient.ndim == 1 else "row sums of the weight gradient"
@@ -349,252 +387,156 @@ def _batch(
     if loss is F.cross_entropy:
         rest = float(per_class.sum().abs() / per_class.abs().sum())
         predictions = logits.softmax(-1).mean(0).double().cpu()
-        fit = _fit(count * predictions, -count * per_class, per_class < 0, count)
+        fit = nearest(count * predictions, -count * per_class, per_class < 0, count)
     else:
-        fit, rest = _fit_of(loss, per_class, logits, observation)
+        fit, rest = fit_of(loss, per_class, logits, observation)
     scaled = fit.factor != 1 or gradient.ndim == 2
-    if parallel and (why := _impossible(loss, per_class, rest, count, scaled=scaled)):
+    if parallel and (why := impossible(loss, per_class, rest, count, scaled=scaled)):
         raise RecoveryError(f"no {count} labels make the gradient of {typical.head.name!r}: {why}")
+    if loss is F.cross_entropy and exact and countable(classes, count):
+        return _probable(
+            fit.factor * per_class, typical, observation, f"counts from the {source}", fit.factor
+        )
     labels = torch.repeat_interleave(torch.arange(classes), fit.counts)
     return _labels(labels, classes, f"counts from the {source}", max(fit.doubt, rest, 1e-6), fit.factor)
 
 
-def _impossible(loss: Loss, per_class: Tensor, rest: float, count: int, *, scaled: bool) -> str:
-    """Return what about the gradient of the logits no labels can make; ``scaled``: by an unknown factor."""
-    if rest > _ROUNDING:
-        return f"{rest:.0%} of it are left when it is added up over the classes, and 0 by {words_of(loss)}"
-    if loss is not F.cross_entropy:
-        return ""
-    if (low := int((per_class < -_ROUNDING * per_class.abs().max()).sum())) > count:
-        return f"{low} of its entries are negative, as those of classes in the batch are"
-    if not scaled and (total := float(per_class.clamp_min(0).sum())) > 1.1:
-        return f"its positive entries add up to {total:.3g}, as no predictions do"
-    return ""
-
-
-def _fit_of(loss: Loss, per_class: Tensor, logits: Tensor, observation: Observation) -> tuple[_Fit, float]:
-    """Return the counts by a loss of which only its gradients are known, and what they cannot explain."""
+def _probable(
+    per_class: Tensor, typical: Typical, observation: Observation, method: str, factor: float
+) -> LabelInference:
+    """Return the labels of a batch by how probable counts are, or those that alone fit the last layer."""
     count, classes = observation.num_images, len(per_class)
-    normalised = bool(logits.logsumexp(1).abs().max() < 1e-3)  # the model ends with log_softmax
-    inner: Loss = (lambda z, t: loss(F.log_softmax(z, -1), t)) if normalised else loss
-    rows, flat = class_slopes(inner, logits), class_slopes(inner, logits.new_zeros(1, classes))
-    # With predictions as far from even as can be, what other labels leave of an entry is least.
-    sure = class_slopes(inner, 40 * F.one_hot(torch.tensor([0, 1]), classes).to(logits))
-    others = float((sure + torch.diag(torch.full((classes,), torch.inf))).min())
-    protocol = observation.protocol
-    whole: list[slice | list[int]] = [slice(None)]
-    batches = protocol.batches(count) if isinstance(protocol, FedAvg) else whole
-    # Columns of the system add up to what no counts change, where gradients add up to zero over classes.
-    mean = float(rows.abs().mean())
-    sides = torch.stack([torch.full_like(per_class, mean * count), per_class], 1)
-    constant, along = torch.linalg.lstsq(rows.T + mean, sides, driver="gelsd").solution.unbind(1)
-
-    def scale_of(counts: Tensor) -> float:
-        labels = torch.repeat_interleave(torch.arange(classes), counts)
-        mixed = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        return batch_scale(inner, labels[mixed], batches, logits, flat)
-
-    # The scale depends on the counts, where classes have weights: both are found in turn, from two starts.
-    even = torch.bincount(torch.arange(count) % classes, minlength=classes)
-    plain = _fit(torch.full_like(per_class, count / classes), -count * per_class, per_class < 0, count).counts
-    found = dict[tuple[int, ...], tuple[float, _Fit]]()
-    for counts in (even, plain):
-        for _ in range(6):
-            scale = scale_of(counts)
-            fit = _fit(constant, along / scale, per_class < scale * count * min(0.0, others), count, rows)
-            counts, key = fit.counts, tuple(fit.counts.tolist())
-            if key in found:
-                break
-            made = scale_of(counts) * counts.double() @ rows
-            found[key] = float((made / fit.factor - per_class).norm()), fit
-    fit = min(found.values(), key=lambda one: one[0])[1]
-    rest = float(per_class.sum().abs() / per_class.abs().sum())
-    return fit, rest if balanced(inner, logits.new_zeros(1, classes)) else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    counts: Tensor
-    factor: float
-    residual: float
-    doubt: float
-
-
-def _fit(constant: Tensor, slope: Tensor, present: Tensor, total: int, rows: Tensor | None = None) -> _Fit:
-    """Return whole counts ``n`` near ``constant + factor * slope``, and the factor, 1 where that explains it.
-
-    Distances are those of ``n @ rows``; None takes the counts themselves.
-    """
-
-    def seen(counts: Tensor) -> Tensor:
-        return counts if rows is None else counts @ rows
-
-    def rounded(factors: Tensor) -> Tensor:
-        return _whole_counts(constant + factors[:, None] * slope, present=present, total=total)
-
-    along = seen(slope)
-    factor, others = torch.ones(1, dtype=slope.dtype), 0.0
-    counts = rounded(factor)
-    share = (seen(counts - constant) - along).norm() / along.norm()
-    if share > _UNEXPLAINED:
-        factors = 2.0 ** torch.linspace(-16, 16, 129, dtype=slope.dtype)
-        for _ in range(3):
-            tried = rounded(factors)
-            made = seen(tried - constant)
-            fitted = made.square().sum(1) / (made @ along)
-            factors = torch.where((fitted > 0) & fitted.isfinite(), fitted, factors)
-        shares = (made / factors[:, None] - along).norm(dim=1) / along.norm()
-        least, best = float(shares.min()), shares.argmin()
-        rivals = shares[(tried != tried[best]).any(1)]
-        rival = least / max(float(rivals.min()), 1e-300) if len(rivals) else 0.0
-        # Predictions that are not typical are a little like a factor; they leave less of it.
-        none = float(share) > 1.5 or float((constant + slope).max()) > 1.5 * total + 0.5
-        if (none and least < 0.7) or (least < min(0.1, float(share) / 5) and rival < 0.4):
-            factor, counts, others = factors[best][None], tried[best][None], rival
-    chosen = counts[0]
-    low = present.long() if int(present.sum()) <= total else torch.zeros_like(chosen)
-    gap = chosen - constant - factor * slope
-    products = None if rows is None else rows @ rows.T
-    change, away, to = _best_exchange(chosen, gap, low, products)
-    for _ in range(4 * len(chosen) if rows is not None else 0):
-        if change >= 0:
-            break
-        for row, by in ((away, -1), (to, 1)):
-            chosen[row] += by
-            gap[row] += by
-        change, away, to = _best_exchange(chosen, gap, low, products)
-    square = float(seen(gap).square().sum())
-    rival = square + max(change, 0.0)
-    doubt = (square / rival) ** 0.5 if rival > 0 else 0.0
-    return _Fit(counts=chosen, factor=float(factor), residual=square**0.5, doubt=max(doubt, others))
-
-
-def _best_exchange(
-    counts: Tensor, gap: Tensor, low: Tensor, products: Tensor | None
-) -> tuple[float, int, int]:
-    """Return how the squared distance changes, at best, by one image of another class, and which classes."""
-    can_give = counts > low
-    if products is None:
-        away = int(gap.masked_fill(~can_give, -torch.inf).argmax())
-        rest = gap.clone()
-        rest[away] = torch.inf
-        to = int(rest.argmin())
-        return (float(2 * (gap[to] - gap[away]) + 2) if can_give.any() else torch.inf), away, to
-    along, own = products @ gap, products.diagonal()
-    change = 2 * (along[None] - along[:, None]) + own[None] + own[:, None] - 2 * products
-    change[~can_give] = torch.inf
-    change.fill_diagonal_(torch.inf)
-    best = int(change.argmin())
-    away, to = divmod(best, len(counts))
-    return float(change[away, to]), away, to
-
-
-def _whole_counts(expected: Tensor, *, present: Tensor, total: int) -> Tensor:
-    """Round expected counts ``(..., classes)`` to the nearest whole numbers with the given total.
-
-    There is at least one where a class is present, unless more classes are present than the total.
-    """
-    expected = expected.double()
-    low = present.long() if int(present.sum()) <= total else torch.zeros_like(present, dtype=torch.int64)
-
-    def at(shift: Tensor) -> Tensor:
-        return torch.maximum((expected + shift).floor().long(), low)
-
-    # All are raised by the same amount: the largest that does not exceed the total, and a hair more.
-    edge = expected.abs().amax(-1, keepdim=True) + total + 1
-    below, above = -edge, edge
-    for _ in range(80):
-        middle = (below + above) / 2
-        fits = at(middle).sum(-1, keepdim=True) <= total
-        below, above = torch.where(fits, middle, below), torch.where(fits, above, middle)
-    counts = at(below)
-    short = total - counts.sum(-1, keepdim=True)
-    gap = torch.where(at(above) > counts, expected - counts, -torch.inf)
-    place = gap.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return counts + (place < short).long()
-
-
-class _Simulated:
-    """A client's step that cannot turn its update into a gradient, run on random images of chosen labels.
-
-    Attributes:
-        factor: from the mean gradient to what the step makes of it; negative where it trains.
-        linear: whether the two are as good as parallel.
-    """
-
-    def __init__(self, model: nn.Module, observation: Observation, loss: Loss, head: _Head) -> None:
-        self.model, self.observation, self.loss, self.head = model, observation, loss, head
-        images = _noise_images(3 * observation.num_images, observation.image_shape)
-        images = images.view(3, observation.num_images, *images.shape[1:]).mean(0)
-        self.inputs = observation.normalization.encode(images.to(like(model)))
-        self.sent = head.read(observation.update[head.name])
-        classes = len(self.sent)
-        labels = torch.arange(observation.num_images) % classes
-        made, plain = self.run(labels), self.run(labels, FedSGD())
-        along = float((made * plain).sum())
-        self.factor = along / max(float(plain.square().sum()), 1e-300)
-        share = abs(along) / max(float(made.norm() * plain.norm()), 1e-300)
-        self.linear = share > 0.95
-        if not share > 0.1:
-            raise RecoveryError(
-                f"what the client's step {words_of(observation.protocol)} makes of random images has nothing "
-                "in common with their gradient, and it has no method mean_gradient"
+    logits, features = typical.seen()
+    sizes, low = torch.ones(len(features), dtype=torch.float64), (per_class < 0).long()
+    if typical.head.bias:
+        low = torch.maximum((-count * per_class - 1e-3).ceil().long(), low)
+        rows = typical.head.weight_of(observation)
+        if rows is not None and (features >= 0).all():  # only a class of the batch has an entry below zero
+            low = torch.maximum(low, (rows.amin(1) < -_NEGATIVE * rows.abs().max()).long())
+    else:
+        sums = features.sum(1)
+        sizes = 0.5 + 0.5 * sums / sums.mean()  # a client's images differ less than photographs and noise
+    generator = torch.Generator().manual_seed(0)
+    logs = likelihoods(count * per_class, logits, sizes, low, count, generator)
+    counts = weighed(logs, _MOST)
+    labels, confidence = likeliest(counts.probabilities)
+    if factor == 1 and type(observation.protocol) is FedSGD:
+        fitted = _demixed(typical, observation, logits, features, counts.labels, generator)
+        if fitted is not None and fitted.certified:
+            return replace(
+                _labels(fitted.labels[0], classes, "features and labels that alone fit the last layer", 0.0),
+                confidence=torch.ones(count, dtype=torch.float64),
+                candidates=fitted.labels[:1],
+                weights=torch.ones(1, dtype=torch.float64),
             )
+        if fitted is not None:
+            method += " and the fit of features to the last layer"
+            counts = _together(counts, fitted)
+            labels, confidence = likeliest(counts.probabilities)
+    own = (counts.labels == labels).all(1)
+    order = (~own).to(torch.uint8).argsort(stable=True)  # the labels themselves come first
+    candidates, weights = counts.labels[order], counts.weights[order]
+    if not own.any():
+        candidates, weights = torch.cat([labels[None], candidates]), torch.cat([weights[:1], weights])
+    doubt = 1 - float(confidence.min())
+    return replace(
+        _labels(labels, classes, method, max(doubt, 1e-6), factor),
+        confidence=confidence,
+        candidates=candidates,
+        weights=weights / weights.sum(),
+    )
 
-    def run(self, labels: Tensor, client: ClientStep | None = None) -> Tensor:
-        """Return what the client sends of the parameter that labels are read off."""
-        client = client or self.observation.protocol
-        some = self.inputs
-        if kind_of(self.loss, len(some), len(self.sent), some) == "signs":
-            labels = binary_labels(self.loss, torch.zeros(len(some), len(self.sent)), some).to(some.device)
-        with torch.enable_grad(), in_mode(self.model, training=self.observation.training_mode, seed=0):
-            update = client(
-                self.model,
-                some,
-                labels.to(some.device),
-                params={n: p.clone().requires_grad_() for n, p in trainable_parameters(self.model).items()},
-                buffers={n: b.detach().clone() for n, b in self.model.named_buffers()},
-                loss=self.loss,
-            )
-        return self.head.read(update[self.head.name])
 
-    def distance(self, labels: Tensor) -> float:
-        """Return one minus the cosine of what these labels make and what was observed."""
-        return 1 - float(F.cosine_similarity(self.run(labels).flatten(), self.sent.flatten(), dim=0))
+def _demixed(
+    typical: Typical,
+    observation: Observation,
+    logits: Tensor,
+    features: Tensor,
+    guesses: Tensor,
+    generator: torch.Generator,
+) -> Demixed | None:
+    """Fit the last layer; None where its weight or bias is not there, or the logits are not what it makes."""
+    head, gradient = typical.head, typical.head.weight_of(observation)
+    if not head.bias or gradient is None:
+        return None
+    params = typical.ends[0]
+    bias, weight = params[head.name].double().cpu().flatten(), head.rows(params[head.names[1]])
+    if gradient.shape[1] != features.shape[1] or not torch.allclose(
+        features @ weight.T + bias, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
+    ):
+        return None
+    whole = torch.cat([gradient, head.mean(observation)[:, None]], 1)
+    starts = guesses[torch.arange(_MOST) % len(guesses)]
+    return demix(weight, bias, whole, features, starts, generator=generator)
 
-    def tried(self, gradient: Tensor) -> LabelInference:
-        """Return the label of one image whose simulated update has the direction of the observed one."""
-        rows = gradient if gradient.ndim == 1 else gradient @ gradient[gradient.norm(dim=1).argmax()]
-        either = [rows] if gradient.ndim == 1 else [rows, -rows]
-        likely = torch.cat([some.argsort()[:_TRIED] for some in either]).unique().tolist()
-        far = sorted((self.distance(torch.tensor([label])), label) for label in likely)
-        doubt = 0.0 if len(far) == 1 else far[0][0] / max(far[1][0], 1e-300)
-        labels = torch.tensor([far[0][1]])
-        return _labels(labels, len(gradient), "nearest of the labels tried in the client's step", doubt)
 
-    def exchanged(self, found: LabelInference) -> LabelInference:
-        """Exchange one label after another while the simulated update comes nearer to the observed one."""
-        classes, per_class = len(found.counts), self.sent / self.factor
-        per_class = per_class if per_class.ndim == 1 else per_class.sum(1)
-        best, counts, rival = self.distance(found.labels), found.counts.clone(), torch.inf
-        for _ in range(len(found.labels)):
-            away = [c for c in per_class.argsort(descending=True).tolist() if counts[c] > 0]
-            likely = [(a, b) for b in per_class.argsort().tolist() for a in away if a != b][:_TRIED]
-            tried = []
-            for a, b in likely:
-                other = counts.clone()
-                other[a] -= 1
-                other[b] += 1
-                tried.append((self.distance(torch.repeat_interleave(torch.arange(classes), other)), other))
-            nearest, other = min(tried, key=lambda one: one[0])
-            if nearest >= best:
-                rival = nearest
-                break
-            best, counts, rival = nearest, other, best
-        labels = torch.repeat_interleave(torch.arange(classes), counts)
-        doubt = best / rival if rival > 0 else 1.0
-        method = "counts that come nearest in the client's step"
-        return _labels(labels, classes, method, max(doubt, 1e-6))
+def _together(counts: Counts, fitted: Demixed) -> Counts:
+    """Return probabilities of counts, half of them shared by multisets that nearly fit the last layer."""
+    weights = fitted.misfit.clamp_min(1e-12) ** -2
+    weights = weights / weights.sum()
+    classes = len(counts.probabilities)
+    table = torch.zeros_like(counts.probabilities)
+    for labels, weight in zip(fitted.labels, weights, strict=True):
+        table[torch.arange(classes), torch.bincount(labels, minlength=classes)] += weight
+    order = weights.argsort(descending=True)
+    return Counts(
+        probabilities=(counts.probabilities + table) / 2, labels=fitted.labels[order], weights=weights[order]
+    )
+
+
+def _soft(gradient: Tensor, observation: Observation, typical: Typical) -> LabelInference | None:
+    """Return the soft label of one image; None where its label is hard, or the last layer does not tell."""
+    head, rows = typical.head, typical.head.weight_of(observation)
+    if not head.bias or rows is None or type(observation.protocol) is not FedSGD:
+        return None
+    params = typical.ends[0]
+    weight = head.rows(params[head.names[1]])
+    features = gradient @ rows / gradient.square().sum()
+    if (torch.outer(gradient, features) - rows).norm() > 1e-3 * rows.norm():
+        return None
+    logits, inputs = typical.seen()
+    bias = params[head.name].double().cpu().flatten()
+    if inputs.shape[1] != len(features) or not torch.allclose(
+        inputs @ weight.T + bias, logits, rtol=1e-3, atol=1e-3
+    ):
+        return None
+    predicted = (features @ weight.T + bias).softmax(0)
+    label = predicted - gradient
+    hard = predicted - F.one_hot(gradient.argmin(), len(gradient))  # which a factor may have made shorter
+    if gradient.sum().abs() > 1e-3 * gradient.abs().sum() or label.min() < -1e-3:
+        return None  # no label of cross-entropy
+    if F.cosine_similarity(hard, gradient, dim=0) > 1 - 1e-6:
+        return None
+    return LabelInference(
+        labels=label.clamp_min(0)[None].to(like(typical.model)),
+        counts=(label == label.max()).long(),
+        method="soft label, by the predictions that the features in the gradient make",
+    )
+
+
+def ranked_labels(
+    model: nn.Module, observation: Observation, *, most: int = 16, loss: Loss | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the label multisets that a batch may have, the most probable first, and their weights.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw.
+        most: how many at most.
+        loss: as for `infer`.
+
+    Returns:
+        Labels int64 ``(k, N)``, each row ascending and different, the first those of `infer`; and float64
+        ``(k,)``, their probabilities relative to each other, which add up to 1.
+
+    Raises:
+        RecoveryError: as for `infer`.
+    """
+    found = infer(model, observation, loss=loss)
+    if found.candidates is None or found.weights is None:
+        return found.labels[None], torch.ones(1, dtype=torch.float64)
+    weights = found.weights[:most]
+    return found.candidates[:most].to(found.labels.device), weights / weights.sum()
 
 
 def contradiction(model: nn.Module, observation: Observation) -> str | None:
@@ -608,7 +550,7 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
         return None
     try:
         model = unwrapped(model)
-        head = _Head.of(model, observation)
+        head = Head.of(model, observation)
         if (
             not head.bias
             or kind_of(loss, len(labels), len(observation.update[head.name]), like(model)) != "classes"

@@ -221,7 +221,7 @@ class Observation:
         return gradient
 
     def without_decay(self, name: str, model: nn.Module) -> Tensor:
-        """Return one tensor of the update without what weight decay did, where the client's step says that."""
+        """Return one tensor of the update without weight decay, where the client's step tells it."""
         update, response = self.update[name], getattr(self.protocol, "response", None)
         linear = getattr(self.protocol, "linear", True)
         if response is None or not linear or not getattr(self.protocol, "weight_decay", 0):

@@ -212,11 +212,11 @@ class BatchStatistics(Unbound):
 
     def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
         """Return the prior; raises what `invlib.optim.statistics.batch_statistics` raises."""
-        layers, params, some = batch_statistics(model, observation), trainable_parameters(model), like(model)
+        params, some = trainable_parameters(model), like(model)
+        layers = {name: layer.to(some) for name, layer in batch_statistics(model, observation).items()}
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         for name, layer in layers.items():
-            buffers[f"{name}.running_mean"] = layer.mean.to(some)
-            buffers[f"{name}.running_var"] = layer.variance.to(some)
+            buffers |= {f"{name}.running_mean": layer.mean, f"{name}.running_var": layer.variance}
 
         def prior(inputs: Tensor) -> Tensor:
             terms: list[Tensor] = []

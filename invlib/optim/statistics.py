@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class LayerStatistics:
     eps: float
     parts: tuple[tuple[Rows, float], ...]
 
+    def to(self, like: Tensor) -> LayerStatistics:
+        """Return them in the type and on the device of a tensor."""
+        return replace(self, mean=self.mean.to(like), variance=self.variance.to(like))
+
     def of(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance, likewise, of other inputs of the layer ``(N, C, ...)``."""
         axes = [0, *range(2, given.ndim)]
@@ -48,10 +53,9 @@ class LayerStatistics:
         They are :math:`(\mu(x) - \mu)/\sigma` and :math:`\log \sigma(x)/\sigma`, with the layer's eps in each
         standard deviation :math:`\sigma`.
         """
-        mean, variance = self.of(given)
-        own = (self.variance + self.eps).sqrt()
-        deviation = (variance + self.eps).sqrt()
-        return torch.stack([(mean - self.mean.to(mean)) / own.to(mean), (deviation / own.to(mean)).log()])
+        (mean, variance), told = self.of(given), self.to(given)
+        own = (told.variance + self.eps).sqrt()
+        return torch.stack([(mean - told.mean) / own, ((variance + self.eps).sqrt() / own).log()])
 
 
 def batch_statistics(model: nn.Module, observation: Observation) -> dict[str, LayerStatistics]:
@@ -82,7 +86,8 @@ def batch_statistics(model: nn.Module, observation: Observation) -> dict[str, La
     often = Counter(call.name for call in calls)
     found = {}
     for call in calls:
-        layer, name = call.layer, call.name
+        layer: Any = call.layer
+        name = call.name
         before = {key: b.detach().double().cpu() for key, b in layer.named_buffers()}
         after = {
             key: observation.buffers[f"{name}.{key}"].double().cpu()
@@ -109,7 +114,7 @@ def batch_statistics(model: nn.Module, observation: Observation) -> dict[str, La
         sizes = [of_image * len(torch.arange(observation.num_images)[rows]) for rows in steps]
         if min(sizes) == 1:
             raise RecoveryError(
-                f"the batch-norm layer {name!r} saw one value of each channel, the variance of which is zero: "
+                f"the batch-norm layer {name!r} saw one value of each channel, whose variance is zero: "
                 "all images look alike to what follows; expected several images, or larger maps"
             )
         if (variance < -_ROUNDING * (before["running_var"] + after["running_var"])).any():
@@ -126,8 +131,8 @@ def batch_statistics(model: nn.Module, observation: Observation) -> dict[str, La
         )
     if not found:
         raise RecoveryError(
-            f"the client sent no running statistics of {type(model).__name__} that moved; expected buffers of "
-            "a batch-norm layer in training mode"
+            f"the client sent no running statistics of {type(model).__name__} that moved; expected buffers "
+            "of a batch-norm layer in training mode"
         )
     return found
 
@@ -138,6 +143,7 @@ def _steps(observation: Observation, counted: int | None) -> list[Rows]:
     steps: list[Rows] = batches(observation.num_images) if batches else [slice(None)] * (counted or 1)
     if counted not in (None, len(steps)):
         raise RecoveryError(
-            f"the batch-norm layers counted {counted} batches; expected the protocol's {len(steps)} local steps"
+            f"the batch-norm layers counted {counted} batches; expected the protocol's {len(steps)} local "
+            "steps"
         )
     return steps

@@ -10,7 +10,7 @@ from torch import nn
 import invlib as iv
 from invlib.attacks import analytic
 from invlib.attacks.certificate import certified, layer_of, signals_of
-from invlib.attacks.directions import batch_inputs, span_of
+from invlib.attacks.directions import batch_inputs, separated, span_of
 from invlib.errors import ConfigError, DoubtWarning, RecoveryError
 from invlib.metrics import psnr
 
@@ -85,6 +85,11 @@ def test_a_bias_gradient_gives_the_scales():
     gap, rows = nearest(batch_inputs(d @ x, d.sum(1)).inputs, x)
     assert gap < 1e-9
     assert rows.sort().values.tolist() == list(range(8))
+
+
+def test_directions_that_are_not_independent_raise_nothing():
+    d, x = planted(3, 40, 20)
+    separated(span_of(d @ x), torch.ones(3, 3, dtype=torch.float64), d.sum(1))
 
 
 @pytest.mark.parametrize(("count", "units"), [(4, 100), (12, 200)])
@@ -318,6 +323,15 @@ def test_true_pairs_are_certified_and_no_decoy_is(dtype, classes):
         found = certified(span, signals, wrong, share)
         assert not found.certified.any()
         assert classes == 2 or float(found.residuals.min()) > 1e-4
+
+
+def test_what_is_less_exact_than_the_gradient_is_certified_and_not_clean():
+    span, signals, images, _ = ready(torch.float64)
+    near = images + 1e-7 * (images.roll(1, 0) - images)
+    assert certified(span, signals, images).clean.all()
+    found = certified(span, signals, near)
+    assert found.certified.all()
+    assert not found.clean.any()
 
 
 @pytest.mark.filterwarnings("ignore::invlib.errors.DoubtWarning")

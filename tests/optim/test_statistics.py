@@ -127,7 +127,7 @@ def test_a_search_takes_it_with_restarts_together():
 
 def test_refusals_name_what_is_missing():
     net = normed()
-    x, seen = see(net, 2)
+    _, seen = see(net, 2)
     own = {name: b.clone() for name, b in net.named_buffers()}
     for buffers in ({}, own):
         with pytest.raises(RecoveryError, match="sent no running statistics of Sequential that moved"):
