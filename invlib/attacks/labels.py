@@ -165,7 +165,9 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
     client = (
         None if hasattr(observation.protocol, "mean_gradient") else Simulated(model, observation, loss, head)
     )
-    gradient = head.read(observation.update[head.name]) / client.factor if client else head.mean(observation)
+    gradient = (
+        head.read(observation.update[head.name]) / client.factor if client else head.mean(observation, model)
+    )
     if not torch.isfinite(gradient).all():
         raise RecoveryError(f"the gradient of {head.name!r} has NaN or infinite numbers")
     if not gradient.any():
@@ -200,7 +202,108 @@ def _labels(
     )
 
 
+<<<<<<< HEAD
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """The parameter that labels are read off: the bias of the layer that makes the logits, or its weight."""
+
+    name: str
+    bias: bool
+    transposed: bool
+
+    @staticmethod
+    def of(model: nn.Module, observation: Observation) -> _Head:
+        layer = logits_layer(model, observation.image_shape)
+        names = [n for n in (layer.bias, layer.weight) if n in observation.update]
+        if not names:
+            raise RecoveryError(f"the update lacks {layer.weight!r}, the layer that makes the logits")
+        name = next((n for n in names if n not in observation.sent), names[0])
+        assert name is not None
+        return _Head(name=name, bias=name == layer.bias, transposed=layer.transposed)
+
+    def read(self, value: Tensor) -> Tensor:
+        """Return the bias ``(classes,)`` or the weight ``(classes, D)``, float64 on the CPU."""
+        value = value.detach().double().cpu()
+        if self.bias:
+            return value.flatten()
+        return value.mT if self.transposed else value.flatten(1)
+
+    def mean(self, observation: Observation, model: nn.Module) -> Tensor:
+        if self.bias and observation.num_images == 1 and self.name in observation.sent:
+            # Of one image the label's entry alone is negative, so that a part of the bias may do.
+            return self.read(observation.protocol.mean_gradient(observation.update[self.name], 1))
+        return self.read(observation.mean_gradient(self.name, model))
+
+    def nudged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return parameters with 1 added to all that makes the first logit."""
+        value = params[self.name].clone()
+        rows = value.view(-1)[:1] if self.bias else (value[:, :1] if self.transposed else value[:1])
+        rows += 1
+        return {**params, self.name: value}
+
+
+class _Typical:
+    """What the network makes of random images: its predictions, and the inputs of its last layer.
+
+    The images are noise at several scales, since predictions depend on how smooth an image is. A client
+    that trains for some steps predicts with weights that move, from the ones sent to it to the ones it
+    sends back; the server knows both ends and takes the mean. Nothing is run until it is asked for.
+    """
+
+    def __init__(
+        self, model: nn.Module, observation: Observation, head: _Head, samples: int, *, trains: bool
+    ) -> None:
+        self.model, self.observation, self.head = model, observation, head
+        images = placed(_noise_images(samples, observation.image_shape), model)
+        self.inputs = images if observation.is_text else observation.normalization.encode(images)
+        params = trainable_parameters(model)
+        self.ends = [params]
+        if trains or isinstance(observation.protocol, FedAvg):
+            self.ends.append({name: p + observation.update[name].to(p) for name, p in params.items()})
+
+    def run(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        with torch.no_grad(), in_mode(self.model, training=self.observation.training_mode, seed=0):
+            return forward(self.model, params, None, inputs)
+
+    def logits(self) -> Tensor:
+        return torch.cat([self.run(end, self.inputs) for end in self.ends])
+
+    def scale(self) -> float:
+        """Return by how much the mean gradient that is read is larger than that of a logit."""
+        # Every image has the same one for a bias; two are few, and enough for batch norm.
+        inputs = self.inputs[:2] if self.head.bias else self.inputs
+        steps = [self.run(self.head.nudged(end), inputs) - self.run(end, inputs) for end in self.ends]
+        first = torch.cat(steps).double()
+        # The difference of two logits stays where log_softmax shifts them all.
+        return float((first[:, 0] - (first[:, 1] if first.shape[1] > 1 else 0)).mean())
+
+    def features(self) -> Tensor:
+        training = self.observation.training_mode
+        parts = [
+            logits_layer_inputs(self.model, self.inputs, params=end, training=training)[1]
+            for end in self.ends
+        ]
+        return torch.cat(parts).double().cpu().mean(0)
+
+
+def _noise_images(samples: int, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) == 1:
+        return blank(shape, samples)
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for coarse in (1, 4, 8):
+        count = -(-samples // 3)
+        size = (max(1, min(coarse, height)), max(1, min(coarse, width)))
+        noise = torch.rand(count, channels, *size, generator=generator)
+        parts.append(F.interpolate(noise, (height, width), mode="bilinear"))
+    return torch.cat(parts)
+
+
+def _one(gradient: Tensor, typical: _Typical, whole: bool) -> LabelInference:
+=======
 def _one(gradient: Tensor, typical: Typical, whole: bool) -> LabelInference:
+>>>>>>> 272abd7d3136b0061440a13d44cec476e97176eb
     """Return the label of one image, which alone has a negative factor; ``whole``: they add up to zero."""
     if gradient.ndim == 1:
         low = gradient.sort().values
@@ -453,7 +556,7 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
             or kind_of(loss, len(labels), len(observation.update[head.name]), like(model)) != "classes"
         ):
             return None
-        gradient = head.read(observation.mean_gradient(head.name))
+        gradient = head.read(observation.mean_gradient(head.name, model))
     except RecoveryError:
         return None
     absent = torch.ones_like(gradient, dtype=torch.bool)

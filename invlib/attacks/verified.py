@@ -310,7 +310,7 @@ def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -
     layer = logits_layer(model, observation.image_shape)
     inputs = observation.normalization.encode(found.images)
     logits, given = logits_layer_inputs(model, inputs, training=observation.training_mode)
-    gradient = observation.mean_gradient(layer.weight).to(logits).double()
+    gradient = observation.mean_gradient(layer.weight, model).to(logits).double()
     gradient = gradient.T if layer.transposed else gradient.flatten(1)
     hot = logits.double().softmax(-1) - count * (gradient @ torch.linalg.pinv(given.double())).T
     if observation.labels is None:
