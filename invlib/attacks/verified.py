@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from invlib.attacks.analytic import fully_connected, input_direction
 from invlib.attacks.base import closed_form, known_labels, of_classes
 from invlib.attacks.chain import Chain, chain, outside
+from invlib.attacks.layout import patch_step
 from invlib.attacks.matching import GradientMatching
-from invlib.attacks.patches import patch_embedding, patch_step
+from invlib.attacks.patches import patch_embedding
 from invlib.attacks.recursive import recursive_inversion
 from invlib.core.calls import MOVES, SAME, logits_layer, logits_layer_inputs, trace
 from invlib.core.network import in_mode, num_classes
