@@ -316,3 +316,14 @@ def test_the_slope_of_a_batch_is_that_of_its_best_weights(engine):
 )
 def test_what_rounding_does_not_explain_leaves_the_label_in_full(slopes, share):
     assert saturation.label_share(torch.tensor(slopes).double(), 2) == pytest.approx(share)
+
+
+def test_many_saturated_clients_are_each_attacked_by_their_own_log_odds():
+    net, attack = sure(15.5), iv.GradientMatching(steps=3)
+    seen = []
+    for seed in (0, 1):
+        x, _ = random_batch(seed=seed)
+        seen.append(iv.observe(net, x, torch.tensor([LABEL]), iv.FedSGD(), normalization=iv.CIFAR10))
+    assert len({attack.problem(net, one).alpha for one in seen}) == 2
+    for one, found in zip(seen, iv.attack_many(attack, net, seen), strict=True):
+        assert found.score == attack(net, one).score
