@@ -308,6 +308,9 @@ class Best(Settings):
         asked += 0 if step is None else 2
         shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
         places = moves(model, observation) if shifting else []
+        if step is not None:
+            fitting = step.room() // (observation.num_images * matching.restarts)
+            places = sorted(places, key=lambda move: abs(move[0]) + abs(move[1]))[: max(0, fitting - 2)]
         share = _restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places or step else share)
         parts.bar.total += round(planned) - self.evaluations

@@ -124,6 +124,15 @@ def test_images_that_change_each_others_part_are_refused():
         crossover(plain, local, x[None])
 
 
+def test_without_room_for_the_updates_of_single_images_there_is_none(monkeypatch):
+    model, x = net(), batch(3)
+    seen = see(model, x, [0, 1, 2])
+    size = sum(part.nbytes for part in seen.update.values())
+    monkeypatch.setattr("invlib.search.engines.memory.available", lambda device: 4 * 5 * size)
+    with pytest.raises(RecoveryError, match="updates of 3 images alone, twice, take more than a quarter"):
+        crossover(model, seen, x[None])
+
+
 def test_batches_of_another_shape_are_refused():
     model, x = net(), batch(3)
     with pytest.raises(
