@@ -37,7 +37,7 @@ from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
-_SENT = 1.0  # initial weight of a batch's statistics, in the unit of both priors
+_SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
@@ -91,7 +91,10 @@ def best(
       product of its strides (4 pixels in ResNet20), so a search often ends in a shifted copy: the right
       picture in the wrong place. After a sixth of the evaluations the result is therefore compared with
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
-      has the lower score. For a single image, and from 500 evaluations on.
+      has the lower score. For a single image, and from 500 evaluations on;
+    - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
+      training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
+      the one brightness and contrast of each colour with which they hold best at the first layer.
 
     Where the cosine stalls before its evaluations are spent, as it does in single precision at small
     distances, the others go to the squared distance, in the same coordinates and without priors. What that

@@ -159,7 +159,9 @@ def directions(
     point of FastICA with a smoothed absolute value that sharpens). Where the signals before the activation
     are known, it also minimises randomly weighted sums over the cone of directions that have their signs: the
     columns of one class have nearly one sign in each row, and their differences, which are as sparse, do not.
-    Both end in least squares on the rows that vanish.
+    Both end in least squares on the rows that vanish. Null vectors of r - 1 rows drawn (SPEAR's) are no third
+    kind: for 8 and 12 images they found what these find, and of 16 images at m = 200, 13 or 14 directions in
+    8 to 20 seconds, where these found all 16 in less than one.
 
     Args:
         span: of the weight gradient.

@@ -24,6 +24,7 @@ SATURATED = 1e-4
 _LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _SAME = 1e-8  # cosine distance of two directions that differ by single precision alone
 
+_LOST = 0.1  # share of the labels' slopes that a batch may have lost by rounding
 _LEAST = 0.01  # weight of an image as a share of the largest
 
 Step = Callable[[Loss], list[Tensor]]
@@ -52,11 +53,10 @@ def share_of_label(
     Raises:
         ConfigError: they are asked for and cannot take its place.
     """
-    classes = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
-    if asked is False or (asked is None and not classes):
-        return None
-    slopes = head_slopes(model, observation) if classes else None
-    if asked is None and (slopes is None or unsure(slopes) > SATURATED):
+    hard = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+    slopes = head_slopes(model, observation) if hard and asked is not False else None
+    by_itself = slopes is not None and saturated(slopes, observation.num_images)
+    if not (by_itself if asked is None else asked):
         return None
     noise = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0))
     inputs = observation.normalization.encode(noise.to(target[0]))
@@ -144,6 +144,15 @@ def head_slopes(model: nn.Module, observation: Observation) -> Tensor | None:
     return None
 
 
+def saturated(slopes: Tensor, count: int) -> bool:
+    """Say whether the slopes of logits are of labels that a network is sure of, and still show in them.
+
+    Of one image it does not matter whether the label does. Of a batch it does: which label has lost how much
+    of its slope by rounding is not told.
+    """
+    return unsure(slopes) <= SATURATED and (count == 1 or abs(float(slopes.sum())) <= _LOST * unsure(slopes))
+
+
 def unsure(slopes: Tensor) -> float:
     """Return one minus the probability of the label, or its mean over a batch, from the slopes of logits.
 
@@ -156,12 +165,11 @@ def label_share(slopes: Tensor, label: int) -> float:
     r"""Return :math:`\alpha` of `invlib.autodiff.odds.log_odds`: how the client's rounding left its label.
 
     The slopes of one image's logits add up to zero, but for the label's, ``p - 1``, which is rounded to the
-    last place of a number near 1. Where more than that is missing it is not rounding, and 1 is returned.
+    last place of a number near 1. Where that does not explain what is missing, 1 is returned.
     """
-    others = float(slopes.sum() - slopes[label])
-    if others <= 0 or abs(float(slopes.sum())) > _LAST:
-        return 1.0
-    return -float(slopes[label]) / others
+    others, own = float(slopes.sum() - slopes[label]), -float(slopes[label])
+    rounded = others > 0 and abs(own - others) <= _LAST and 0 <= own <= 3 * others
+    return own / others if rounded else 1.0
 
 
 def obstacle(

@@ -158,6 +158,7 @@ def test_other_clients_that_send_one_gradient(client):
         ({}, None, {"loss": F.multi_margin_loss}, "multi_margin_loss has other slopes than cross-entropy"),
         ({"labels": "optimize"}, None, {}, "the labels are no classes"),
     ],
+    ids=["local steps", "objective", "loss", "soft labels"],
 )
 def test_where_log_odds_do_not_hold_they_are_not_taken(settings, client, facts, why):
     net = sure(12.0, torch.float64)
@@ -241,6 +242,13 @@ def batch_of(net, count=3):
     return x, labels, iv.observe(net, x, labels, iv.FedSGD(), normalization=iv.CIFAR10)
 
 
+def test_a_batch_whose_labels_lost_their_slopes_is_left_alone():
+    net = sure(20.0)
+    _, _, seen = batch_of(net)
+    assert iv.GradientMatching().problem(net, seen).alpha is None
+    assert iv.GradientMatching(log_odds=True).problem(net, seen).alpha == 1
+
+
 @pytest.mark.parametrize("margin", [12.0, 20.0])
 def test_the_weights_of_a_batch_are_one_minus_each_probability(margin):
     net = sure(margin, torch.float64)
@@ -257,6 +265,18 @@ def test_the_weights_of_a_batch_are_one_minus_each_probability(margin):
     sent = flat(seen.update)
     weights = saturation._nonnegative(rows @ rows.T, rows @ sent)
     torch.testing.assert_close(weights / weights.sum(), ((1 - p) / (1 - p).sum()).detach(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("client", "training"), [(iv.FedAvg(lr=0.5, local_steps=1), False), (None, True)])
+def test_a_batch_of_other_clients_is_left_alone(client, training):
+    net = sure(12.0)
+    x, _ = random_batch(2)
+    labels = torch.full((2,), LABEL)
+    facts = {"normalization": iv.CIFAR10, "training_mode": training}
+    seen = iv.observe(net, x, labels, client or iv.FedSGD(), **facts)
+    assert iv.GradientMatching().problem(net, seen).alpha is None
+    with pytest.raises(ConfigError, match="2 images are told apart in evaluation mode and FedSGD alone"):
+        iv.GradientMatching(log_odds=True).problem(net, seen)
 
 
 def test_an_image_that_does_not_fit_keeps_a_weight():
@@ -281,3 +301,18 @@ def test_the_slope_of_a_batch_is_that_of_its_best_weights(engine):
     torch.testing.assert_close((more - less) / 2e-5, (slopes * way).flatten(1).sum(1), rtol=1e-3, atol=1e-9)
     assert (cost > 0).all()
     assert (slopes.flatten(2).norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slopes", "share"),
+    [
+        ([1e-8, -3e-8, 0.0], 1.0),  # the label's is not below zero
+        ([1e-8, 0.0, 1e-8], 1.0),
+        ([0.0, 0.0, 0.0], 1.0),
+        ([1e-8, 1e-8, 0.0], 0.0),
+        ([1e-7, 1e-7, -1.8e-7], 0.9),
+        ([1e-5, 1e-5, -3e-5], 1.0),  # more is missing than rounding explains
+    ],
+)
+def test_what_rounding_does_not_explain_leaves_the_label_in_full(slopes, share):
+    assert saturation.label_share(torch.tensor(slopes).double(), 2) == pytest.approx(share)
