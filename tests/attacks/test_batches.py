@@ -91,6 +91,17 @@ def test_the_order_of_candidates_changes_nothing():
     assert score == pytest.approx(iv.GradientMatching().score(model, seen, found, torch.tensor(y)), abs=1e-6)
 
 
+def test_an_image_stays_with_its_label():
+    model, x = net(), batch(2)
+    # Two images of one class, which would both be taken where labels did not count.
+    batches = torch.stack([x, batch(2, seed=1)])
+    batches[1, 0] = x[1]
+    found, _ = crossover(model, see(model, x, [0, 0]), batches, torch.tensor([0, 1]))
+    assert any(torch.equal(found[0], image) for image in batches[:, 0])
+    assert any(torch.equal(found[1], image) for image in batches[:, 1])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_images_that_are_shifted_by_the_stride_are_put_right_in_one_jump():
     model, x, y = net(), batch(3), torch.tensor([0, 1, 2])
     places = moves(model, see(model, x, y.tolist()))
