@@ -92,6 +92,11 @@ def best(
       picture in the wrong place. After a sixth of the evaluations the result is therefore compared with
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
       has the lower score. For a single image, and from 500 evaluations on;
+    - of a batch, with turns. Where the updates of single images add up to that of the batch, as in evaluation
+      mode, images of all restarts and their shifted copies are chosen by what each adds
+      (`invlib.crossover`). Then one after another is searched alone in what the others leave, from shifted
+      copies too, and all go on together; from 500 evaluations on, and as often as three quarters of them
+      allow. N gradients of single images count as one evaluation;
     - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
       training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
       the one brightness and contrast of each colour with which they hold best at the first layer.
@@ -311,6 +316,9 @@ class Best(Settings):
         asked += 0 if step is None else 2
         shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
         places = moves(model, observation) if shifting else []
+        if step is not None:
+            fitting = step.room() // (observation.num_images * matching.restarts)
+            places = sorted(places, key=lambda move: abs(move[0]) + abs(move[1]))[: max(0, fitting - 2)]
         share = _restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places or step else share)
         parts.bar.total += round(planned) - self.evaluations

@@ -20,11 +20,12 @@ from invlib.core.network import in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError, RecoveryError
+from invlib.search.engines import memory
 from invlib.search.problem import Problem
 from invlib.settings import Checked, Count, FromZero
 
 _EXACT = 1e-3  # of its length: what may separate the update of a batch from the sum of its images'
-_TOGETHER = 32  # images whose gradients are taken at a time
+_TOGETHER = 32  # images whose gradients are taken at a time, and no more than are in the batch
 _COLUMNS = 1 << 16  # of the gradients, in double precision at a time
 _STARTS = 8  # random ones of a choice
 # Parts of the budget for all images together: before the rounds of turns, after each, and at the end.
@@ -53,6 +54,11 @@ class Additive:
         """The sum of the updates of each image, as it was observed, ``(D,)``."""
         return torch.cat([part.flatten() for part in self.problem.target]) / self.share
 
+    def room(self) -> int:
+        """Return how many updates fit in a quarter of the memory that is free."""
+        size = sum(part.nbytes for part in self.problem.target)
+        return memory.available(self.problem.like.device) // (4 * max(size, 1))
+
     def rows(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the update of each image alone, as rows ``(M, D)``.
 
@@ -64,9 +70,9 @@ class Additive:
         def alone(inputs: Tensor, label: Tensor) -> list[Tensor]:
             return self.problem.update(inputs[None], label[None])
 
-        rows = []
+        size, rows = min(_TOGETHER, self.problem.shape[0]), []
         with in_mode(self.model, training=self.training, seed=0):
-            for some, of in zip(images.split(_TOGETHER), labels.split(_TOGETHER), strict=True):
+            for some, of in zip(images.split(size), labels.split(size), strict=True):
                 parts = torch.func.vmap(alone, randomness="different")(self.problem.encode(some), of)
                 rows.append(torch.cat([part.detach().flatten(1) for part in parts], 1))
         return torch.cat(rows)
@@ -96,6 +102,11 @@ def additive(
             f"got {observation.protocol!r} and labels {tuple(labels.shape)}"
         )
     step = Additive(model=model, problem=problem, training=observation.training_mode)
+    if step.room() < 2 * len(labels):
+        raise RecoveryError(
+            f"the updates of {len(labels)} images alone, twice, take more than a quarter of the free memory, "
+            f"{memory.words(memory.available(problem.like.device))}"
+        )
     noise = torch.rand(problem.shape, generator=torch.Generator().manual_seed(0)).to(problem.like)
     with in_mode(model, training=observation.training_mode, seed=0):
         sent = problem.update(problem.encode(noise), problem.targets(noise, None))

@@ -91,6 +91,17 @@ def test_the_order_of_candidates_changes_nothing():
     assert score == pytest.approx(iv.GradientMatching().score(model, seen, found, torch.tensor(y)), abs=1e-6)
 
 
+def test_an_image_stays_with_its_label():
+    model, x = net(), batch(2)
+    # Two images of one class, which would both be taken where labels did not count.
+    batches = torch.stack([x, batch(2, seed=1)])
+    batches[1, 0] = x[1]
+    found, _ = crossover(model, see(model, x, [0, 0]), batches, torch.tensor([0, 1]))
+    assert any(torch.equal(found[0], image) for image in batches[:, 0])
+    assert any(torch.equal(found[1], image) for image in batches[:, 1])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_images_that_are_shifted_by_the_stride_are_put_right_in_one_jump():
     model, x, y = net(), batch(3), torch.tensor([0, 1, 2])
     places = moves(model, see(model, x, y.tolist()))
@@ -122,6 +133,15 @@ def test_images_that_change_each_others_part_are_refused():
     )
     with pytest.raises(RecoveryError, match="added up"):
         crossover(plain, local, x[None])
+
+
+def test_without_room_for_the_updates_of_single_images_there_is_none(monkeypatch):
+    model, x = net(), batch(3)
+    seen = see(model, x, [0, 1, 2])
+    size = sum(part.nbytes for part in seen.update.values())
+    monkeypatch.setattr("invlib.search.engines.memory.available", lambda device: 4 * 5 * size)
+    with pytest.raises(RecoveryError, match="updates of 3 images alone, twice, take more than a quarter"):
+        crossover(model, seen, x[None])
 
 
 def test_batches_of_another_shape_are_refused():
