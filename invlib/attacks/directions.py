@@ -249,13 +249,13 @@ def sphere(u: Tensor, starts: Tensor) -> Tensor:
 
 
 def null_vectors(u: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the directions q of ``u q`` zero in r - 1 rows drawn that are zero in the most other rows."""
+    """Return directions q, ``u q`` zero in r - 1 rows that are drawn, which are zero in the most other rows."""
     m, r = u.shape
     rows = torch.randint(m, (_DRAWN, r - 1), generator=generator).to(u.device)
     q: Tensor = torch.linalg.qr(u[rows].mT, mode="complete")[0][:, :, -1]
     y = (q @ u[:: max(1, m // _ROWS)].T).abs()
     zeros = (y < 1e-6 * y.amax(1, keepdim=True)).sum(1)
-    return q[zeros.topk(min(_STARTS // 2, _DRAWN)).indices]
+    return distinct(q[zeros.topk(_DRAWN // 4).indices], 0.9999)[: _STARTS // 2]
 
 
 def flattest(u: Tensor, along: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
