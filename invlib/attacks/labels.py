@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.counts import (
+    FRESH,
+    TRAINED,
     Counts,
     countable,
     fit_of,
@@ -32,6 +35,8 @@ _FOREIGN = 0.45  # share of a gradient that labels leave unexplained, from which
 _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
 _LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _NEGATIVE = 1e-5  # of the largest entry: so far below zero an entry is no rounding
+_TRAINED = 0.15  # of what a network tells of other images: fresh ones have up to 0.06, trained ones over 0.28
+_SURE = 0.99  # probability from which on the last layer is not asked
 _MOST = 64  # label multisets that are ranked
 
 
@@ -316,10 +321,12 @@ def _probable(
         sums = features.sum(1)
         sizes = 0.5 + 0.5 * sums / sums.mean()  # a client's images differ less than photographs and noise
     generator = torch.Generator().manual_seed(0)
-    logs = likelihoods(count * per_class, logits, sizes, low, count, generator)
+    alike = TRAINED if _told_apart(logits.softmax(1)) > _TRAINED else FRESH
+    logs = likelihoods(count * per_class, logits, sizes, low, count, alike=alike, generator=generator)
     counts = weighed(logs, _MOST)
     labels, confidence = likeliest(counts.probabilities)
-    if factor == 1 and type(observation.protocol) is FedSGD:
+    known = alike is FRESH and float(confidence.min()) > _SURE
+    if not known and factor == 1 and type(observation.protocol) is FedSGD:
         fitted = _demixed(typical, observation, logits, features, counts.labels, generator)
         if fitted is not None and fitted.certified:
             return replace(
@@ -344,6 +351,15 @@ def _probable(
         candidates=candidates,
         weights=weights / weights.sum(),
     )
+
+
+def _told_apart(predictions: Tensor) -> float:
+    """Return how much predictions ``(J, classes)`` tell images apart: 0 where all are the same, at most 1.
+
+    It is the mutual information of image and class, as a share of the logarithm of the classes.
+    """
+    mean, each = predictions.mean(0), torch.special.entr(predictions).sum(1).mean()
+    return float(torch.special.entr(mean).sum() - each) / math.log(len(mean))
 
 
 def _demixed(
