@@ -314,7 +314,7 @@ def _probable(
     sizes, low = torch.ones(len(features), dtype=torch.float64), (per_class < 0).long()
     if typical.head.bias:
         low = torch.maximum((-count * per_class - 1e-3).ceil().long(), low)
-        rows = typical.head.weight_of(observation)
+        rows = typical.head.weight_of(observation, typical.model)
         if rows is not None and (features >= 0).all():  # only a class of the batch has an entry below zero
             low = torch.maximum(low, (rows.amin(1) < -_NEGATIVE * rows.abs().max()).long())
     else:
@@ -371,7 +371,7 @@ def _demixed(
     generator: torch.Generator,
 ) -> Demixed | None:
     """Fit the last layer; None where its weight or bias is not there, or the logits are not what it makes."""
-    head, gradient = typical.head, typical.head.weight_of(observation)
+    head, gradient = typical.head, typical.head.weight_of(observation, typical.model)
     if not head.bias or gradient is None:
         return None
     params = typical.ends[0]
@@ -380,7 +380,7 @@ def _demixed(
         features @ weight.T + bias, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
     ):
         return None
-    whole = torch.cat([gradient, head.mean(observation)[:, None]], 1)
+    whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
     starts = guesses[torch.arange(_MOST) % len(guesses)]
     return demix(weight, bias, whole, features, starts, generator=generator)
 
@@ -401,7 +401,7 @@ def _together(counts: Counts, fitted: Demixed) -> Counts:
 
 def _soft(gradient: Tensor, observation: Observation, typical: Typical) -> LabelInference | None:
     """Return the soft label of one image; None where its label is hard, or the last layer does not tell."""
-    head, rows = typical.head, typical.head.weight_of(observation)
+    head, rows = typical.head, typical.head.weight_of(observation, typical.model)
     if not head.bias or rows is None or type(observation.protocol) is not FedSGD:
         return None
     params = typical.ends[0]

@@ -54,7 +54,7 @@ class Head:
         value = value.detach().double().cpu()
         return value.mT if self.transposed else value.flatten(1)
 
-    def weight_of(self, observation: Observation) -> Tensor | None:
+    def weight_of(self, observation: Observation, model: nn.Module) -> Tensor | None:
         """Return the mean gradient of its weight ``(classes, D)``; None where it was not sent whole."""
         name = self.names[1]
         if (
@@ -63,7 +63,7 @@ class Head:
             or not hasattr(observation.protocol, "mean_gradient")
         ):
             return None
-        return self.rows(observation.mean_gradient(name))
+        return self.rows(observation.mean_gradient(name, model))
 
     def mean(self, observation: Observation, model: nn.Module | None = None) -> Tensor:
         """Return its mean gradient; with the model, weight decay is taken off."""
