@@ -143,7 +143,7 @@ def layer_input_of(model: nn.Module, observation: Observation, layer: str) -> La
             f"{layer!r} is {type(module).__name__}; "
             f"expected a fully connected layer with a bias, one of {known}"
         )
-    return layer_input(sent(observation, f"{layer}.weight"), sent(observation, f"{layer}.bias"))
+    return layer_input(sent(observation, f"{layer}.weight", model), sent(observation, f"{layer}.bias", model))
 
 
 # Of a batch: rows that are compared with one another, in so many random directions, and the share of their
@@ -199,13 +199,15 @@ def network_input(model: nn.Module, observation: Observation) -> tuple[Tensor, f
             f"{type(model).__name__}{why}; expected a bias before what cannot be undone"
         )
     top = biased[0][0] if biased else len(stages) - 1
-    weights = [stage.gradient(sent(observation, stage.weight_name)) for stage in stages[: top + 1]]
+    weights = [stage.gradient(sent(observation, stage.weight_name, model)) for stage in stages[: top + 1]]
     if biased:
-        delta = sent(observation, biased[0][1])
+        delta = sent(observation, biased[0][1], model)
         inputs = layer_input(weights[top], delta.flatten()).inputs
     else:
         # The head's delta is one of the mean gradient, and so have to be the weights below it.
-        weights = [stage.gradient(precise(observation.mean_gradient(stage.weight_name))) for stage in stages]
+        weights = [
+            stage.gradient(precise(observation.mean_gradient(stage.weight_name, model))) for stage in stages
+        ]
         delta, inputs = _unbiased_head(model, observation, stages[-1])
     for k in range(top, 0, -1):
         below = stages[k - 1]
@@ -237,7 +239,7 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
     Source: this project's, of the same equation as `layer_input`.
     """
     found = _stages(model, observation)
-    gradient = found.stages[0].gradient(sent(observation, found.stages[0].weight_name))
+    gradient = found.stages[0].gradient(sent(observation, found.stages[0].weight_name, model))
     matrix = gradient.double() / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
     direction = matrix[matrix.norm(dim=1).argmax()]
     for _ in range(20):  # power iterations: noise apart, the first is exact
@@ -248,7 +250,7 @@ def input_direction(model: nn.Module, observation: Observation) -> Tensor:
 
 def _unbiased_head(model: nn.Module, observation: Observation, head: Stage) -> tuple[Tensor, Tensor]:
     """Return delta and input of a last layer without bias, from its weight gradient and the softmax."""
-    gradient = head.gradient(precise(observation.mean_gradient(head.weight_name)))
+    gradient = head.gradient(precise(observation.mean_gradient(head.weight_name, model)))
     if not of_classes(model, observation):
         raise RecoveryError(f"the labels are no classes, by which the scale of {head.name!r} is found")
     label = int(known_labels(model, observation)[0])
@@ -379,8 +381,8 @@ def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tu
         raise RecoveryError(
             f"{first.name!r} has no bias and the batch has {observation.num_images} images; expected 1"
         )
-    weight = first.gradient(sent(observation, first.weight_name))
-    bias = sent(observation, first.bias_name).flatten()
+    weight = first.gradient(sent(observation, first.weight_name, model))
+    bias = sent(observation, first.bias_name, model).flatten()
     numbers, rows = row_inputs(weight, bias)
     groups = _agreeing(rows, bias[numbers], observation.num_images) if agreement else []
     agreed = [layer_input(weight[numbers[group]], bias[numbers[group]]).inputs for group in groups]

@@ -37,7 +37,7 @@ from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
-_SENT = 1.0  # initial weight of a batch's statistics, in the unit of both priors
+_SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
@@ -91,7 +91,15 @@ def best(
       product of its strides (4 pixels in ResNet20), so a search often ends in a shifted copy: the right
       picture in the wrong place. After a sixth of the evaluations the result is therefore compared with
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
-      has the lower score. For a single image, and from 500 evaluations on.
+      has the lower score. For a single image, and from 500 evaluations on;
+    - of a batch, with turns. Where the updates of single images add up to that of the batch, as in evaluation
+      mode, images of all restarts and their shifted copies are chosen by what each adds
+      (`invlib.crossover`). Then one after another is searched alone in what the others leave, from shifted
+      copies too, and all go on together; from 500 evaluations on, and as often as three quarters of them
+      allow. N gradients of single images count as one evaluation;
+    - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
+      training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
+      the one brightness and contrast of each colour with which they hold best at the first layer.
 
     Where the cosine stalls before its evaluations are spent, as it does in single precision at small
     distances, the others go to the squared distance, in the same coordinates and without priors. What that
@@ -303,11 +311,14 @@ class Best(Settings):
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
-        copies = min(self.shifts, self.evaluations // _STAGE // 2 - 2)
         step = self._additive(model, observation)
+        copies = min(self.shifts, self.evaluations // _STAGE // (2 if step is None else 4) - 2)
         asked += 0 if step is None else 2
-        shifting = self.evaluations >= _SHIFTING and copies and (step or observation.num_images == 1)
+        shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
         places = moves(model, observation) if shifting else []
+        if step is not None:
+            fitting = step.room() // (observation.num_images * matching.restarts)
+            places = sorted(places, key=lambda move: abs(move[0]) + abs(move[1]))[: max(0, fitting - 2)]
         share = _restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places or step else share)
         parts.bar.total += round(planned) - self.evaluations
@@ -316,7 +327,7 @@ class Best(Settings):
         per_step = max(1, self.evaluations // search.steps)
         if step is not None:
             result = Batching(
-                search=search, places=tuple(places), copies=copies, stage=stage, per_step=per_step
+                search=search, places=tuple(places), copies=max(0, copies), stage=stage, per_step=per_step
             ).run(step, observation, parts)
         elif places:
             result = Shifting(

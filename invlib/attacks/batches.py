@@ -20,15 +20,16 @@ from invlib.core.network import in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError, RecoveryError
+from invlib.search.engines import memory
 from invlib.search.problem import Problem
 from invlib.settings import Checked, Count, FromZero
 
 _EXACT = 1e-3  # of its length: what may separate the update of a batch from the sum of its images'
-_TOGETHER = 32  # images whose gradients are taken at a time
+_TOGETHER = 32  # images whose gradients are taken at a time, and no more than are in the batch
 _COLUMNS = 1 << 16  # of the gradients, in double precision at a time
 _STARTS = 8  # random ones of a choice
-# Which part of the budget is spent when the search of the whole batch ends, and at most when slots do.
-_SEARCH, _SLOTS = 1 / 6, 2 / 3
+# Parts of the budget for all images together: before the rounds of turns, after each, and at the end.
+_SEARCH, _BETWEEN, _LAST = 1 / 6, 1 / 10, 1 / 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +54,11 @@ class Additive:
         """The sum of the updates of each image, as it was observed, ``(D,)``."""
         return torch.cat([part.flatten() for part in self.problem.target]) / self.share
 
+    def room(self) -> int:
+        """Return how many updates fit in a quarter of the memory that is free."""
+        size = sum(part.nbytes for part in self.problem.target)
+        return memory.available(self.problem.like.device) // (4 * max(size, 1))
+
     def rows(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the update of each image alone, as rows ``(M, D)``.
 
@@ -64,9 +70,9 @@ class Additive:
         def alone(inputs: Tensor, label: Tensor) -> list[Tensor]:
             return self.problem.update(inputs[None], label[None])
 
-        rows = []
+        size, rows = min(_TOGETHER, self.problem.shape[0]), []
         with in_mode(self.model, training=self.training, seed=0):
-            for some, of in zip(images.split(_TOGETHER), labels.split(_TOGETHER), strict=True):
+            for some, of in zip(images.split(size), labels.split(size), strict=True):
                 parts = torch.func.vmap(alone, randomness="different")(self.problem.encode(some), of)
                 rows.append(torch.cat([part.detach().flatten(1) for part in parts], 1))
         return torch.cat(rows)
@@ -96,6 +102,11 @@ def additive(
             f"got {observation.protocol!r} and labels {tuple(labels.shape)}"
         )
     step = Additive(model=model, problem=problem, training=observation.training_mode)
+    if step.room() < 2 * len(labels):
+        raise RecoveryError(
+            f"the updates of {len(labels)} images alone, twice, take more than a quarter of the free memory, "
+            f"{memory.words(memory.available(problem.like.device))}"
+        )
     noise = torch.rand(problem.shape, generator=torch.Generator().manual_seed(0)).to(problem.like)
     with in_mode(model, training=observation.training_mode, seed=0):
         sent = problem.update(problem.encode(noise), problem.targets(noise, None))
@@ -187,7 +198,7 @@ def choose(
 
 @dataclass(frozen=True, kw_only=True)
 class Batching(Checked):
-    """A search for the images of a batch: together, then by turns alone in what the others leave.
+    """A search for the images of a batch: together, then in rounds by turns, alone in what the others leave.
 
     The update of N images is a multiple of the sum of their own. What is left when the updates of all
     images but one are taken away is therefore a single image's, and a search for that does not have to wait
@@ -216,40 +227,40 @@ class Batching(Checked):
             observation: what the server saw.
             parts: runs the searches.
         """
-        search, stage, result = self.search, self.stage, None
-        first = max(2 * stage, round(_SEARCH * search.steps))
-        # An image's turn takes a stage for each copy and another for the best; then all together take one,
-        # and every candidate an evaluation.
-        price = (self.copies + 3) * stage + (len(self.places) + 4) / self.per_step
-        turns = max(1, int((_SLOTS * search.steps - first) / price))
-        spent = float(first)
+        search, result = self.search, None
+        first = max(2 * self.stage, round(_SEARCH * search.steps))
+        again = max(1, round(_BETWEEN * search.steps))
+        # A stage for each copy and another for the best, and an evaluation for each candidate.
+        turns = (self.copies + 2) * self.stage + (2 * len(self.places) + 4) / self.per_step
+        rounds = max(0, int(((1 - _LAST) * search.steps - first) / (turns + again)))
+        spent = 0.0
+
+        def together(low: float, high: float, steps: int, **settings: object) -> Reconstruction:
+            part = replace(part_of(search, low, high), steps=steps, **settings)  # type: ignore[arg-type]
+            return parts.run(
+                part, observation, spent=round(spent), steps=search.steps, name="gradient matching"
+            )
+
         try:
-            whole = replace(part_of(search, 0, FOUND), steps=first)
-            result = parts.run(whole, observation, spent=0, steps=search.steps, name="gradient matching")
+            result = together(0, FOUND, first)
+            spent += first
             assert result.labels is not None
             known = replace(observation, labels=result.labels)
             score_of = search.scorer(step.model, known, result.labels)
-            for turn in range(turns):
+            for turn in range(rounds):
                 if result.status != "max_steps":
                     break
-                low, high = (FOUND + (SHIFTED - FOUND) * (turn + k) / turns for k in (0, 1))
+                low, high = (FOUND + (SHIFTED - FOUND) * (turn + k) / rounds for k in (0, 1))
                 pool = result.trials if turn == 0 else result.images[None]
                 images, asked = self._by_turns(step, known, parts, pool, (low, high), spent)
-                score = score_of(images)
-                result = _moved(result, images, score, asked + 1)
-                spent += price - stage
-                again = replace(part_of(search, low, high), steps=stage, init=images, restarts=1)
-                after = parts.run(
-                    again, known, spent=round(spent), steps=search.steps, name="gradient matching"
-                )
+                result = _moved(result, images, score_of(images), asked + 1)
+                spent += turns
+                after = together(low, high, again, init=images, restarts=1)
                 result = joined(result, after, round(spent), 0)
-                spent += stage
+                spent += again
             if result.status == "max_steps":
-                left = max(1, int(search.steps - spent))
-                rest = replace(part_of(search, REST, 1), steps=left, init=result.images, restarts=1)
-                after = parts.run(
-                    rest, known, spent=round(spent), steps=search.steps, name="gradient matching"
-                )
+                left, low = max(1, int(search.steps - spent)), REST if rounds else FOUND
+                after = together(low, 1, left, init=result.images, restarts=1)
                 result = joined(result, after, round(spent), 0)
         except KeyboardInterrupt:
             if result is None:
@@ -281,9 +292,9 @@ class Batching(Checked):
         """
         labels, count = known.labels, known.num_images
         assert labels is not None
-        copies = [shifted(pool.flatten(0, 1), place).view_as(pool) for place in self.places]
-        before, old, _ = selected(step, torch.cat([pool, *copies]), labels, whole=len(pool))
-        images, new, asked = before.clone(), old.clone(), len(pool) * (1 + len(copies))
+        moved = [shifted(pool.flatten(0, 1), place).view_as(pool) for place in self.places]
+        before, old, _ = selected(step, torch.cat([pool, *moved]), labels, whole=len(pool))
+        images, new, asked = before.clone(), old.clone(), len(pool) * (1 + len(moved))
         turn, singles = (self.copies + 2) * self.stage, 0
         for done, k in enumerate(new.norm(dim=1).argsort(descending=True).tolist()):
             rest = step.target - (new.sum(0) - new[k])

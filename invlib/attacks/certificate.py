@@ -133,7 +133,7 @@ def _gradient(model: nn.Module, observation: Observation, name: str) -> Tensor:
     """Return a gradient in double precision; a step that does not say its factor is tried on noise."""
     raw = sent(observation, name)
     if hasattr(observation.protocol, "mean_gradient"):
-        return observation.mean_gradient(name).to(raw).double()
+        return observation.mean_gradient(name, model).to(raw).double()
     count, labels = observation.num_images, observation.labels
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(count, *observation.image_shape, generator=generator).to(like(model))

@@ -341,8 +341,10 @@ def undo(calls: Sequence[Call], a: Tensor) -> tuple[Tensor, Callable[[Tensor], T
     return a, gradient, slopes
 
 
-def sent(observation: Observation, name: str) -> Tensor:
+def sent(observation: Observation, name: str, model: nn.Module | None = None) -> Tensor:
     """Return one tensor of an update, which has to be there as a whole, at least in single precision.
+
+    With the model, what weight decay did is taken off.
 
     Raises:
         RecoveryError: it was not sent, or only in part.
@@ -352,7 +354,7 @@ def sent(observation: Observation, name: str) -> Tensor:
     if name in observation.sent and not observation.sent[name].all():
         share = float(observation.sent[name].double().mean())
         raise RecoveryError(f"only {share:.1%} of the numbers of {name!r} were sent; expected all of them")
-    return precise(observation.update[name])
+    return precise(observation.update[name] if model is None else observation.without_decay(name, model))
 
 
 def not_linear(observation: Observation) -> str:

@@ -16,8 +16,28 @@ _ROUNDING = 0.1  # share of the sum over the classes that is left to rounding, w
 _UNEXPLAINED = 0.3  # share of a gradient that counts leave, from which on other factors than 1 are tried
 _DRAWS = 200  # batches of predictions that are drawn for each class
 _NUMBERS = 4_000_000  # in one array of draws
-_SHARPNESS = 1.5  # how much surer a network is of its clients' images than of others
-_EVEN = 3.0  # images of each class that the client is thought to have had before: classes are drawn evenly
+_EVEN = 6.0  # images of each class that the client is thought to have had before: classes are drawn evenly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alike:
+    """How alike predictions for the client's images and for others are thought to be.
+
+    Args:
+        heat: how much surer the network is of the client's.
+        unsure: standard deviation of the logarithm of that.
+        offset: of random offsets of classes, as a share of the logits' spread.
+        width: of the kernel, as a multiple of Silverman's.
+    """
+
+    heat: float
+    unsure: float
+    offset: float
+    width: float
+
+
+FRESH = Alike(heat=1.0, unsure=0.1, offset=0.1, width=1.5)
+TRAINED = Alike(heat=1.5, unsure=0.7, offset=1.0, width=4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +61,14 @@ def countable(classes: int, count: int) -> bool:
 
 
 def likelihoods(
-    total: Tensor, logits: Tensor, sizes: Tensor, low: Tensor, count: int, generator: torch.Generator
+    total: Tensor,
+    logits: Tensor,
+    sizes: Tensor,
+    low: Tensor,
+    count: int,
+    *,
+    alike: Alike,
+    generator: torch.Generator,
 ) -> Tensor:
     r"""Return the logarithms ``(classes, N + 1)`` of how likely an entry of the gradient is for each count.
 
@@ -57,13 +84,18 @@ def likelihoods(
         sizes: ``(J,)``, by how much the entry of each image is larger than its factor.
         low: int64 ``(classes,)``, counts that are certain.
         count: :math:`N`.
+        alike: how alike these predictions and those for the client's images are.
         generator: draws.
     """
     images, classes = logits.shape
     draws = max(16, min(_DRAWS, _NUMBERS // (images * classes), _NUMBERS // (count * classes)))
-    heat = _SHARPNESS * torch.exp(0.7 * torch.randn(draws, 1, 1, generator=generator, dtype=logits.dtype))
+    heat = alike.heat * torch.exp(
+        alike.unsure * torch.randn(draws, 1, 1, generator=generator, dtype=logits.dtype)
+    )
     offset = (
-        0.7 * logits.std(0).mean() * torch.randn(draws, 1, classes, generator=generator, dtype=logits.dtype)
+        alike.offset
+        * logits.std(0).mean()
+        * torch.randn(draws, 1, classes, generator=generator, dtype=logits.dtype)
     )
     chances = (heat * (logits + offset)).softmax(-1)  # (draws, J, classes)
     cumulative = chances.mT.clamp_min(1e-12).cumsum(-1)
@@ -80,7 +112,7 @@ def likelihoods(
     none = torch.zeros(draws, classes, 1, dtype=logits.dtype)
     missing, added = (torch.cat([none, part.cumsum(-1)], -1) for part in (own, more))
     drawn = torch.asinh((added.flip(-1) - missing) / 1e-3)
-    width = 3 * drawn.std(0) * draws**-0.2 + 0.03
+    width = 1.06 * alike.width * drawn.std(0) * draws**-0.2 + 0.02
     far = (torch.asinh(total / 1e-3)[:, None] - drawn) / width
     likely = torch.exp(-0.5 * far**2).mean(0) / width + 1e-4
     numbers = torch.arange(count + 1)

@@ -38,7 +38,7 @@ def demix(
     features: Tensor,
     guesses: Tensor,
     *,
-    rounds: int = 8,
+    rounds: int = 5,
     generator: torch.Generator,
 ) -> Demixed | None:
     r"""Fit the features and the label of every image to the gradient of the last layer.

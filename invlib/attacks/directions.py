@@ -17,6 +17,7 @@ _STARTS = 128  # of each round
 _SWEEPS, _FINISHING = 60, 12
 _EXTRA = 40  # singular values beyond those that are expected, by which the noise is seen
 _LAST = 4  # directions that are missing, from which on they are looked for by what is left
+_FEW, _DRAWN = 16, 4096  # images, up to which rows are drawn, and how many sets of them
 _ROWS = 512  # at least, of the rows that a cone is made of
 _KEPT = 8  # directions for each that there is
 _ZERO, _LOOSEST_ZERO = 1e-7, 0.05  # of the largest number of a direction
@@ -107,8 +108,8 @@ def decay_of(weight_gradient: Tensor, weight: Tensor, *, expected: int = 32) -> 
     r"""Return what multiple of a layer's weight is in its gradient, which weight decay puts there; 0 if none.
 
     :math:`G = D X + c W` where the client's steps are linear in gradient and weight, as those of SGD with
-    decay and momentum. Then c is the eigenvalue that all but r of those of :math:`G W^{+}` share, of rows
-    mixed at random, and exactly the share of W in the part of G that is beside the columns of :math:`G - cW`.
+    decay and momentum. Then c is the eigenvalue that all but r of those of :math:`G W^{+}` share, of some
+    rows, and exactly the share of W in the part of G that is beside the columns of :math:`G - cW`.
 
     Args:
         weight_gradient: ``(m, d)``.
@@ -118,15 +119,18 @@ def decay_of(weight_gradient: Tensor, weight: Tensor, *, expected: int = 32) -> 
     g, w = weight_gradient.detach().double(), weight.detach().to(weight_gradient.device).double()
     generator = torch.Generator().manual_seed(0)
     count = min(2 * expected + _EXTRA, *g.shape)
-    mixed = torch.randn(count, len(g), dtype=torch.float64, generator=generator).to(g.device)
-    shared = torch.linalg.lstsq((mixed @ w).T, (mixed @ g).T).solution
+    rows, columns = (torch.randperm(n, generator=generator).to(g.device) for n in g.shape)
+    some = (rows[:count, None], columns[: 2 * count])
+    shared = torch.linalg.lstsq(w[some].T, g[some].T).solution
     if not shared.isfinite().all():
         return 0.0
     decay = torch.linalg.eigvals(shared.cpu()).real.median().to(g.device)
+    if decay.abs() * w.norm() <= 1e-13 * g.norm():
+        return 0.0
     view = torch.randn(g.shape[1], min(count, len(g) // 2), dtype=torch.float64, generator=generator).to(
         g.device
     )
-    for _ in range(3):
+    for _ in range(2):
         basis = torch.linalg.qr((g - decay * w) @ view)[0]
         beside, own = g - basis @ (basis.T @ g), w - basis @ (basis.T @ w)
         decay = (beside * own).sum() / own.square().sum()
@@ -159,7 +163,10 @@ def directions(
     point of FastICA with a smoothed absolute value that sharpens). Where the signals before the activation
     are known, it also minimises randomly weighted sums over the cone of directions that have their signs: the
     columns of one class have nearly one sign in each row, and their differences, which are as sparse, do not.
-    Both end in least squares on the rows that vanish.
+    Of few images, null vectors of r - 1 rows drawn take their turn where both bring nothing more: an image
+    that is silent in all of these rows is one. By themselves they find the same directions more slowly (of 16
+    images at m = 200, 13 or 14 in 8 to 20 seconds, where the others found all 16 in less than one).
+    All end in least squares on the rows that vanish.
 
     Args:
         span: of the weight gradient.
@@ -183,6 +190,8 @@ def directions(
     some = min(m, max(_ROWS, 8 * r))
     price = {"sphere": 8.0 * m, "cone": 1.0 * some * r}
     worth = {"sphere": math.inf} | ({} if signals is None else {"cone": 0.5 * r})
+    if 1 < r <= _FEW:
+        price["rows"], worth["rows"] = 4 * price["sphere"], 0.5 * r
     while True:
         kind = max(worth, key=lambda name: worth[name] / price[name])
         if kind == "cone" and signals is not None:
@@ -192,6 +201,8 @@ def directions(
             typical = own.abs().median(1, keepdim=True).values.clamp_min(1e-300)
             signs = own.sign() * (own.abs() / typical).clamp_max(1)
             new = flattest(u[rows], (own @ u), weights.square() + 0.02, signs[:, rows])
+        elif kind == "rows":
+            new = null_vectors(u, generator)
         else:
             draws = torch.randn(_STARTS, r, dtype=u.dtype, generator=generator).to(u.device)
             if 0 < len(basis) < r:  # half of them begin where nothing was found yet
@@ -235,6 +246,16 @@ def sphere(u: Tensor, starts: Tensor) -> Tensor:
         q = (y * root) @ z / len(z) - bend * q
         q = F.normalize(q)
     return q
+
+
+def null_vectors(u: Tensor, generator: torch.Generator) -> Tensor:
+    """Return directions q, ``u q`` zero in r - 1 rows that are drawn, which are zero in the most other rows."""
+    m, r = u.shape
+    rows = torch.randint(m, (_DRAWN, r - 1), generator=generator).to(u.device)
+    q: Tensor = torch.linalg.qr(u[rows].mT, mode="complete")[0][:, :, -1]
+    y = (q @ u[:: max(1, m // _ROWS)].T).abs()
+    zeros = (y < 1e-6 * y.amax(1, keepdim=True)).sum(1)
+    return distinct(q[zeros.topk(_DRAWN // 4).indices], 0.9999)[: _STARTS // 2]
 
 
 def flattest(u: Tensor, along: Tensor, weights: Tensor, signs: Tensor) -> Tensor:

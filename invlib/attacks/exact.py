@@ -77,8 +77,10 @@ def exact_batch(
     silent, are the directions of its column space with the most zeros. All of them together give every
     input. Then the server runs its own copy of the network on each: the signal that it sends back to the
     layer for one of the labels has to be that column of D. Where it is, to rounding, the image and its label
-    are *certified*.
-    Images whose units are alone active, and those that are certified, are taken out of the gradient first.
+    are *certified*; of one gradient of a mean over the batch, also the image's weight has to be one in N, or
+    all images together the gradient.
+    Images whose units are alone active, and those that are certified, are taken out of the gradient first,
+    the most exact ones before the others. So is the multiple of the weight that weight decay puts into it.
 
     Behind convolutions the inputs are features. They are proved in the same way, and an image is searched for
     each by itself, whose features and whose gradient of the layer are known. ``residuals`` and the note are

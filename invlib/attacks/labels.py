@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.counts import (
+    FRESH,
+    TRAINED,
     Counts,
     countable,
     fit_of,
@@ -32,6 +35,8 @@ _FOREIGN = 0.45  # share of a gradient that labels leave unexplained, from which
 _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
 _LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _NEGATIVE = 1e-5  # of the largest entry: so far below zero an entry is no rounding
+_TRAINED = 0.15  # of what a network tells of other images: fresh ones have up to 0.06, trained ones over 0.28
+_SURE = 0.99  # probability from which on the last layer is not asked
 _MOST = 64  # label multisets that are ranked
 
 
@@ -165,7 +170,9 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
     client = (
         None if hasattr(observation.protocol, "mean_gradient") else Simulated(model, observation, loss, head)
     )
-    gradient = head.read(observation.update[head.name]) / client.factor if client else head.mean(observation)
+    gradient = (
+        head.read(observation.update[head.name]) / client.factor if client else head.mean(observation, model)
+    )
     if not torch.isfinite(gradient).all():
         raise RecoveryError(f"the gradient of {head.name!r} has NaN or infinite numbers")
     if not gradient.any():
@@ -307,17 +314,19 @@ def _probable(
     sizes, low = torch.ones(len(features), dtype=torch.float64), (per_class < 0).long()
     if typical.head.bias:
         low = torch.maximum((-count * per_class - 1e-3).ceil().long(), low)
-        rows = typical.head.weight_of(observation)
+        rows = typical.head.weight_of(observation, typical.model)
         if rows is not None and (features >= 0).all():  # only a class of the batch has an entry below zero
             low = torch.maximum(low, (rows.amin(1) < -_NEGATIVE * rows.abs().max()).long())
     else:
         sums = features.sum(1)
         sizes = 0.5 + 0.5 * sums / sums.mean()  # a client's images differ less than photographs and noise
     generator = torch.Generator().manual_seed(0)
-    logs = likelihoods(count * per_class, logits, sizes, low, count, generator)
+    alike = TRAINED if _told_apart(logits.softmax(1)) > _TRAINED else FRESH
+    logs = likelihoods(count * per_class, logits, sizes, low, count, alike=alike, generator=generator)
     counts = weighed(logs, _MOST)
     labels, confidence = likeliest(counts.probabilities)
-    if factor == 1 and type(observation.protocol) is FedSGD:
+    known = alike is FRESH and float(confidence.min()) > _SURE
+    if not known and factor == 1 and type(observation.protocol) is FedSGD:
         fitted = _demixed(typical, observation, logits, features, counts.labels, generator)
         if fitted is not None and fitted.certified:
             return replace(
@@ -344,6 +353,15 @@ def _probable(
     )
 
 
+def _told_apart(predictions: Tensor) -> float:
+    """Return how much predictions ``(J, classes)`` tell images apart: 0 where all are the same, at most 1.
+
+    It is the mutual information of image and class, as a share of the logarithm of the classes.
+    """
+    mean, each = predictions.mean(0), torch.special.entr(predictions).sum(1).mean()
+    return float(torch.special.entr(mean).sum() - each) / math.log(len(mean))
+
+
 def _demixed(
     typical: Typical,
     observation: Observation,
@@ -353,7 +371,7 @@ def _demixed(
     generator: torch.Generator,
 ) -> Demixed | None:
     """Fit the last layer; None where its weight or bias is not there, or the logits are not what it makes."""
-    head, gradient = typical.head, typical.head.weight_of(observation)
+    head, gradient = typical.head, typical.head.weight_of(observation, typical.model)
     if not head.bias or gradient is None:
         return None
     params = typical.ends[0]
@@ -362,7 +380,7 @@ def _demixed(
         features @ weight.T + bias, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
     ):
         return None
-    whole = torch.cat([gradient, head.mean(observation)[:, None]], 1)
+    whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
     starts = guesses[torch.arange(_MOST) % len(guesses)]
     return demix(weight, bias, whole, features, starts, generator=generator)
 
@@ -383,7 +401,7 @@ def _together(counts: Counts, fitted: Demixed) -> Counts:
 
 def _soft(gradient: Tensor, observation: Observation, typical: Typical) -> LabelInference | None:
     """Return the soft label of one image; None where its label is hard, or the last layer does not tell."""
-    head, rows = typical.head, typical.head.weight_of(observation)
+    head, rows = typical.head, typical.head.weight_of(observation, typical.model)
     if not head.bias or rows is None or type(observation.protocol) is not FedSGD:
         return None
     params = typical.ends[0]
@@ -453,7 +471,7 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
             or kind_of(loss, len(labels), len(observation.update[head.name]), like(model)) != "classes"
         ):
             return None
-        gradient = head.read(observation.mean_gradient(head.name))
+        gradient = head.read(observation.mean_gradient(head.name, model))
     except RecoveryError:
         return None
     absent = torch.ones_like(gradient, dtype=torch.bool)

@@ -54,7 +54,7 @@ class Head:
         value = value.detach().double().cpu()
         return value.mT if self.transposed else value.flatten(1)
 
-    def weight_of(self, observation: Observation) -> Tensor | None:
+    def weight_of(self, observation: Observation, model: nn.Module) -> Tensor | None:
         """Return the mean gradient of its weight ``(classes, D)``; None where it was not sent whole."""
         name = self.names[1]
         if (
@@ -63,14 +63,14 @@ class Head:
             or not hasattr(observation.protocol, "mean_gradient")
         ):
             return None
-        return self.rows(observation.mean_gradient(name))
+        return self.rows(observation.mean_gradient(name, model))
 
-    def mean(self, observation: Observation) -> Tensor:
-        """Return its mean gradient."""
+    def mean(self, observation: Observation, model: nn.Module | None = None) -> Tensor:
+        """Return its mean gradient; with the model, weight decay is taken off."""
         if self.bias and observation.num_images == 1 and self.name in observation.sent:
             # Of one image the label's entry alone is negative, so that a part of the bias may do.
             return self.read(observation.protocol.mean_gradient(observation.update[self.name], 1))
-        return self.read(observation.mean_gradient(self.name))
+        return self.read(observation.mean_gradient(self.name, model))
 
     def nudged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters with 1 added to all that makes the first logit."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from invlib.attacks.analytic import fully_connected, input_direction
 from invlib.attacks.base import closed_form, known_labels, of_classes
 from invlib.attacks.chain import Chain, chain, outside
+from invlib.attacks.layout import patch_step
 from invlib.attacks.matching import GradientMatching
-from invlib.attacks.patches import patch_embedding, patch_step
+from invlib.attacks.patches import patch_embedding
 from invlib.attacks.recursive import recursive_inversion
 from invlib.core.calls import MOVES, SAME, logits_layer, logits_layer_inputs, trace
 from invlib.core.network import in_mode, num_classes
@@ -310,7 +311,7 @@ def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -
     layer = logits_layer(model, observation.image_shape)
     inputs = observation.normalization.encode(found.images)
     logits, given = logits_layer_inputs(model, inputs, training=observation.training_mode)
-    gradient = observation.mean_gradient(layer.weight).to(logits).double()
+    gradient = observation.mean_gradient(layer.weight, model).to(logits).double()
     gradient = gradient.T if layer.transposed else gradient.flatten(1)
     hot = logits.double().softmax(-1) - count * (gradient @ torch.linalg.pinv(given.double())).T
     if observation.labels is None:

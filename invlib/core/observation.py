@@ -183,8 +183,13 @@ class Observation:
             " ".join("_" if not 0 <= v < len(words) else words[v] for v in row) for row in tokens.tolist()
         )
 
-    def mean_gradient(self, name: str) -> Tensor:
+    def mean_gradient(self, name: str, model: nn.Module | None = None) -> Tensor:
         """Return the mean gradient of one parameter over the client's local steps.
+
+        Args:
+            name: of the parameter.
+            model: the model that the client received, unwrapped: what weight decay did to its weights is
+                taken off. Without it that is read as a part of the gradient, with a `DoubtWarning`.
 
         Raises:
             RecoveryError: it was not sent, or only in part, or the client's step cannot say how its update
@@ -203,14 +208,26 @@ class Observation:
                 f"the client's step {words_of(self.protocol)} has no method mean_gradient, which turns its "
                 "update into a gradient"
             )
-        if decay := getattr(self.protocol, "weight_decay", 0):
+        update = self.update[name]
+        if model is not None:
+            update = self.without_decay(name, model)
+        elif decay := getattr(self.protocol, "weight_decay", 0):
             warnings.warn(
                 f"the client's weight decay of {decay} is read as a part of its gradient",
                 DoubtWarning,
                 stacklevel=2,
             )
-        gradient: Tensor = turn(self.update[name], self.num_images)
+        gradient: Tensor = turn(update, self.num_images)
         return gradient
+
+    def without_decay(self, name: str, model: nn.Module) -> Tensor:
+        """Return one tensor of the update without weight decay, where the client's step tells it."""
+        update, response = self.update[name], getattr(self.protocol, "response", None)
+        linear = getattr(self.protocol, "linear", True)
+        if response is None or not linear or not getattr(self.protocol, "weight_decay", 0):
+            return update
+        weight, factor = trainable_parameters(model)[name].detach().to(update), response(self.num_images)[2]
+        return update + float(factor) * weight
 
     def faults(self, model: nn.Module) -> list[str]:
         """Return every way in which this observation does not fit the model, one sentence each."""

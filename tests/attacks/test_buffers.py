@@ -75,3 +75,22 @@ def test_refusals():
         iv.buffers_alone(net, seen)
     with pytest.raises(RecoveryError, match="sent no running statistics"):
         iv.buffers_alone(net, replace(seen, buffers={}))
+
+
+def test_best_finds_the_brightness_that_training_mode_hides_where_buffers_are_sent():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Sigmoid(), nn.Flatten()]
+        net = nn.Sequential(*layers, nn.Linear(16 * 64, 5)).eval()
+    x, y = random_batch(2)
+    x = 0.5 * x + 0.45
+    seen = iv.observe(net, x, y, iv.FedSGD(), normalization=iv.CIFAR10, training_mode=True)
+    told, untold = (
+        iv.best(evaluations=100)(net, replace(seen, buffers=buffers)) for buffers in (seen.buffers, {})
+    )
+    assert "by the statistics that were sent" in told.note
+    assert "statistics" not in untold.note
+    error, before = ((r.images - x).abs().mean() for r in (told, untold))
+    assert (told.images.mean((0, 2, 3)) - x.mean((0, 2, 3))).abs().max() < 5e-3
+    assert error < 0.03
+    assert before > 3 * error

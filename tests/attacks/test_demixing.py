@@ -18,7 +18,7 @@ from tests.attacks.test_labels import EIGHT, of_photos, photo_net
 def test_counts_by_enumeration():
     logs = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = weighed(logs, 4)
-    prior = [math.lgamma(n + 3) - math.lgamma(n + 1) for n in range(5)]
+    prior = [math.lgamma(n + 6) - math.lgamma(n + 1) for n in range(5)]
     every = {
         n: math.exp(sum(float(logs[c, n[c]]) + prior[n[c]] for c in range(3)))
         for n in itertools.product(range(5), repeat=3)

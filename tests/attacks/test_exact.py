@@ -1,5 +1,6 @@
 """Whole batches: known answers, refusals, and a certificate that decoys do not pass."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import invlib as iv
 from invlib.attacks import analytic
 from invlib.attacks.certificate import certified, layer_of, signals_of
-from invlib.attacks.directions import batch_inputs, separated, span_of
+from invlib.attacks.directions import batch_inputs, directions, null_vectors, separated, span_of
 from invlib.errors import ConfigError, DoubtWarning, RecoveryError
 from invlib.metrics import psnr
 
@@ -85,6 +86,23 @@ def test_a_bias_gradient_gives_the_scales():
     gap, rows = nearest(batch_inputs(d @ x, d.sum(1)).inputs, x)
     assert gap < 1e-9
     assert rows.sort().values.tolist() == list(range(8))
+
+
+def test_null_vectors_of_drawn_rows_are_columns_and_take_their_turn(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.randn(120, 6, generator=generator, dtype=torch.float64)
+    planted = planted * (torch.rand(120, 6, generator=generator) < 0.5)
+    span = span_of(planted @ torch.randn(6, 40, generator=generator, dtype=torch.float64))
+    columns = torch.nn.functional.normalize(planted, dim=0)
+    drawn = null_vectors(span.columns, generator)
+    best = (drawn @ span.columns.T @ columns).abs().amax(0)
+    torch.testing.assert_close(best, torch.ones(6, dtype=torch.float64))
+    # Where the other source brings nothing, they find all.
+    monkeypatch.setattr("invlib.attacks.directions.sphere", lambda u, starts: starts[:1])
+    monkeypatch.setattr("invlib.attacks.directions.flattest", lambda u, along, *rest: along[:1])
+    rounds = directions(span, None, generator, until=float("inf"))
+    basis = next(found for found, _ in itertools.islice(rounds, 30) if len(found) == 6)
+    assert float((basis @ span.columns.T @ columns).abs().amax(0).min()) > 1 - 1e-9
 
 
 def test_directions_that_are_not_independent_raise_nothing():
@@ -239,7 +257,10 @@ def test_an_activation_without_zeros_is_refused(after):
 
 @pytest.mark.parametrize(("side", "units"), [(8, 6), (1, 40)])
 def test_more_images_than_units_or_inputs_are_refused(side, units):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, units), nn.ReLU(), nn.Linear(units, 10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, units), nn.ReLU(), nn.Linear(units, 10))
+        nn.init.ones_(net[1].bias)  # so that no unit is silent for all images
     x, y = photos(6, dtype=torch.float32)
     seen = iv.observe(net, x[:, :, :side, :side], y, iv.FedSGD(), normalization=iv.CIFAR10)
     with pytest.raises(RecoveryError, match=f"6 images and only {min(3 * side**2, units)} "):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import invlib as iv
-from invlib.attacks.patches import patch_step
+from invlib.attacks.layout import patch_step
 from invlib.core.network import trainable_parameters
 from invlib.core.optional import torchvision
 from invlib.errors import DoubtWarning, RecoveryError

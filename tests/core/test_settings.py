@@ -22,6 +22,7 @@ from invlib import training
 from invlib.attacks import auto
 from invlib.attacks.analytic import FullyConnected
 from invlib.attacks.auto import Best
+from invlib.attacks.batches import Batching
 from invlib.attacks.exact import ExactBatch
 from invlib.attacks.patches import PatchEmbedding
 from invlib.attacks.recursive import RecursiveInversion
@@ -115,9 +116,12 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
     iv.Normalization: ({"mean": (0.5, 0.5), "std": (1, 1)}, {"mean": None, "std": "two positive"}),
     iv.FedAvg: (
         {"lr": 0.1, "local_steps": 2},
-        {"lr": "positive", "local_steps": "1 to a million", "epochs": "nothing else or None"}
+        {"lr": None, "local_steps": "1 to a million", "epochs": "nothing else or None"}
         | {"batch_size": "count or None", "drop_last": "flag", "shuffle": "flag"}
-        | {"orders": "nothing else or None"},
+        | {"orders": "nothing else or None", "optimizer": "nothing else", "momentum": "from 0"}
+        | {"weight_decay": "from 0", "clip_norm": "positive or None", "proximal": "from 0"}
+        # what another optimiser has, or momentum asks for, is in the tests of clients
+        | dict.fromkeys(("dampening", "nesterov", "betas", "eps", "dropout")),
     ),
     iv.GradientMatching: (
         {},
@@ -127,7 +131,8 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
         | {"smoothing": "nothing else or None", "fading": "(0, 1]", "median_every": "count or None"}
         | {"coordinates": "nothing else or None", "keep": "nothing else", "tolerance": "finite or None"}
         | {"patience": "count or None", "chunk": "count or None", "prune": "flag", "engine": "nothing else"}
-        | {"recompute": "flag or None", "precision": "nothing else", "record_every": "count"},
+        | {"recompute": "flag or None", "precision": "nothing else", "record_every": "count"}
+        | {"log_odds": "flag or None"},
     ),
     iv.ForwardMatching: (
         {},
@@ -154,11 +159,17 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
         {"search": "nothing else", "places": "empty", "copies": "count", "stage": "count"}
         | {"per_step": "count"},
     ),
+    Batching: (
+        {"search": iv.GradientMatching(), "places": ((0, 4),), "copies": 1, "stage": 1, "per_step": 1},
+        {"search": "nothing else", "places": "empty", "copies": "whole from 0", "stage": "count"}
+        | {"per_step": "count"},
+    ),
 }
 NO_SETTINGS = {  # what flows, and classes without fields
     *(iv.Observation, iv.Reconstruction, iv.Progress, iv.Report, iv.Identified, iv.FedSGD),
     *(iv.optimizers.Variable, iv.analytic.LayerInput, iv.labels.LabelInference),
     *(iv.priors.Prediction, iv.priors.LastLayerInput, iv.priors.BatchNormStatistics),
+    iv.priors.BatchStatistics,
 }
 
 

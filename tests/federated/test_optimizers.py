@@ -258,6 +258,8 @@ def test_a_schedule_is_read_off_its_scheduler_which_stays_as_it_is():
     loader = DataLoader(TensorDataset(X, Y), batch_size=2)
     read = iv.FedAvg.from_optimizer(optimizer, loader, scheduler=scheduler, per_epoch=True, epochs=3)
     assert read.lr == (0.4, 0.4, 0.4, 0.4, 0.2, 0.2)
+    read = iv.FedAvg.from_optimizer(optimizer, loader, scheduler=scheduler, epochs=2)
+    assert read.lr == (0.4, 0.4, 0.2, 0.2)
     assert (scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (0, 0.4)
 
 
@@ -351,6 +353,17 @@ def test_the_mean_gradient_is_the_gradient_where_the_weights_hardly_move(more):
         torch.testing.assert_close(client.mean_gradient(update[name], 4), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_weight_decay_is_taken_off_where_the_model_is_told():
+    client = iv.FedAvg(lr=(0.1, 0.3), local_steps=2, momentum=0.5, weight_decay=0.2)
+    seen = iv.observe(DOUBLE, X, Y, replace(client, lr=(1e-7, 3e-7)), normalization=iv.CIFAR10)
+    gradient = iv.FedSGD()(DOUBLE, iv.CIFAR10.encode(X), Y)["3.weight"]
+    torch.testing.assert_close(seen.mean_gradient("3.weight", DOUBLE), gradient, rtol=1e-4, atol=1e-6)
+    with pytest.warns(DoubtWarning, match="weight decay of 0.2 is read as a part of its gradient"):
+        assert (seen.mean_gradient("3.weight") - gradient).norm() > 0.1 * gradient.norm()
+    silent = iv.observe(DOUBLE, X, Y, client, normalization=iv.CIFAR10, loss=lambda z, y: 0 * z.sum())
+    assert silent.mean_gradient("3.weight", DOUBLE).abs().max() < 1e-12
+
+
 def test_the_update_of_adam_is_no_mean_gradient():
     client = iv.FedAvg(lr=0.1, local_steps=2, optimizer="adam")
     assert not hasattr(client, "mean_gradient")
@@ -368,8 +381,12 @@ def test_the_hidden_label_of_one_image_is_read_off(name, label):
     assert iv.labels.infer(net, seen).labels.tolist() == [label]
 
 
-@pytest.mark.parametrize("more", [{"momentum": 0.9}, {"clip_norm": 0.1, "proximal": 1.0}], ids=str)
-def test_one_image_of_a_first_layer_is_exact_without_decay(more):
+@pytest.mark.parametrize(
+    "more",
+    [{"momentum": 0.9}, {"clip_norm": 0.1, "proximal": 1.0}, {"momentum": 0.5, "weight_decay": 0.1}],
+    ids=str,
+)
+def test_one_image_of_a_first_layer_is_exact(more):
     net = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)
     )
@@ -377,9 +394,6 @@ def test_one_image_of_a_first_layer_is_exact_without_decay(more):
     client = iv.FedAvg(lr=(0.1, 0.05, 0.2), local_steps=3, **more)
     found = iv.fully_connected()(net, iv.observe(net, x, y, client, normalization=iv.CIFAR10))
     assert float(iv.metrics.psnr(found.images, x)) > 100
-    decayed = iv.observe(net, x, y, replace(client, weight_decay=0.1), normalization=iv.CIFAR10)
-    with pytest.warns(DoubtWarning, match=r"weight decay of 0.1 is read as a part of its gradient"):
-        iv.fully_connected()(net, decayed)
     adam = iv.observe(net, x, y, client_of("adam", local_steps=3), normalization=iv.CIFAR10)
     for attack in (iv.fully_connected(), iv.recursive_inversion(), iv.exact_batch()):
         with pytest.raises(RecoveryError, match=r"optimizer='adam'\) is no sum of gradients"):
