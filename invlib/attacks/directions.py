@@ -249,7 +249,7 @@ def sphere(u: Tensor, starts: Tensor) -> Tensor:
 
 
 def null_vectors(u: Tensor, generator: torch.Generator) -> Tensor:
-    """Return directions q, ``u q`` zero in r - 1 rows that are drawn, which are zero in the most other rows."""
+    """Return directions q, ``u q`` zero in r - 1 rows that are drawn, that are zero in the most others."""
     m, r = u.shape
     rows = torch.randint(m, (_DRAWN, r - 1), generator=generator).to(u.device)
     q: Tensor = torch.linalg.qr(u[rows].mT, mode="complete")[0][:, :, -1]
