@@ -144,10 +144,10 @@ class Typical:
 
 
 def _photographs(count: int, shape: tuple[int, ...]) -> Tensor:
-    """Return parts of the embedded photographs ``(N, C, H, W)``; noise for other than 1 or 3 channels."""
-    channels, height, width = shape
-    if channels not in (1, 3):
+    """Return parts of the embedded photographs ``(N, C, H, W)``; noise where it is not 1 or 3 channels."""
+    if len(shape) != 3 or shape[0] not in (1, 3):
         return _noise_images(count, shape)
+    channels, height, width = shape
     whole, generator = samples("photos224")[0], torch.Generator().manual_seed(0)
     parts = []
     for k in range(count):
