@@ -49,7 +49,7 @@ def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
             f"the update is all zero, as of a loss that is zero in {number}: it says nothing about the "
             "images, nothing is searched for, and no result is right"
         )
-    elif largest < torch.finfo(number).tiny:
+    elif number.is_floating_point and largest < torch.finfo(number).tiny:
         doubts.append(
             f"the update's largest number is {largest:.0e}, below the normal ones of {number}: "
             "the client's loss is all but zero, and much of its update is rounding"

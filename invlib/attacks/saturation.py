@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from invlib.attacks.losses import slope
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.odds import log_odds
+from invlib.core.calls import logits_layer
 from invlib.core.network import classifier, in_mode, num_classes
 from invlib.core.observation import Loss, Observation, words_of
 from invlib.errors import ConfigError, RecoveryError
@@ -58,6 +59,10 @@ def share_of_label(
     by_itself = slopes is not None and saturated(slopes, observation.num_images)
     if not (by_itself if asked is None else asked):
         return None
+    if slopes is not None and not _makes_logits(model, observation):
+        if asked is None:
+            return None
+        slopes = None
     noise = torch.rand(1, *observation.image_shape, generator=torch.Generator().manual_seed(0))
     inputs = observation.normalization.encode(noise.to(target[0]))
 
@@ -144,6 +149,13 @@ def head_slopes(model: nn.Module, observation: Observation) -> Tensor | None:
     return None
 
 
+def _makes_logits(model: nn.Module, observation: Observation) -> bool:
+    """Say whether the layer that was registered last is the one that makes the logits."""
+    with suppress(RecoveryError), in_mode(model, training=False):
+        return logits_layer(model, observation.image_shape).bias == classifier(model)[1]
+    return False
+
+
 def saturated(slopes: Tensor, count: int) -> bool:
     """Say whether the slopes of logits are of labels that a network is sure of, and still show in them.
 
@@ -189,6 +201,7 @@ def obstacle(
     if len(labels) > 1 and (observation.training_mode or type(observation.protocol) is not FedSGD):
         return f"{len(labels)} images are told apart in evaluation mode and FedSGD alone"
     some = next(iter(observation.update.values()))
+    some = some if some.is_floating_point() else some.float()
     logits = torch.randn(1, classes, generator=torch.Generator().manual_seed(0)).to(some)
     given, wanted = (slope(one, logits, labels[:1].to(some.device)) for one in (loss, log_odds))
     if given is None or wanted is None or not _parallel([given], [wanted]):
