@@ -145,7 +145,7 @@ def head_slopes(model: nn.Module, observation: Observation) -> Tensor | None:
     with suppress(RecoveryError):
         name = classifier(model)[1]
         if name is not None:
-            return observation.mean_gradient(name).detach().double().flatten().cpu()
+            return observation.mean_gradient(name, model).detach().double().flatten().cpu()
     return None
 
 
