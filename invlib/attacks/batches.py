@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.base import index_of_best, known_labels, with_loss
+from invlib.attacks.base import known_labels, with_loss
 from invlib.attacks.matching import GradientMatching
 from invlib.attacks.parts import Parts
-from invlib.attacks.shifts import FOUND, REST, SHIFTED, Move, joined, part_of, shifted
+from invlib.attacks.shifts import FOUND, REST, SHIFTED, Move, joined, moved, part_of, shifted
 from invlib.core.convert import as_labels
 from invlib.core.network import in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
@@ -253,7 +253,8 @@ class Batching(Checked):
                 low, high = (FOUND + (SHIFTED - FOUND) * (turn + k) / rounds for k in (0, 1))
                 pool = result.trials if turn == 0 else result.images[None]
                 images, asked = self._by_turns(step, known, parts, pool, (low, high), spent)
-                result = _moved(result, images, score_of(images), asked + 1)
+                result = moved(result, images, score_of(images))
+                result = replace(result, evaluations=result.evaluations + asked + 1)
                 spent += turns
                 after = together(low, high, again, init=images, restarts=1)
                 result = joined(result, after, round(spent), 0)
@@ -292,9 +293,9 @@ class Batching(Checked):
         """
         labels, count = known.labels, known.num_images
         assert labels is not None
-        moved = [shifted(pool.flatten(0, 1), place).view_as(pool) for place in self.places]
-        before, old, _ = selected(step, torch.cat([pool, *moved]), labels, whole=len(pool))
-        images, new, asked = before.clone(), old.clone(), len(pool) * (1 + len(moved))
+        copies = [shifted(pool.flatten(0, 1), place).view_as(pool) for place in self.places]
+        before, old, _ = selected(step, torch.cat([pool, *copies]), labels, whole=len(pool))
+        images, new, asked = before.clone(), old.clone(), len(pool) * (1 + len(copies))
         turn, singles = (self.copies + 2) * self.stage, 0
         for done, k in enumerate(new.norm(dim=1).argsort(descending=True).tolist()):
             rest = step.target - (new.sum(0) - new[k])
@@ -407,21 +408,3 @@ def _named(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     own = trainable_parameters(model)
     parts = flat.split([p.numel() for p in own.values()])
     return {name: part.view_as(p) for (name, p), part in zip(own.items(), parts, strict=True)}
-
-
-def _moved(before: Reconstruction, images: Tensor, score: float, asked: int) -> Reconstruction:
-    """Return a result whose best restart has gone to other images."""
-    scores, trials, best = (
-        before.trial_scores.clone(),
-        before.trials.clone(),
-        index_of_best(before.trial_scores),
-    )
-    scores[best], trials[best] = score, images
-    return replace(
-        before,
-        images=images,
-        score=score,
-        trial_scores=scores,
-        trials=trials,
-        evaluations=before.evaluations + asked,
-    )

@@ -23,7 +23,7 @@ from invlib.attacks.counts import (
 )
 from invlib.attacks.demixing import Demixed, demix
 from invlib.attacks.lastlayer import Head, Simulated, Typical
-from invlib.attacks.losses import balanced, binary_labels, kind_of
+from invlib.attacks.losses import LAST_PLACE, balanced, binary_labels, kind_of
 from invlib.core.network import classifier as classifier
 from invlib.core.network import like, num_classes, unwrapped
 from invlib.core.observation import Loss, Observation, words_of
@@ -33,7 +33,6 @@ from invlib.federated import FedSGD
 _FOREIGN = 0.45  # share of a gradient that labels leave unexplained, from which on they are none: noise of a
 # third of its length leaves up to 0.3, soft labels 0.46, the loss of several labels at once 0.75 and more
 _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
-_LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _NEGATIVE = 1e-5  # of the largest entry: so far below zero an entry is no rounding
 _TRAINED = 0.15  # of what a network tells of other images: fresh ones have up to 0.06, trained ones over 0.28
 _SURE = 0.99  # probability from which on the last layer is not asked
@@ -212,12 +211,12 @@ def _one(gradient: Tensor, typical: Typical, whole: bool) -> LabelInference:
     if gradient.ndim == 1:
         low = gradient.sort().values
         # Of a network that is sure of its label, p - 1 may be rounded to zero, where nothing else is.
-        sure = whole and low[0] == 0 < low[1] and gradient.sum() <= _LAST
+        sure = whole and low[0] == 0 < low[1] and gradient.sum() <= LAST_PLACE
         if low[0] >= 0 and not sure:
             raise RecoveryError("no entry of the bias gradient is negative, as the label's is")
         label, method = int(gradient.argmin()), "smallest entry of the bias gradient"
         doubt = 0.0 if sure else max(0.0, float(low[1] / low[0]))
-        whole = whole and float(gradient.sum().abs()) > _LAST
+        whole = whole and float(gradient.sum().abs()) > LAST_PLACE
     else:
         label, method, doubt = _opposed_row(typical, gradient)
     rest = float(gradient.sum(0).norm() / gradient.reshape(len(gradient), -1).norm(dim=1).sum())

@@ -13,6 +13,7 @@ from torch import Tensor
 from invlib.core.observation import Loss, words_of
 from invlib.errors import ConfigError, RecoveryError
 
+LAST_PLACE = 2.0**-22  # by which single precision may round a probability near 1, with room
 _MOST = 20_000_000  # numbers in the gradients that are averaged
 
 Kind = Literal["none", "classes", "signs"]

@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from invlib.attacks.losses import slope
+from invlib.attacks.losses import LAST_PLACE, slope
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.autodiff.odds import log_odds
 from invlib.core.calls import logits_layer
@@ -22,7 +22,6 @@ from invlib.search.problem import Update
 # One minus the label's probability, from which on down log-odds take the loss's place: there the rounding of
 # the probability turns a gradient as far as that of a cosine in single precision can tell.
 SATURATED = 1e-4
-_LAST = 2.0**-22  # by which single precision may round a probability near 1, with room
 _SAME = 1e-8  # cosine distance of two directions that differ by single precision alone
 
 _LOST = 0.1  # share of the labels' slopes that a batch may have lost by rounding
@@ -180,7 +179,7 @@ def label_share(slopes: Tensor, label: int) -> float:
     last place of a number near 1. Where that does not explain what is missing, 1 is returned.
     """
     others, own = float(slopes.sum() - slopes[label]), -float(slopes[label])
-    rounded = others > 0 and abs(own - others) <= _LAST and 0 <= own <= 3 * others
+    rounded = others > 0 and abs(own - others) <= LAST_PLACE and 0 <= own <= 3 * others
     return own / others if rounded else 1.0
 
 

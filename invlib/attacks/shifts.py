@@ -132,20 +132,21 @@ def part_of(search: GradientMatching, first: float, last: float) -> GradientMatc
     )
 
 
-def joined(before: Reconstruction, after: Reconstruction, spent: int, asked: int) -> Reconstruction:
-    """Return the restarts of a search, with a later part's result for the best where it is better."""
+def moved(before: Reconstruction, images: Tensor, score: float) -> Reconstruction:
+    """Return a result whose best restart has gone to other images."""
     scores, trials = before.trial_scores.clone(), before.trials.clone()
     best = index_of_best(scores)
-    images, score = before.images, before.score
+    scores[best], trials[best] = score, images
+    return replace(before, images=images, score=score, trial_scores=scores, trials=trials)
+
+
+def joined(before: Reconstruction, after: Reconstruction, spent: int, asked: int) -> Reconstruction:
+    """Return the restarts of a search, with a later part's result for the best where it is better."""
+    best = index_of_best(before.trial_scores)
     if after.score < before.score:
-        images, score = after.images, after.score
-        scores[best], trials[best] = score, images
+        before = moved(before, after.images, after.score)
     return replace(
         before,
-        images=images,
-        score=score,
-        trial_scores=scores,
-        trials=trials,
         status=after.status,
         seconds=before.seconds + after.seconds,
         evaluations=before.evaluations + after.evaluations + asked,

@@ -11,6 +11,8 @@ from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep
 from invlib.federated import FedSGD
 
+# how a client runs its network, and whether it sends what batch norm kept
+Mode = Literal["evaluation", "training", "training, buffers withheld"]
 # (plan of the run, case, number of the first private image, seed) -> what a row says of one client
 Measure = Callable[[Any, "Case", int, int], dict[str, Any]]
 
@@ -88,7 +90,7 @@ class Case:
     measure: Measure | None = None
     clients: int | None = None
     text: bool = False
-    mode: Literal["evaluation", "training", "training, buffers withheld"] = "evaluation"
+    mode: Mode = "evaluation"
 
     @property
     def name(self) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal
+from typing import get_args
 
 from invlib.attacks.auto import best
 from invlib.experiments.attacks import OnTheWay
-from invlib.experiments.cases import Case, Experiment, Setup, Size
+from invlib.experiments.cases import Case, Experiment, Mode, Setup, Size
 from invlib.federated import FedAvg, FedSGD
-
-Mode = Literal["evaluation", "training", "training, buffers withheld"]
 
 _REDUCED = ("ResNet20", "ConvNet8", "ViT")
 _FULL = (*_REDUCED, "ResNet20-preactivation")  # the last one's trained weights do not come with the project
-_MODES: tuple[Mode, ...] = ("evaluation", "training", "training, buffers withheld")
+_MODES: tuple[Mode, ...] = get_args(Mode)
 _CLIENTS = ((1, 1), (4, 1), (1, 4), (1, 16))  # images and local steps
 _RATE = 1e-3
 

@@ -143,11 +143,11 @@ def batch_norm_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | N
 
     Taught in: chapter 3
     """
-    layers = {
-        name: module
+    layers = [
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    }
+    ]
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has 0 batch-norm layers with running statistics; expected at least one"
@@ -168,13 +168,7 @@ def batch_norm_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | N
 
             return hook
 
-        handles = [module.register_forward_pre_hook(compare(name)) for name, module in layers.items()]
-        try:
-            with in_mode(model, training=False):
-                forward(model, params, buffers, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        _run(model, params, buffers, inputs, {name: compare(name) for name in layers})
         return torch.stack(terms).sum()
 
     return prior
@@ -224,16 +218,7 @@ class BatchStatistics(Unbound):
             def compared(layer: LayerStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
                 return lambda _, given: terms.append(layer.gaps(given[0]).square().sum(0).mean())
 
-            handles = [
-                model.get_submodule(name).register_forward_pre_hook(compared(layer))
-                for name, layer in layers.items()
-            ]
-            try:
-                with in_mode(model, training=False):
-                    forward(model, params, buffers, inputs)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            _run(model, params, buffers, inputs, {name: compared(layer) for name, layer in layers.items()})
             return torch.stack(terms).mean()
 
         return prior
@@ -307,6 +292,23 @@ def _given(labels: Tensor | None, prior: object) -> Tensor:
     if labels is None:
         raise ConfigError(f"{type(prior).__name__} needs labels; expected labels='auto', not optimised ones")
     return labels if labels.ndim == 1 else labels.argmax(1)
+
+
+def _run(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    inputs: Tensor,
+    hooks: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...]], None]],
+) -> None:
+    """Run the network in evaluation mode, with a look at what is given to some of its layers."""
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        with in_mode(model, training=False):
+            forward(model, params, buffers, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _norm(x: Tensor) -> Tensor:
