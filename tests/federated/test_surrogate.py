@@ -136,8 +136,9 @@ def test_on_a_quadratic_loss_the_fitted_place_is_exact(more):
     assert (other["1.weight"] - one.update["1.weight"]).norm() > 1e-3 * one.update["1.weight"].norm()
 
 
-def test_of_plain_steps_on_a_quadratic_loss_the_place_is_the_one_that_follows():
-    lr, steps = 2.0, 4
+@pytest.mark.parametrize("lr", [2.0, 24.0])  # the second steps over the least loss: a place beyond the middle
+def test_of_plain_steps_on_a_quadratic_loss_the_place_is_the_one_that_follows(lr):
+    steps = 4
     net, seen, x = quadratic(iv.FedAvg(lr=lr, local_steps=steps))
     curvature = 2 * x.flatten(1).square().sum(0)[0] / 8  # of a mean over eight outputs
     left = float(1 - lr * curvature)  # of the distance to the least loss, after a step
