@@ -19,6 +19,7 @@ from invlib.core.files import atomic_write, check_writable
 from invlib.core.normalization import as_normalization
 from invlib.errors import ConfigError, ObservationError
 from invlib.federated.capture import save_observation
+from invlib.federated.protocols import FedAvg
 from invlib.federated.record import UNSEEN, Watch
 
 log = logging.getLogger("invlib")
@@ -112,7 +113,14 @@ class Saving:
         return model
 
     def save(
-        self, watch: Watch, sent: Mapping[str, Any], name: str, *, num_images: int | None, notes: list[str]
+        self,
+        watch: Watch,
+        sent: Mapping[str, Any],
+        name: str,
+        *,
+        num_images: int | None,
+        notes: list[str],
+        protocol: FedAvg | None = None,
     ) -> Path:
         """Write an observation, and beside it, as ``NAME.received.safetensors``, the weights that came in.
 
@@ -122,6 +130,7 @@ class Saving:
             name: of the file, without its ending.
             num_images: of the client, where its reply says it.
             notes: what is doubtful.
+            protocol: of the client, where it is told for this round alone.
         """
         model, facts = watch.received, dict(self.facts)
         weights = {n: t.detach().clone().contiguous() for n, t in model.state_dict().items()}
@@ -137,6 +146,7 @@ class Saving:
         settings = {n: facts.pop(n) for n in UNSEEN if n in facts}
         facts = dict.fromkeys(FACTS) | facts
         facts["num_images"] = facts["num_images"] or num_images
+        facts["protocol"] = facts["protocol"] or protocol
         seen = watch.observation(after, settings=settings, labels=None, sent=masks or None, **facts)
         self.out.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self.out / f"{name}.safetensors"
