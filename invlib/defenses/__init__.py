@@ -1,0 +1,29 @@
+"""Defences of a client, as both sides know them, and what an attacker who knows them minimises."""
+
+from invlib.defenses.defended import Defended
+from invlib.defenses.likelihood import Likelihood
+from invlib.defenses.transforms import (
+    Clip,
+    GaussianNoise,
+    LaplaceNoise,
+    MaskLayer,
+    Quantize,
+    Sign,
+    TopK,
+    Transform,
+    Transport,
+)
+
+__all__ = [
+    "Clip",
+    "Defended",
+    "GaussianNoise",
+    "LaplaceNoise",
+    "Likelihood",
+    "MaskLayer",
+    "Quantize",
+    "Sign",
+    "TopK",
+    "Transform",
+    "Transport",
+]
