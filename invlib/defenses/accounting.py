@@ -8,19 +8,71 @@ example's gradient was; the client with all of its examples, where its whole upd
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from invlib.core.optional import package
-from invlib.settings import Count, Factor, NotNegative, Positive, checks, real
+from invlib.defenses.transforms import Clip, MaskLayer, TopK
+from invlib.errors import ConfigError
+from invlib.settings import Count, Factor, NotNegative, Positive, checked, checks, real
 
 # What one contribution may change: it is there or not, or there is another one in its place.
 Neighbours = Literal["add or remove one", "replace one"]
 Below = Annotated[float, real("a number in (0, 1)", lambda x: 0 < x < 1)]
 
 _APART = {"add or remove one": 1.0, "replace one": 2.0}  # how far neighbours are apart, in clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protection:
+    """Whom a client's clip and noise protect, and how much.
+
+    Args:
+        unit: whose contribution is clipped, ``"one example"`` or ``"one client"``.
+        noise_multiplier: the standard deviation of the noise, over the longest contribution to what is sent.
+    """
+
+    unit: Literal["one example", "one client"]
+    noise_multiplier: float
+
+
+def protection(client: Any, num_images: int) -> Protection:
+    """Read off a client's defences what its noise is worth.
+
+    Noise protects where a clip comes before it; what comes after it neither helps nor harms.
+
+    Args:
+        client: an `invlib.Defended` with Gaussian noise.
+        num_images: how many images it has, which is taken to be known: to a mean over them, one contributes
+            the clip divided by their number.
+
+    Raises:
+        ConfigError: the client tells of no noise (an observation does not show what is ``public=False``), or
+            nothing bounds a contribution to what the noise is added to.
+
+    Example:
+        >>> import invlib as iv
+        >>> noisy = iv.Defended(iv.FedSGD(), [iv.defenses.Clip(2.0), iv.defenses.GaussianNoise(1.0)])
+        >>> protection(noisy, 8)
+        Protection(unit='one client', noise_multiplier=0.5)
+    """
+    per_example = getattr(getattr(client, "client", None), "clip", None)
+    unit: Literal["one example", "one client"] = "one client" if per_example is None else "one example"
+    most = math.inf if per_example is None else per_example / checked("num_images", num_images, Count)
+    for transform in getattr(client, "transforms", ()):
+        if transform.noise > 0:
+            if transform.law != "gaussian" or most == math.inf:
+                raise ConfigError(f"{client!r} has {transform!r}; expected Gaussian noise after a clip")
+            return Protection(unit=unit, noise_multiplier=transform.noise / most)
+        if isinstance(transform, Clip):
+            # Examples are clipped inside and the whole outside: one example may change the factor of all.
+            unit, most = "one client", transform.norm
+        elif not isinstance(transform, (TopK, MaskLayer)):  # neither of which makes an update longer
+            most = math.inf
+    raise ConfigError(f"{client!r} tells of no noise; expected a Defended with a clip and GaussianNoise")
 
 
 @checks

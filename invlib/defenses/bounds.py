@@ -88,7 +88,7 @@ def noise_for(
 ) -> float:
     """Return the least noise multiplier with which no attacker is right more often than gamma.
 
-    It undoes `reconstruction_bound`, and `subsampled_bound` for a rate below 1.
+    It undoes `reconstruction_bound`, and, for a rate below 1 and up to one per cent more, `subsampled_bound`.
 
     Args:
         gamma: how often an attacker may be right.
@@ -118,7 +118,7 @@ def noise_for(
         return subsampled_bound(kappa, noise, rate=rate, rounds=rounds, neighbours=neighbours) <= gamma
 
     high, step = always, 2.0  # to take part always needs the most
-    while step > 1.001:
+    while step > 1.01:
         while allowed(high / step):
             high /= step
         step **= 0.5

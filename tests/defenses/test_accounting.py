@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import invlib as iv
 from invlib.defenses import accounting
 from invlib.errors import ConfigError, DependencyError
 
@@ -91,6 +92,30 @@ def test_classical_formula_says_less_than_it_gives_and_knows_the_clip():
     assert accounting.delta(many, 50) > 1e-5  # and where it is not, it need not be
     assert accounting.classical_mu(0.5, 1e-5, **told | {"clip": 3.0}, rounds=4) == pytest.approx(6 * mu)
     assert accounting.classical_mu(0.5, 1e-5, **told | {"sensitivity": 2.0}) == pytest.approx(mu / 2)
+
+
+def test_whom_a_client_protects():
+    clip, noise = iv.defenses.Clip(2.0), iv.defenses.GaussianNoise(1.0)
+
+    def of(*transforms, client=None):
+        return accounting.protection(iv.Defended(client or iv.FedSGD(), transforms), 8)
+
+    assert of(clip, noise) == accounting.Protection(unit="one client", noise_multiplier=0.5)
+    assert of(clip, iv.defenses.TopK(0.1), noise, iv.defenses.Sign()) == of(clip, noise)
+
+    class Each(iv.FedSGD):
+        clip = 4.0
+
+    assert of(noise, client=Each()) == accounting.Protection(unit="one example", noise_multiplier=2.0)
+    assert of(clip, noise, client=Each()) == of(clip, noise)
+    for transforms in [(noise,), (noise, clip), (clip, iv.defenses.Sign(), noise)]:
+        with pytest.raises(ConfigError, match=r"GaussianNoise\(1\.0\); expected Gaussian noise after a clip"):
+            of(*transforms)
+    with pytest.raises(ConfigError, match="expected Gaussian noise"):
+        of(clip, iv.defenses.LaplaceNoise(1.0))
+    for client in (iv.FedSGD(), iv.Defended(iv.FedSGD(), [clip])):
+        with pytest.raises(ConfigError, match="tells of no noise; expected a Defended"):
+            accounting.protection(client, 8)
 
 
 def test_a_missing_accountant_is_named(monkeypatch):
