@@ -1,0 +1,39 @@
+"""Defences of a client, what an attacker who knows them minimises, and what no attacker can do."""
+
+from invlib.defenses.accounting import gaussian_mu
+from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
+from invlib.defenses.defended import Defended
+from invlib.defenses.likelihood import Likelihood
+from invlib.defenses.matched import candidate_gradients, matched_attack
+from invlib.defenses.transforms import (
+    Clip,
+    GaussianNoise,
+    LaplaceNoise,
+    MaskLayer,
+    Quantize,
+    Sign,
+    TopK,
+    Transform,
+    Transport,
+)
+
+__all__ = [
+    "Clip",
+    "Defended",
+    "GaussianNoise",
+    "LaplaceNoise",
+    "Likelihood",
+    "MaskLayer",
+    "Quantize",
+    "Sign",
+    "TopK",
+    "Transform",
+    "Transport",
+    "candidate_gradients",
+    "gaussian_mu",
+    "matched_attack",
+    "noise_for",
+    "reconstruction_bound",
+    "subsampled_bound",
+    "two_point_bound",
+]
