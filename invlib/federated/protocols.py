@@ -429,7 +429,8 @@ def observe(
 
     seed = CLIENT_SEED if generator is None else generator.initial_seed()
     with in_mode(model, training=training_mode, seed=seed):
-        client = protocol.drawn(count) if isinstance(protocol, FedAvg) else protocol
+        draw = getattr(protocol, "drawn", None)
+        client: ClientStep = protocol if draw is None else draw(count)
         update = client(
             model,
             inputs,
