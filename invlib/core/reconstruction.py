@@ -36,8 +36,8 @@ class Reconstruction:
     Args:
         images: ``(N, C, H, W)`` in [0, 1], of the restart with the lowest score; of `invlib.exact_batch` the
             M of the N images that were found.
-        labels: int64 ``(N,)``: those given, inferred or optimised; None where a closed form needs none and
-            the update does not tell them.
+        labels: int64 ``(N,)``, or probabilities ``(N, classes)`` where the client's are soft: those given,
+            inferred or optimised; None where a closed form needs none and the update does not tell them.
         score: what the restarts are chosen by, measured on ``images``; NaN where no restart was ever finite.
         trial_scores: ``(R,)``, one score for each restart.
         trials: ``(R, N, C, H, W)`` in [0, 1], the images of each restart.

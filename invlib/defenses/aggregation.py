@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode
-from invlib.core.observation import ClientStep, stackable
+from invlib.core.observation import ClientStep
 from invlib.defenses.around import ONE_GRADIENT, Around, Inner
 from invlib.defenses.perexample import images_apart
 from invlib.errors import ConfigError
 from invlib.settings import Count
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SecureAggregation(Around):
     r"""Several clients with as many images each, of whose updates the server sees the mean alone.
 
@@ -48,11 +48,6 @@ class SecureAggregation(Around):
     clients: Count
     client: Inner = ONE_GRADIENT
 
-    @property
-    def stackable(self) -> bool:
-        """Whether every restart of a stack is treated by itself."""
-        return type(self) is SecureAggregation and stackable(self.client)
-
     def images(self, num_images: int) -> int:
         """Return how many images each client has."""
         if num_images % self.clients:
@@ -63,8 +58,8 @@ class SecureAggregation(Around):
 
     def drawn(self, num_images: int) -> Callable[..., dict[str, Tensor]]:
         """Return the step in which each client has drawn what it draws, from torch's global generator."""
-        draw, each = getattr(self.client, "drawn", None), self.images(num_images)
-        return partial(self._mean, [self.client if draw is None else draw(each) for _ in range(self.clients)])
+        each = self.images(num_images)
+        return partial(self._mean, [self.inside(each) for _ in range(self.clients)])
 
     def __call__(
         self, model: nn.Module, inputs: Tensor, labels: Tensor, *, mode: GradientMode = PLAIN, **settings: Any

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from invlib.core.observation import ClientStep, takes_mode
+from invlib.autodiff.gradients import PLAIN, GradientMode
+from invlib.core.observation import ClientStep, stackable, takes_mode
 from invlib.federated import FedSGD
 from invlib.settings import Checked, Rule
 
@@ -29,6 +30,24 @@ class Around(Checked):
     """
 
     client: ClientStep
+
+    @property
+    def stackable(self) -> bool:
+        """Whether every restart of a stack is treated by itself, as by the other step."""
+        return stackable(self.client)
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, labels: Tensor, *, mode: GradientMode = PLAIN, **settings: Any
+    ) -> dict[str, Tensor]:
+        """Return the update as a server can compute it; arguments and result as of `invlib.FedAvg`."""
+        update: dict[str, Tensor] = self.client(model, inputs, labels, mode=mode, **settings)
+        return update
+
+    def inside(self, num_images: int) -> ClientStep:
+        """Return the other step with what it draws, from torch's global generator."""
+        draw = getattr(self.client, "drawn", None)
+        client: ClientStep = self.client if draw is None else draw(num_images)
+        return client
 
     def images(self, num_images: int) -> int:
         """Return how many of the images one call of the other step is given."""

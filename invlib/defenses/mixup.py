@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Beta
 
-from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.core.network import num_classes
-from invlib.core.observation import ClientStep, stackable
+from invlib.core.observation import ClientStep
 from invlib.defenses.around import ONE_GRADIENT, Around, Inner
 from invlib.settings import Positive
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mixup(Around):
     r"""A client mixes its images and labels in pairs that it draws, and takes its step on the mixtures.
 
@@ -47,23 +46,10 @@ class Mixup(Around):
     alpha: Positive = 1.0
     client: Inner = ONE_GRADIENT
 
-    @property
-    def stackable(self) -> bool:
-        """Whether every restart of a stack is treated by itself."""
-        return type(self) is Mixup and stackable(self.client)
-
     def drawn(self, num_images: int) -> Callable[..., dict[str, Tensor]]:
         """Return the step that the client takes, in a draw of torch's global generator."""
-        draw = getattr(self.client, "drawn", None)
         pairs, share = torch.randperm(num_images), float(Beta(self.alpha, self.alpha).sample())
-        return partial(_mixed, self.client if draw is None else draw(num_images), pairs, share)
-
-    def __call__(
-        self, model: nn.Module, inputs: Tensor, labels: Tensor, *, mode: GradientMode = PLAIN, **settings: Any
-    ) -> dict[str, Tensor]:
-        """Return the update of mixtures; arguments as for `invlib.FedAvg`."""
-        update: dict[str, Tensor] = self.client(model, inputs, labels, mode=mode, **settings)
-        return update
+        return partial(_mixed, self.inside(num_images), pairs, share)
 
 
 def mixtures(values: Tensor, pairs: Tensor, share: float) -> Tensor:

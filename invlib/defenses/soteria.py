@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.core.network import forward, trainable_parameters
-from invlib.core.observation import ClientStep, stackable
+from invlib.core.observation import ClientStep
 from invlib.defenses.around import ONE_GRADIENT, Around, Inner
 from invlib.errors import ConfigError
-from invlib.optim.objectives import Masked, cosine
 from invlib.settings import Factor
 
-_COMPARED = Masked(cosine)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Soteria(Around):
     r"""A client sets columns of one fully connected layer's weight gradient to zero before it sends it.
 
@@ -34,17 +30,15 @@ class Soteria(Around):
     inverse of the quotient and adds 0.1 to its denominator, by which entries that are zero go first, whose
     columns are zero without any defence.
 
-    Which entries these are depends on the images, and nothing else of the update does not: all other
-    layers' gradients are sent as they are. So the attacker who knows the defence compares what was sent:
-    ``loss`` is `invlib.objectives.Masked` of the cosine distance, to which withheld columns do not count. To
-    leave the whole layer out, as Balunović et al. do, costs the rest of it. In an attack the client's step
-    is that without the defence. For the attacker who does not know of it, replace the observation's
-    ``protocol`` by ``client``.
+    All else of the update is sent as it is. So the attacker who knows the defence compares what was sent:
+    the columns are marked in `invlib.Observation.sent`, and no attack reads them. Balunović et al. leave out
+    the whole layer, which costs the rest of it.
 
     Args:
-        layer: the name of the fully connected layer; None takes the last one.
+        layer: the name of the fully connected layer.
         share: the part of the representation's entries that is withheld.
         client: the step that is defended.
+        public: whether the server is told; if not, an attack takes the zeros for gradients.
 
     Raises:
         ConfigError: a setting is out of range; when it is called, there is no such layer, its weight is not
@@ -54,40 +48,28 @@ class Soteria(Around):
     arXiv 2111.04706. It bounds nothing.
     """
 
-    layer: str | None = None
+    layer: str
     share: Factor = 0.5
     client: Inner = ONE_GRADIENT
-
-    @property
-    def stackable(self) -> bool:
-        """Whether every restart of a stack is treated by itself."""
-        return type(self) is Soteria and stackable(self.client)
+    public: bool = True
 
     def drawn(self, num_images: int) -> Callable[..., dict[str, Tensor]]:
         """Return the step that the client takes, which withholds."""
-        draw = getattr(self.client, "drawn", None)
-        return partial(self._withholding, self.client if draw is None else draw(num_images))
+        return partial(self._withholding, self.inside(num_images))
 
-    def __call__(
-        self, model: nn.Module, inputs: Tensor, labels: Tensor, *, mode: GradientMode = PLAIN, **settings: Any
-    ) -> dict[str, Tensor]:
-        """Return the update before anything is withheld; arguments as for `invlib.FedAvg`."""
-        update: dict[str, Tensor] = self.client(model, inputs, labels, mode=mode, **settings)
-        return update
-
-    def loss(self, simulated: Any, seen: Any, weights: Any = None) -> Tensor:
-        """Return the distance of two updates, lists of tensors, in the numbers that were sent."""
-        return _COMPARED(simulated, seen, weights)
+    def sent(self, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return which numbers of the layer's weight were sent, by its name."""
+        value = released[f"{self.layer}.weight"]
+        return {f"{self.layer}.weight": value.any(0).expand_as(value)}
 
     def _withholding(
         self, client: ClientStep, model: nn.Module, inputs: Tensor, labels: Tensor, **settings: Any
     ) -> dict[str, Tensor]:
-        layer = self.layer or next((n for n, m in reversed([*model.named_modules()]) if _linear(m)), "")
-        name, module = f"{layer}.weight".removeprefix("."), dict(model.named_modules()).get(layer)
+        name, module = f"{self.layer}.weight", dict(model.named_modules()).get(self.layer)
         update = client(model, inputs, labels, **settings)
         if not isinstance(module, nn.Linear) or name not in update:
             raise ConfigError(
-                f"Soteria layer is {self.layer!r}, in the network {type(module).__name__}; expected a fully "
+                f"Soteria layer is {self.layer!r}, in this network {type(module).__name__}; expected a fully "
                 "connected layer whose weight is trained"
             )
         params, buffers = settings.get("params"), settings.get("buffers")
@@ -137,7 +119,3 @@ def shaped(
         [slope] = torch.autograd.grad(entries[:, i].sum(), images, retain_graph=True, materialize_grads=True)
         size[:, i] = slope.flatten(1).norm(dim=1)
     return (entries.abs() / size.clamp_min(torch.finfo(size.dtype).tiny)).sum(0).detach()
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)

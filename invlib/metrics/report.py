@@ -66,7 +66,8 @@ class Report:
         psnr: likewise, in dB.
         ssim: likewise; empty for images under 11 pixels a side.
         order: which image of the reconstruction was matched to each of the N true ones; -1: none was found.
-        labels_right: how many of the labels are right, as a multiset; None where there are none.
+        labels_right: how many of the labels are right, as a multiset, of soft ones the likeliest class; None
+            where there are none.
         num_images: how many true images there are.
         grey_psnr: the PSNR of a plain mid-grey image against each true one.
         mean_image_psnr: the PSNR of the mean of the true images (for one image, of its mean colour).
@@ -180,7 +181,9 @@ def evaluate(reconstruction: Reconstruction, truth: Tensor, labels: Tensor | Non
     right = None
     if given is not None and reconstruction.labels is not None:
         known = [label for label, there in zip(given, found.tolist(), strict=True) if there]
-        right = (Counter(known) & Counter(reconstruction.labels.tolist())).total()
+        named = reconstruction.labels  # of soft labels, the class of the largest probability
+        named = named.argmax(1) if named.is_floating_point() else named
+        right = (Counter(known) & Counter(named.tolist())).total()
     mean = truth.mean(0, keepdim=True) if len(truth) > 1 else truth.mean((2, 3), keepdim=True)
     num_images, truth = len(truth), truth[found]
     plain = psnr(images, truth)

@@ -103,6 +103,12 @@ def test_a_report_matches_the_order_first_and_counts_labels():
     assert "grey image" in str(report)
 
 
+def test_a_soft_label_counts_as_its_likeliest_class():
+    truth, _ = random_batch(2, side=12)
+    soft = torch.tensor([[0.1, 0.9, 0.0], [0.6, 0.4, 0.0]])
+    assert iv.evaluate(made(truth, soft), truth, torch.tensor([1, 2])).labels_right == 1
+
+
 def test_fewer_images_than_the_truth_are_matched_to_their_own():
     truth, _ = random_batch(4, side=12)
     found = made((truth + 0.01).clamp(0, 1)[[3, 1]], torch.tensor([7, 5]))
