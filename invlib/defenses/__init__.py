@@ -3,6 +3,7 @@
 from invlib.defenses.accounting import gaussian_mu
 from invlib.defenses.aggregation import SecureAggregation
 from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
+from invlib.defenses.captured import defend
 from invlib.defenses.defended import Defended
 from invlib.defenses.likelihood import Likelihood
 from invlib.defenses.matched import candidate_gradients, matched_attack
@@ -38,6 +39,7 @@ __all__ = [
     "Transform",
     "Transport",
     "candidate_gradients",
+    "defend",
     "gaussian_mu",
     "matched_attack",
     "noise_for",
