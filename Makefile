@@ -84,7 +84,7 @@ lab: $(STAMP)
 check-dist: $(STAMP)
 	@$(BIN)/python -m tests.check_dist
 
-# Not a part of the tests: it downloads Flower, half a gigabyte with Ray, and needs an idle machine.
+# Not a part of the tests: it downloads Flower.
 check-flower: $(STAMP)
 	@$(BIN)/python -m tests.check_flower
 
