@@ -137,7 +137,7 @@ class ExactBatch(Settings):
         """
         began = time.perf_counter()
         model = observation.validate(model)
-        doubts = doubts_of(model, observation)
+        doubts = doubts_of(model, observation, closed=True)
         generator = generator or torch.Generator().manual_seed(0)
         layer = layer_of(model, observation, self.layer)
         active = int(layer.weight_gradient.any(1).sum())  # all signals of so few units lie in one space
@@ -512,7 +512,8 @@ def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> t
     doubts = []
     if count < span.rank:
         note.append(
-            f"{span.rank - count} directions are missing, without which the others cannot be told apart"
+            f"{span.rank - count} {what} are missing: none of these is told from the others before all their "
+            "directions are found"
         )
     if span.rank > observation.num_images:
         doubts.append(

@@ -1,11 +1,16 @@
 """Defences of a client, what an attacker who knows them minimises, and what no attacker can do."""
 
 from invlib.defenses.accounting import gaussian_mu
+from invlib.defenses.aggregation import SecureAggregation
 from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
+from invlib.defenses.captured import defend
 from invlib.defenses.defended import Defended
 from invlib.defenses.diagnostics import LocalSpectrum, local_spectrum
 from invlib.defenses.likelihood import Likelihood
 from invlib.defenses.matched import candidate_gradients, matched_attack
+from invlib.defenses.mixup import Mixup
+from invlib.defenses.perexample import PerExample
+from invlib.defenses.soteria import Soteria
 from invlib.defenses.transforms import (
     Clip,
     GaussianNoise,
@@ -27,13 +32,18 @@ __all__ = [
     "Likelihood",
     "LocalSpectrum",
     "MaskLayer",
+    "Mixup",
+    "PerExample",
     "Quantize",
+    "SecureAggregation",
     "Sign",
+    "Soteria",
     "TopK",
     "Transform",
     "Transport",
     "WitnessPair",
     "candidate_gradients",
+    "defend",
     "gaussian_mu",
     "local_spectrum",
     "matched_attack",

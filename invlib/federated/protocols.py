@@ -445,10 +445,10 @@ def observe(
     sent: Mapping[str, Tensor] = {}
     if release is not None:
         update = release(update, torch.Generator().manual_seed(seed))
-        if client.public:
-            sent = client.sent(update)
-        else:
-            protocol = protocol.client
+    if not getattr(protocol, "public", True):
+        protocol = protocol.client  # type: ignore[attr-defined]
+    elif hasattr(protocol, "sent"):
+        sent = protocol.sent(update)
     if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
         raise ObservationError(
             f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "
