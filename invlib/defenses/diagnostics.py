@@ -84,6 +84,8 @@ def local_spectrum(
         DoubtWarning: the gradient jumps (ReLU and the like), so that even an unbiased attacker may do better.
 
     Source: Van Trees 1968, for the posterior of a linear map; Zhang et al. 2023, arXiv 2309.13016, for I2F.
+
+    Taught in: chapter 8
     """
     model = unwrapped(model)
     params = trainable_parameters(model)

@@ -79,6 +79,8 @@ def witness_pair(
 
     Raises:
         ConfigError: a setting is out of range, or no start is so far from the image.
+
+    Taught in: chapter 8
     """
     model, client = unwrapped(model), client or FedSGD()
     image = image.detach()
