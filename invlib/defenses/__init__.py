@@ -5,6 +5,7 @@ from invlib.defenses.aggregation import SecureAggregation
 from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
 from invlib.defenses.captured import defend
 from invlib.defenses.defended import Defended
+from invlib.defenses.diagnostics import LocalSpectrum, local_spectrum
 from invlib.defenses.likelihood import Likelihood
 from invlib.defenses.matched import candidate_gradients, matched_attack
 from invlib.defenses.mixup import Mixup
@@ -21,6 +22,7 @@ from invlib.defenses.transforms import (
     Transform,
     Transport,
 )
+from invlib.defenses.witness import WitnessPair, witness_pair
 
 __all__ = [
     "Clip",
@@ -28,6 +30,7 @@ __all__ = [
     "GaussianNoise",
     "LaplaceNoise",
     "Likelihood",
+    "LocalSpectrum",
     "MaskLayer",
     "Mixup",
     "PerExample",
@@ -38,12 +41,15 @@ __all__ = [
     "TopK",
     "Transform",
     "Transport",
+    "WitnessPair",
     "candidate_gradients",
     "defend",
     "gaussian_mu",
+    "local_spectrum",
     "matched_attack",
     "noise_for",
     "reconstruction_bound",
     "subsampled_bound",
     "two_point_bound",
+    "witness_pair",
 ]

@@ -58,6 +58,8 @@ def protection(client: Any, num_images: int) -> Protection:
         >>> noisy = iv.Defended(iv.FedSGD(), [iv.defenses.Clip(2.0), iv.defenses.GaussianNoise(1.0)])
         >>> protection(noisy, 8)
         Protection(unit='one client', noise_multiplier=0.5)
+
+    Taught in: chapter 8
     """
     per_example = getattr(getattr(client, "client", None), "clip", None)
     unit: Literal["one example", "one client"] = "one client" if per_example is None else "one example"
@@ -99,6 +101,8 @@ def gaussian_mu(noise_multiplier: Positive, *, neighbours: Neighbours, rounds: C
         2.5
 
     Source: Dong, Roth and Su 2022, "Gaussian differential privacy", theorem 2.7 and corollary 3.3.
+
+    Taught in: chapter 8
     """
     return _APART[neighbours] / noise_multiplier * math.sqrt(rounds)
 

@@ -37,6 +37,8 @@ def reconstruction_bound(kappa: Below, mu: NotNegative) -> float:
 
     Source: Balle, Cherubin and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv
     2302.07225; the closed form, Kaissis et al. 2023, arXiv 2307.03928.
+
+    Taught in: chapter 8
     """
     return float(ndtr(mu + ndtri(kappa)))
 
@@ -69,6 +71,8 @@ def subsampled_bound(
 
     Source: Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225; as a trade-off curve, Kulynych et al. 2025,
     arXiv 2507.06969.
+
+    Taught in: chapter 8
     """
     grid = np.linspace(0.0, -np.log(min(kappa, 1 - kappa)), 4001)
     deltas = privacy_loss(noise_multiplier, rate, rounds).get_delta_for_epsilon(grid)
@@ -105,6 +109,8 @@ def noise_for(
     Example:
         >>> round(noise_for(0.05, 0.001, neighbours="add or remove one", rounds=100), 2)
         6.92
+
+    Taught in: chapter 8
     """
     if gamma <= kappa:
         raise ConfigError(f"gamma is {gamma}; expected more than kappa, {kappa}, what a guess gives")
@@ -141,5 +147,7 @@ def two_point_bound(distance: NotNegative, noise: Positive) -> float:
         ConfigError: a setting is out of range.
 
     Source: Neyman and Pearson 1933, of two Gaussians.
+
+    Taught in: chapter 8
     """
     return float(ndtr(distance / (2 * noise)))

@@ -34,6 +34,8 @@ def candidate_gradients(
 
     Raises:
         ObservationError: as `invlib.observe`.
+
+    Taught in: chapter 8
     """
     rows = []
     for k in range(len(images)):
@@ -80,6 +82,8 @@ def matched_attack(
             finite.
 
     Source: Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225, section 4.
+
+    Taught in: chapter 8
     """
     if gradients.ndim not in (2, 3) or gradients.shape[-2] < 2 or not torch.isfinite(gradients).all():
         raise ConfigError(
