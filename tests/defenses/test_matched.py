@@ -114,3 +114,11 @@ def test_no_game(gradients):
         matched_attack(gradients, clip=1.0, noise_multiplier=1.0)
     with pytest.raises(ConfigError, match="clip is 0; expected a positive number"):
         matched_attack(torch.eye(3), clip=0, noise_multiplier=1.0)
+
+
+def test_short_and_long_gradients_are_weighed_by_their_length():
+    found = matched_attack(
+        torch.tensor([[1.0, 0.0], [0.1, 0.0]]), clip=1.0, noise_multiplier=0.5, trials=TRIALS
+    )
+    exact = bounds.two_point_bound(0.9, 0.5)
+    assert found.share == pytest.approx(exact, abs=4 * error(exact))
