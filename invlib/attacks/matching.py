@@ -320,7 +320,7 @@ class GradientMatching(Settings):
         if not only_direction(compares, observation):
             known = likelihood_of(compares, observation)
             # It knows itself what numbers that were not sent say.
-            compares, masks = known.objective, [None] * len(own)
+            compares, masks = known, [None] * len(own)
             unit = known.unit([target[i] for i in indices])
             observation = replace(observation, notes=(*observation.notes, *known.doubts))
 

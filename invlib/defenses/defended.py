@@ -89,7 +89,7 @@ class Defended(Checked):
         self, simulated: Sequence[Tensor], seen: Sequence[Tensor], weights: Sequence[float] | None = None
     ) -> Tensor:
         """Return the negative log-likelihood, up to constants, of what was seen; lists of tensors."""
-        return self.likelihood.objective(simulated, seen, weights)
+        return self.likelihood(simulated, seen, weights)
 
     def drawn(self, num_images: int) -> Defended:
         """Return it with what the client draws, where that draws something."""

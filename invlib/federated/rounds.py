@@ -62,9 +62,9 @@ class LikelihoodOfRounds:
         return tuple(dict.fromkeys(doubt for known in self.each for doubt in known.doubts))
 
     @property
-    def objective(self) -> Callable[..., Tensor]:
-        """The objective: itself."""
-        return self
+    def directional(self) -> bool:
+        """Whether all rounds compare directions alone."""
+        return all(known.directional for known in self.each)
 
     def unit(self, target: Sequence[Tensor]) -> float:
         """Return what it makes of a cosine distance of 1, about."""
@@ -83,7 +83,7 @@ class LikelihoodOfRounds:
         factors = [1.0] * len(target) if weights is None else list(weights)
         count = len(target) // len(self.each)
         parts = [
-            known.objective(one, seen, factors[k * count : (k + 1) * count])
+            known(one, seen, factors[k * count : (k + 1) * count])
             for k, (known, one, seen) in enumerate(ways)
         ]
         return torch.stack(parts).sum()
@@ -126,11 +126,9 @@ class EachRound:
         """The likelihood of the clients' defences.
 
         Raises:
-            AttributeError: a client has none, or all compare directions alone.
+            AttributeError: a client has none.
         """
         each = tuple(client.likelihood for client in self.clients)  # type: ignore[attr-defined]
-        if all(known.directional for known in each):
-            raise AttributeError(f"{self} compares directions alone")
         return LikelihoodOfRounds(each=each, scales=self.scales)
 
     @property
