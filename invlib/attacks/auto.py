@@ -119,6 +119,10 @@ def best(
     The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
     spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
 
+    Where the observation is of an `invlib.Defended` client, the likelihood of its defences takes the place of
+    the cosine. Against noise the natural prior's weight falls no lower than to what makes it the negative
+    logarithm of a probability beside that likelihood, and the squared distance is left out.
+
     Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was,
     which closed forms were tried and how near they came, or why none applies. What a network computes counts
     for them, not how its code is spelled: modules, functions and operators come to the same.
@@ -250,7 +254,8 @@ class Best(Settings):
             parts.bar.update(closed.result.evaluations)
         if closed is not None and closed.determined and closed.share <= EXACT:
             return doubted(closed.result, doubts_of(model, observation))
-        if closed is not None and closed.determined and closed.share <= _NEAR:
+        plain = only_direction(self.matching.objective, observation)
+        if closed is not None and closed.determined and closed.share <= _NEAR and plain:
             found = self._polished(closed.result, model, observation, self.evaluations, parts)
             return doubted(found, tried.doubts)
         try:

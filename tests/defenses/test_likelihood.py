@@ -200,9 +200,9 @@ def test_closed_forms_read_through_a_clip_and_doubt_noise():
 
 
 def test_best_says_what_it_compares_by():
-    model, seen, *_ = case(D.Clip(0.5), D.GaussianNoise(1e-4), dtype=torch.float32)
+    model, seen, *_ = case(D.Clip(0.5), D.GaussianNoise(0.01), dtype=torch.float32)
     found = iv.best(evaluations=50)(model, seen)
-    assert "by the likelihood of clip 0.5, noise 0.0001" in found.note
+    assert "by the likelihood of clip 0.5, noise 0.01" in found.note
     other = iv.best(evaluations=50)(model, case(D.TopK(0.5), dtype=torch.float32)[1])
     assert "by the likelihood of top-k 0.5" in other.note
     assert math.isfinite(found.score)
