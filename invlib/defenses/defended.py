@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.core.observation import ClientStep, Loss, stackable, takes_mode
+from invlib.defenses.coarse import TopK
 from invlib.defenses.likelihood import Likelihood
-from invlib.defenses.transforms import MaskLayer, Named, TopK, Transform
+from invlib.defenses.transforms import MaskLayer, Named, Transform
 from invlib.errors import ConfigError
 from invlib.settings import Checked, Rule
 
