@@ -512,7 +512,8 @@ def _note(observation: Observation, layer: Layer, span: Span, found: Found) -> t
     doubts = []
     if count < span.rank:
         note.append(
-            f"{span.rank - count} directions are missing, without which the others cannot be told apart"
+            f"{span.rank - count} {what} are missing: none of these is told from the others before all their "
+            "directions are found"
         )
     if span.rank > observation.num_images:
         doubts.append(

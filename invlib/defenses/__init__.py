@@ -1,8 +1,16 @@
-"""Defences of a client, as both sides know them, and what an attacker who knows them minimises."""
+"""Defences of a client, what an attacker who knows them minimises, and what no attacker can do."""
 
+from invlib.defenses.accounting import gaussian_mu
+from invlib.defenses.aggregation import SecureAggregation
+from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
+from invlib.defenses.captured import defend
 from invlib.defenses.coarse import Quantize, Sign, TopK, Transport
 from invlib.defenses.defended import Defended
 from invlib.defenses.likelihood import Likelihood
+from invlib.defenses.matched import candidate_gradients, matched_attack
+from invlib.defenses.mixup import Mixup
+from invlib.defenses.perexample import PerExample
+from invlib.defenses.soteria import Soteria
 from invlib.defenses.transforms import Clip, GaussianNoise, LaplaceNoise, MaskLayer, Transform
 
 __all__ = [
@@ -12,9 +20,21 @@ __all__ = [
     "LaplaceNoise",
     "Likelihood",
     "MaskLayer",
+    "Mixup",
+    "PerExample",
     "Quantize",
+    "SecureAggregation",
     "Sign",
+    "Soteria",
     "TopK",
     "Transform",
     "Transport",
+    "candidate_gradients",
+    "defend",
+    "gaussian_mu",
+    "matched_attack",
+    "noise_for",
+    "reconstruction_bound",
+    "subsampled_bound",
+    "two_point_bound",
 ]

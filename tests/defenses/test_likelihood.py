@@ -192,7 +192,7 @@ def test_closed_forms_read_through_a_clip_and_doubt_noise():
 
     torch.testing.assert_close(found(D.Clip(1e-3)).images, x, rtol=0, atol=1e-6)
     assert found(D.Clip(1e-3)).labels.tolist() == y.tolist()
-    with pytest.warns(DoubtWarning, match="noise of 1e-06 is read as a part of its gradient"):
+    with pytest.warns(DoubtWarning, match="labels were inferred from an update with noise of 1e-06"):
         noisy = found(D.GaussianNoise(1e-6))
     assert 0 < float((noisy.images - x).abs().max()) < 0.1
     with pytest.raises(RecoveryError, match=r"of the numbers of .* were sent"):
