@@ -4,6 +4,7 @@ from invlib.defenses.accounting import gaussian_mu
 from invlib.defenses.aggregation import SecureAggregation
 from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
 from invlib.defenses.captured import defend
+from invlib.defenses.coarse import Quantize, Sign, TopK, Transport
 from invlib.defenses.defended import Defended
 from invlib.defenses.diagnostics import LocalSpectrum, local_spectrum
 from invlib.defenses.likelihood import Likelihood
@@ -11,17 +12,7 @@ from invlib.defenses.matched import candidate_gradients, matched_attack
 from invlib.defenses.mixup import Mixup
 from invlib.defenses.perexample import PerExample
 from invlib.defenses.soteria import Soteria
-from invlib.defenses.transforms import (
-    Clip,
-    GaussianNoise,
-    LaplaceNoise,
-    MaskLayer,
-    Quantize,
-    Sign,
-    TopK,
-    Transform,
-    Transport,
-)
+from invlib.defenses.transforms import Clip, GaussianNoise, LaplaceNoise, MaskLayer, Transform
 from invlib.defenses.witness import WitnessPair, witness_pair
 
 __all__ = [

@@ -15,7 +15,8 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from invlib.core.optional import package
-from invlib.defenses.transforms import Clip, MaskLayer, TopK
+from invlib.defenses.coarse import TopK
+from invlib.defenses.transforms import Clip, MaskLayer
 from invlib.errors import ConfigError
 from invlib.settings import Count, Factor, NotNegative, Positive, checked, checks, real
 
