@@ -71,7 +71,8 @@ def test_the_hosted_workflow_runs_what_the_machine_runs() -> None:
 
 
 def test_the_machine_runs_every_check() -> None:
-    checks = re.findall(r"^(check-\w+):", read("Makefile"), flags=re.MULTILINE)
+    checks = {*re.findall(r"^(check-\w+):", read("Makefile"), flags=re.MULTILINE)}
+    checks.remove("check-flower")  # minutes, most of them a download
     assert len(checks) == 3
     commands = re.findall(r"^make --no-print-directory (.*)$", read(".ci/run"), flags=re.MULTILINE)
     made = {name for command in commands for name in command.split()}

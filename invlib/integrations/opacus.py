@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from invlib.errors import ConfigError, DoubtWarning
-from invlib.settings import Checked, Count, NotNegative, Positive
+from invlib.settings import Checked, Count, Factor, NotNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Privacy(Checked):
     noise_multiplier: NotNegative
     batch_size: Count
     noise: NotNegative
-    rate: Positive = 1.0
+    rate: Factor = 1.0
     steps: Count | None = None
 
 

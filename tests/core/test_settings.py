@@ -30,6 +30,7 @@ from invlib.attacks.shifts import Shifting
 from invlib.attacks.tokens import TokenEmbedding
 from invlib.core.normalization import as_normalization
 from invlib.errors import ConfigError
+from invlib.integrations.opacus import Privacy
 from invlib.legacy.config import AdamW
 from invlib.legacy.costs import Listed
 from invlib.settings import Checked, Count, Finite, expected
@@ -183,6 +184,13 @@ CLASSES |= {
     iv.defenses.Quantize: ({}, {"bits": "2 to 32"}),
     iv.defenses.Transport: ({}, {"dtype": "nothing else"}),
     iv.defenses.MaskLayer: ({"names": "fc"}, {"names": None}),
+    Privacy: (
+        {"clip_norm": 1.0, "noise_multiplier": 1.0, "batch_size": 8, "noise": 0.1},
+        {
+            **{"clip_norm": "positive", "noise_multiplier": "from 0", "batch_size": "count"},
+            **{"noise": "from 0", "rate": "(0, 1]", "steps": "count or None"},
+        },
+    ),
 }
 NO_SETTINGS = {  # what flows, and classes without fields
     *(iv.Observation, iv.Reconstruction, iv.Progress, iv.Report, iv.Identified, iv.FedSGD),
