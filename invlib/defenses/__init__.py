@@ -1,6 +1,7 @@
 """Defences of a client, as both sides know them, and what an attacker who knows them minimises."""
 
 from invlib.defenses.aggregation import SecureAggregation
+from invlib.defenses.bottleneck import Bottleneck, in_front, with_bottleneck
 from invlib.defenses.defended import Defended
 from invlib.defenses.likelihood import Likelihood
 from invlib.defenses.mixup import Mixup
@@ -19,6 +20,7 @@ from invlib.defenses.transforms import (
 )
 
 __all__ = [
+    "Bottleneck",
     "Clip",
     "Defended",
     "GaussianNoise",
@@ -34,4 +36,6 @@ __all__ = [
     "TopK",
     "Transform",
     "Transport",
+    "in_front",
+    "with_bottleneck",
 ]
