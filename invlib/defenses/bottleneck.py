@@ -40,7 +40,8 @@ class Bottleneck(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a draw ``(N, features)`` for representations ``(N, features)``."""
         mean, spread = self.encoder(inputs).chunk(2, -1)
-        return self.decoder(mean + F.softplus(spread - _NARROW) * torch.randn_like(mean))
+        out: Tensor = self.decoder(mean + F.softplus(spread - _NARROW) * torch.randn_like(mean))
+        return out
 
 
 @checks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -120,6 +121,19 @@ class Defended(Checked):
             elif isinstance(transform, TopK) and transform.coarse:
                 masks |= {name: value != 0 for name, value in released.items()}
         return {name: mask for name, mask in masks.items() if not mask.all()}
+
+    def averaged(self, rounds: int) -> Defended | None:
+        """Return the client whose update is the mean over so many rounds on one model.
+
+        None where the mean says less than they do: where noise is not Gaussian, or something follows it.
+        """
+        last = self.transforms[-1] if self.transforms else None
+        if last is None or not last.noise or last.law != "gaussian" or self.likelihood.doubts:
+            return None
+        if any(t.noise for t in self.transforms[:-1]):
+            return None
+        mean = replace(last, sigma=last.noise / math.sqrt(rounds))  # type: ignore[type-var]
+        return replace(self, transforms=(*self.transforms[:-1], mean))
 
     def __call__(
         self,

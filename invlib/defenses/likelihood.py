@@ -77,9 +77,14 @@ class Likelihood:
         return tuple(doubts)
 
     @property
+    def directional(self) -> bool:
+        """Whether nothing but a direction is compared, number by number."""
+        return not self.sigma and not self._coarse
+
+    @property
     def objective(self) -> Callable[..., Tensor]:
         """The objective: itself, or plainly the cosine where nothing but a direction is compared."""
-        return self if self.sigma or self._coarse else objectives.cosine
+        return objectives.cosine if self.directional else self
 
     def unit(self, target: Tensors) -> float:
         r"""Return what it makes of a cosine distance of 1, about: the signal-to-noise ratio of an update.

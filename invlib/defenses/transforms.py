@@ -243,7 +243,7 @@ class Quantize(Transform):
 
     @property
     def _levels(self) -> int:
-        return 2 ** (self.bits - 1) - 1  # on each side of zero
+        return (1 << self.bits - 1) - 1  # on each side of zero
 
     def apply(self, update: Named, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the rounded numbers."""
