@@ -12,7 +12,6 @@ from invlib.core.normalization import Normalization
 from invlib.errors import RecoveryError
 from invlib.optim.coordinates import NaturalImages
 
-_ROUNDS = 3  # of signals after the image, and the image after them
 _CONTRASTS = [2.0 ** (k / 2) for k in range(-8, 5)]  # of an image's variance beside that of photographs
 
 
@@ -50,9 +49,8 @@ def noisy_layer_input(
 
     .. math:: \hat x = \mu + \frac{a \kappa p}{a^2 \kappa p + \sigma^2}\, (z - a \mu).
 
-    The contrast :math:`\kappa` is the likeliest of z. With :math:`\hat x` follows a better
-    :math:`u \propto G \hat x + b`, and so on. Rows of several rounds with the same image, each over its own
-    :math:`\sigma`, may be given one below the other, since they have the same x.
+    The contrast :math:`\kappa` is the likeliest of z. Rows of several rounds with the same image, each over
+    its own :math:`\sigma`, may be given one below the other, since they have the same x.
 
     Args:
         weight_gradient: ``(out, C * H * W)``.
@@ -79,21 +77,19 @@ def noisy_layer_input(
         signal = torch.linalg.eigh(both @ both.T)[1][:, -1]
     else:
         signal = both @ torch.linalg.eigh(both.T @ both)[1][:, -1]
-    for _ in range(_ROUNDS):
-        signal = signal / signal.norm()
-        size = signal @ bias
-        seen = parts.of((weight.T @ signal).view(like.shape))
-        gap = seen - size * parts.mean
+    signal = signal / signal.norm()
+    size = signal @ bias
+    seen = parts.of((weight.T @ signal).view(like.shape))
+    gap = seen - size * parts.mean
 
-        def unlikely(contrast: float, gap: Tensor = gap, size: Tensor = size) -> float:
-            total = size**2 * contrast * parts.variance + noise**2
-            return float((gap.square() / total + total.log()).sum())
+    def unlikely(contrast: float) -> float:
+        total = size**2 * contrast * parts.variance + noise**2
+        return float((gap.square() / total + total.log()).sum())
 
-        variance = min(_CONTRASTS, key=unlikely) * parts.variance
-        total = size**2 * variance + noise**2
-        found = parts.mean + size * variance / total * gap
-        inputs = parts.inputs(found)
-        signal = weight @ inputs.flatten() + bias
+    variance = min(_CONTRASTS, key=unlikely) * parts.variance
+    total = size**2 * variance + noise**2
+    found = parts.mean + size * variance / total * gap
+    inputs = parts.inputs(found)
     by_size = (
         variance / total**2 * (noise**2 - size**2 * variance) * gap - size * variance / total * parts.mean
     )

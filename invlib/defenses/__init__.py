@@ -2,6 +2,7 @@
 
 from invlib.defenses.accounting import gaussian_mu
 from invlib.defenses.aggregation import SecureAggregation
+from invlib.defenses.bottleneck import Bottleneck, in_front, with_bottleneck
 from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
 from invlib.defenses.captured import defend
 from invlib.defenses.coarse import Quantize, Sign, TopK, Transport
@@ -16,6 +17,7 @@ from invlib.defenses.transforms import Clip, GaussianNoise, LaplaceNoise, MaskLa
 from invlib.defenses.witness import WitnessPair, witness_pair
 
 __all__ = [
+    "Bottleneck",
     "Clip",
     "Defended",
     "GaussianNoise",
@@ -36,11 +38,13 @@ __all__ = [
     "candidate_gradients",
     "defend",
     "gaussian_mu",
+    "in_front",
     "local_spectrum",
     "matched_attack",
     "noise_for",
     "reconstruction_bound",
     "subsampled_bound",
     "two_point_bound",
+    "with_bottleneck",
     "witness_pair",
 ]

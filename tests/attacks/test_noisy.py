@@ -137,3 +137,13 @@ def test_grey_images_and_more_rows_than_pixels():
     both += 1e-3 * torch.randn(both.shape, generator=generator)
     told = noisy_layer_input(both[:, :-1], both[:, -1], 1e-3, like=photo[0], normalization=iv.FASHION_MNIST)
     torch.testing.assert_close(told.inputs.flatten(), flat, atol=2e-3, rtol=0)
+
+
+def test_what_photographs_have_in_common_counts_under_heavy_noise(photo):
+    gains = []
+    for seed in range(9):
+        weight, bias = of_layer(photo, 2.0, seed=seed)
+        along = torch.linalg.svd(torch.cat([weight, bias[:, None]], 1))[2][0]  # total least squares
+        without = psnr(along[:-1] / along[-1], photo)
+        gains.append(psnr(found(weight, bias, 2.0).inputs, photo) - without)
+    assert sorted(gains)[4] > 1
