@@ -443,10 +443,11 @@ def observe(
     sent: Mapping[str, Tensor] = {}
     if hasattr(client, "release"):
         update = client.release(update, torch.Generator().manual_seed(seed))
-    if not getattr(client, "public", True):
-        protocol = protocol.client  # type: ignore[attr-defined]
-    elif hasattr(client, "sent"):
-        sent = client.sent(update)
+    said: Any = protocol
+    if not getattr(said, "public", True):
+        protocol = said.client
+    elif hasattr(said, "sent"):
+        sent = said.sent(update)
     if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
         raise ObservationError(
             f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "
