@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import invlib.core.interrupt  # noqa: F401 - first of all, before the imports that take seconds
-from invlib import errors, kernels, metrics
+from invlib import defenses, errors, kernels, metrics
 from invlib.attacks import analytic, labels
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.auto import best
@@ -35,6 +35,7 @@ from invlib.core.normalization import CIFAR10, CIFAR100, FASHION_MNIST, IMAGENET
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Frames, Progress, Reconstruction
 from invlib.core.version import __version__ as __version__
+from invlib.defenses import Defended
 from invlib.federated import (
     FedAvg,
     FedSGD,
@@ -76,6 +77,7 @@ __all__ = [
     "UNIT",
     "Adam",
     "CosineDecay",
+    "Defended",
     "FedAvg",
     "FedSGD",
     "ForwardMatching",
@@ -101,6 +103,7 @@ __all__ = [
     "client_privacy_leakage",
     "crossover",
     "deep_leakage",
+    "defenses",
     "errors",
     "evaluate",
     "exact_batch",

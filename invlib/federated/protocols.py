@@ -393,13 +393,15 @@ def observe(
         images: ``(N, C, H, W)`` in [0, 1], or bytes; taken to the model's type. Or token sequences, whole
             numbers ``(N, T)``.
         labels: int64 ``(N,)``, or whatever the loss takes, ``(N, ...)``.
-        protocol: `FedSGD`, `FedAvg` or a function with the same arguments.
+        protocol: `FedSGD`, `FedAvg` or a function with the same arguments; or `invlib.Defended`, which
+            changes the update before the server sees it, and which the observation shows if it is public.
         normalization: how the client encodes its images; token sequences need none.
         reveal_labels: whether the server is told the labels.
         training_mode: whether the client runs the model in training mode; batch norm then uses the
             statistics of the batch, and the updated running statistics are sent as buffers.
         loss: the client's loss ``(logits, labels) -> scalar``.
-        generator: its seed is that of the client's dropout; None takes one that no attack draws.
+        generator: its seed is that of the client's dropout and of a defence's noise; None takes one that no
+            attack draws. Clients and rounds that draw for themselves need one each.
         vocabulary: of text, the word of each token, to print what is recovered.
 
     Raises:
@@ -429,8 +431,10 @@ def observe(
 
     seed = CLIENT_SEED if generator is None else generator.initial_seed()
     with in_mode(model, training=training_mode, seed=seed):
-        client = protocol.drawn(count) if isinstance(protocol, FedAvg) else protocol
-        update = client(
+        client = protocol.drawn(count) if hasattr(protocol, "drawn") else protocol
+        release = getattr(client, "release", None)
+        step = client if release is None else client.client
+        update = step(
             model,
             inputs,
             labels,
@@ -438,6 +442,13 @@ def observe(
             loss=loss,
             on_step=update_statistics if training_mode else None,
         )
+    sent: Mapping[str, Tensor] = {}
+    if release is not None:
+        update = release(update, torch.Generator().manual_seed(seed))
+    if not getattr(protocol, "public", True):
+        protocol = protocol.client  # type: ignore[attr-defined]
+    elif hasattr(protocol, "sent"):
+        sent = protocol.sent(update)
     if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
         raise ObservationError(
             f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "
@@ -459,6 +470,7 @@ def observe(
         normalization=normalization,  # type: ignore[arg-type] # text may have none
         buffers=buffers,
         training_mode=training_mode,
+        sent=sent,
         loss=loss,
         vocabulary=vocabulary,  # type: ignore[arg-type] # becomes a tuple
     )

@@ -164,6 +164,13 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
         {"search": "nothing else", "places": "empty", "copies": "whole from 0", "stage": "count"}
         | {"per_step": "count"},
     ),
+    iv.defenses.PerExample: ({"clip": 1.0}, {"clip": "positive"}),
+    iv.defenses.SecureAggregation: ({"clients": 2}, {"clients": "count", "client": None}),
+    iv.defenses.Soteria: (
+        {"layer": "fc"},
+        {"layer": "text", "share": "(0, 1]", "client": None, "public": "flag"},
+    ),
+    iv.defenses.Mixup: ({}, {"alpha": "positive", "client": None}),
 }
 NO_SETTINGS = {  # what flows, and classes without fields
     *(iv.Observation, iv.Reconstruction, iv.Progress, iv.Report, iv.Identified, iv.FedSGD),
