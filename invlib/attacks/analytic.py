@@ -335,7 +335,7 @@ class FullyConnected(Settings):
         """
         began = time.perf_counter()
         model = observation.validate(model)
-        doubts = doubts_of(model, observation)
+        doubts = doubts_of(model, observation, closed=True)
         if observation.num_images == 1:
             flat, residual = network_input(model, observation)
             inputs = flat[None]

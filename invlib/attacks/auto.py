@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from invlib.attacks.base import Settings, index_of_best, known_labels, with_loss
+from invlib.attacks.base import (
+    Settings,
+    index_of_best,
+    known_labels,
+    likelihood_of,
+    only_direction,
+    with_loss,
+)
 from invlib.attacks.batches import Additive, Batching, additive
 from invlib.attacks.buffers import with_statistics
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
@@ -22,7 +29,7 @@ from invlib.attacks.shifts import Shifting, joined, moves
 from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
 from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.network import like
-from invlib.core.observation import Observation
+from invlib.core.observation import Observation, undefended
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError, RecoveryError
 from invlib.federated import observe
@@ -36,6 +43,7 @@ from invlib.search.halving import rungs
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
+_OF_NOISE = 1.0  # weight of the natural prior at the last step, over that of a log-probability
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
@@ -266,8 +274,7 @@ class Best(Settings):
         """Match from noise, and spend what that leaves on the squared distance or on a short schedule."""
         result, spare, short = self._searched(model, observation, parts, told)
         told += self.matching.steps
-        plain = (self.matching.objective, self.matching.layers, self.matching.labels) == _PLAIN
-        if not plain or spare < _STAGE or result.status != "max_steps":
+        if not self._plain(observation) or spare < _STAGE or result.status != "max_steps":
             return result
         reserve = math.ceil(_SHORT * _restarts(self.matching))
         if short is None or spare < reserve + _STAGE:
@@ -299,14 +306,17 @@ class Best(Settings):
         """
         matching = self.matching
         unit, smoothing, asked = _noise(matching, model, observation)
+        natural, fading = self._weighed(observation, unit)
+        tv = self.tv * unit * (natural / (self.natural * unit) if natural else 1)
         search = replace(
             matching,
             priors=(
                 *matching.priors,
-                (self.natural * unit, _coordinates(matching).prior(observation.normalization)),
-                (self.tv * unit, priors.rounded_total_variation),
+                (natural, _coordinates(matching).prior(observation.normalization)),
+                (tv, priors.rounded_total_variation),
                 *_statistics(model, observation, unit),
             ),
+            fading=fading,
             init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
@@ -336,7 +346,9 @@ class Best(Settings):
         else:
             steps = told + search.steps
             result = parts.run(search, observation, spent=told, steps=steps, name="gradient matching")
+        known = likelihood_of(search.objective, observation)
         note = f"gradient matching {'without' if search.smoothing is None else 'with'} smoothing"
+        note += "" if known is None else f", by {known.words}"
         result = replace(
             result,
             evaluations=result.evaluations + asked,
@@ -351,6 +363,26 @@ class Best(Settings):
             begun = replace(matching, steps=fewer, init=search.init)
             short = replace(self, evaluations=_SHORT, shifts=0, near_grey=False, matching=begun)
         return result, min(self.evaluations, int(planned - result.evaluations)), short
+
+    def _plain(self, observation: Observation) -> bool:
+        """Say whether the search compares whole updates by their direction alone, as its sequels do."""
+        search = self.matching
+        plain = (search.objective, search.layers, search.labels) == _PLAIN
+        return plain and only_direction(search.objective, observation)
+
+    def _weighed(self, observation: Observation, unit: float) -> tuple[float, float]:
+        """Return the initial weight of the natural prior, and the part of it that is left at the last step.
+
+        Against the likelihood of noise it falls no lower than to what makes it a negative log-probability,
+        half the sum of squares, or to a part of that.
+        """
+        weight, fading = self.natural * unit, self.matching.fading
+        if only_direction(self.matching.objective, observation) or not weight:
+            return weight, fading
+        known = likelihood_of(self.matching.objective, observation)
+        size = observation.num_images * math.prod(observation.image_shape)
+        least = _OF_NOISE * size / 2 / known.unit(list(observation.update.values())) if known.sigma else 0.0
+        return max(weight, least), max(fading, min(1.0, least / weight))
 
     def _coloured(self, found: Reconstruction, model: nn.Module, observation: Observation) -> Reconstruction:
         """Bring images to the colours and the contrast that were sent, on which updates hardly depend."""
@@ -367,8 +399,7 @@ class Best(Settings):
     def _additive(self, model: nn.Module, observation: Observation) -> Additive | None:
         """Return the client's step where images of a batch are sought by themselves."""
         search = self.matching
-        plain = (search.objective, search.layers, search.labels) == _PLAIN
-        if not plain or observation.num_images == 1 or self.evaluations < _SHIFTING:
+        if not self._plain(observation) or observation.num_images == 1 or self.evaluations < _SHIFTING:
             return None
         try:
             return additive(model, observation, known_labels(model, observation), search)
@@ -540,17 +571,21 @@ def _noise(
     some = like(model)
     images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
     labels = known_labels(model, observation)
-    unit = matching.scorer(model, observation, labels)(images)
+    known = likelihood_of(matching.objective, observation)
+    if known is None or not known.sigma:
+        unit = matching.scorer(model, observation, labels)(images)
     of_noise = observe(
         model,
         images,
         labels,
-        observation.protocol,
+        undefended(observation.protocol),
         normalization=observation.normalization,
         training_mode=observation.training_mode,
         loss=observation.loss or matching.loss,
     )
     smoothing, asked, score = Smoothing(), 2, matching.scorer(model, of_noise, labels)
+    if known is not None and known.sigma:  # the client's noise would count as a distance
+        unit = score(images.flip(-1, -2))
     for _ in range(_SHARPENINGS):
         asked += 1
         with rounded(smoothing.start):

@@ -16,6 +16,8 @@ from invlib.attacks.losses import kind_of
 from invlib.core.network import like, num_classes
 from invlib.core.observation import Loss, Observation, words_of
 from invlib.core.reconstruction import Callback, Reconstruction
+from invlib.optim import objectives
+from invlib.optim.objectives import Objective
 from invlib.settings import Checked
 
 
@@ -79,6 +81,26 @@ def with_loss(attack_loss: Loss, observation: Observation) -> Observation:
     return replace(observation, loss=loss, notes=(*observation.notes, doubt))
 
 
+def likelihood_of(objective: Objective, observation: Observation) -> Any:
+    """Return the likelihood of the client's defences, to which an objective left at its default gives way.
+
+    None where the client says of none, or the objective is another one.
+    """
+    return getattr(observation.protocol, "likelihood", None) if objective is objectives.cosine else None
+
+
+def only_direction(objective: Objective, observation: Observation) -> bool:
+    """Say whether no likelihood takes an objective's place, or one that is the cosine."""
+    known = likelihood_of(objective, observation)
+    return known is None or known.objective is objectives.cosine
+
+
+def compared_by(objective: Objective, observation: Observation) -> str:
+    """Return in words what compares two updates: an objective, or the likelihood that takes its place."""
+    plain = only_direction(objective, observation)
+    return words(objective) if plain else str(likelihood_of(objective, observation).words)
+
+
 def with_labels(model: nn.Module, observation: Observation) -> Observation:
     """Return an observation with its labels, told or inferred, on the model's device.
 
@@ -91,6 +113,8 @@ def with_labels(model: nn.Module, observation: Observation) -> Observation:
     if labels is None:
         found = infer(model, observation)
         labels, doubt = found.labels, str(found) if found.guess else None
+        if doubt is None and (noise := getattr(observation.protocol, "noise", 0)):
+            doubt = f"labels were inferred from an update with noise of {noise:g}"
     else:
         doubt = contradiction(model, observation)
     labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)

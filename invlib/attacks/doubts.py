@@ -34,14 +34,17 @@ def says_nothing(observation: Observation) -> bool:
     return not any(value.any() for value in observation.update.values())
 
 
-def doubts_of(model: nn.Module, observation: Observation) -> list[str]:
+def doubts_of(model: nn.Module, observation: Observation, *, closed: bool = False) -> list[str]:
     """Return what is doubtful about an observation that fits the model, without an evaluation of the client.
 
     Args:
         model: the model that the client received, unwrapped.
         observation: what the server saw.
+        closed: whether it is for a closed form, which reads the update as the gradient itself.
     """
     doubts = list(observation.notes)
+    if closed and (noise := getattr(observation.protocol, "noise", 0)):
+        doubts.append(f"the client's noise of {noise:g} is read as a part of its gradient")
     sizes = [float(value.abs().max()) for value in observation.update.values() if value.numel()]
     largest, number = max(sizes, default=0.0), next(iter(observation.update.values())).dtype
     if says_nothing(observation):

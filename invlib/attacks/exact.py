@@ -137,7 +137,7 @@ class ExactBatch(Settings):
         """
         began = time.perf_counter()
         model = observation.validate(model)
-        doubts = doubts_of(model, observation)
+        doubts = doubts_of(model, observation, closed=True)
         generator = generator or torch.Generator().manual_seed(0)
         layer = layer_of(model, observation, self.layer)
         active = int(layer.weight_gradient.any(1).sum())  # all signals of so few units lie in one space

@@ -462,6 +462,8 @@ def contradiction(model: nn.Module, observation: Observation) -> str | None:
     labels, loss = observation.labels, observation.loss or F.cross_entropy
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
         return None
+    if getattr(observation.protocol, "noise", 0):  # of either sign
+        return None
     try:
         model = unwrapped(model)
         head = Head.of(model, observation)

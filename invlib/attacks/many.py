@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from invlib.attacks.base import words
+from invlib.attacks.base import compared_by
 from invlib.attacks.matching import GradientMatching, hooks_of, reconstruction
 from invlib.core.network import in_mode
 from invlib.core.observation import Observation, stackable
@@ -86,7 +86,7 @@ def attack_many(
         together = [torch.cat(some) for some in zip(*starts, strict=True)]
         results = run(joined, together, attack.search, hooks_of(None, progress))
         done = [
-            reconstruction(*each, words(attack.objective), began)
+            reconstruction(*each, compared_by(attack.objective, each[2]), began)
             for each in zip(parts, results, observations, strict=True)
         ]
     share = (time.perf_counter() - began) / len(done)

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.base import Settings, index_of_best, with_labels, with_loss, words
+from invlib.attacks.base import (
+    Settings,
+    compared_by,
+    index_of_best,
+    likelihood_of,
+    only_direction,
+    with_labels,
+    with_loss,
+)
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.losses import taking_probabilities
 from invlib.attacks.orders import likely_orders
@@ -26,7 +34,7 @@ from invlib.autodiff.smoothing import Smoothing, rounded
 from invlib.core.convert import as_images, as_labels
 from invlib.core.fingerprint import describe
 from invlib.core.network import in_mode, num_classes, probe, trainable_parameters
-from invlib.core.observation import ClientStep, Loss, Observation, stackable, takes_mode
+from invlib.core.observation import ClientStep, Loss, Observation, stackable, takes_mode, undefended
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError, DoubtWarning
 from invlib.federated import FedAvg, FedSGD
@@ -74,8 +82,11 @@ class GradientMatching(Settings):
     where :math:`u` is the client's own step, called on the guess. All restarts run together.
 
     Args:
-        objective: :math:`D`, see `invlib.optim.objectives`; any ``(candidate, target) -> scalar``.
-        priors: pairs of a weight and a prior on the normalised images, see `invlib.optim.priors`.
+        objective: :math:`D`, see `invlib.optim.objectives`; any ``(candidate, target) -> scalar``. Where the
+            observation is of an `invlib.Defended` client, the default gives way to the likelihood of its
+            defences.
+        priors: pairs of a weight and a prior on the normalised images, see `invlib.optim.priors`. Weights are
+            in units of the cosine distance; a likelihood of noise counts them by what it makes of that unit.
         optimizer: `invlib.Adam`, `invlib.SGD` or `invlib.LBFGS`.
         steps: how many steps.
         decay: when the step size falls; None keeps it.
@@ -258,7 +269,11 @@ class GradientMatching(Settings):
         """Run the search of a problem from its starting points, and choose among the restarts."""
         with in_mode(model, training=observation.training_mode, seed=seed):
             [result] = run(problem, starts, self.search, hooks)
-            return reconstruction(problem, result, observation, words(self.objective), began)
+            found = reconstruction(
+                problem, result, observation, compared_by(self.objective, observation), began
+            )
+        known = likelihood_of(self.objective, observation)
+        return found if known is None else replace(found, note=f"gradient matching by {known.words}")
 
     @property
     def search(self) -> SearchSettings:
@@ -297,9 +312,17 @@ class GradientMatching(Settings):
             labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
         if labels is not None:
             check_loss(loss, some.new_zeros(len(labels), num_classes(model, observation.image_shape)), labels)
-        if isinstance(self.objective, objectives.Masked):
-            self.objective.check([target[i] for i in indices])
+        compares = self.objective
+        if isinstance(compares, objectives.Masked):
+            compares.check([target[i] for i in indices])
         names, masks = list(own), [observation.sent.get(name) for name in own]
+        unit = 1.0
+        if not only_direction(compares, observation):
+            known = likelihood_of(compares, observation)
+            # It knows itself what numbers that were not sent say.
+            compares, masks = known.objective, [None] * len(own)
+            unit = known.unit([target[i] for i in indices])
+            observation = replace(observation, notes=(*observation.notes, *known.doubts))
 
         def update(
             inputs: Tensor,
@@ -329,7 +352,7 @@ class GradientMatching(Settings):
                 return place
             return observation.normalization.encode(self.coordinates.images(place))
 
-        objective, compared = _weighted(self.objective, weights), [target[i] for i in indices]
+        objective, compared = _weighted(compares, weights), [target[i] for i in indices]
         alpha = share_of_label(self.log_odds, model, observation, labels, objective, compared, update)
         step: Update = update
         if alpha is not None:
@@ -344,7 +367,7 @@ class GradientMatching(Settings):
             target=compared,
             alpha=alpha,
             params=own,
-            priors=tuple((w, bound(prior, model, observation, labels)) for w, prior in self.priors),
+            priors=tuple((unit * w, bound(prior, model, observation, labels)) for w, prior in self.priors),
             variables=[images, Variable(name="labels", signed=False)] if optimized else [images],
             labels=labels,
             classes=classes,
@@ -471,14 +494,15 @@ def _reorders(protocol: ClientStep, num_images: int) -> TypeGuard[FedAvg]:
 
 
 def _recomputes(asked: bool | None, observation: Observation) -> bool:
-    if asked is not None or not isinstance(observation.protocol, FedAvg):
+    client = undefended(observation.protocol)
+    if asked is not None or not isinstance(client, FedAvg):
         return bool(asked)
-    return len(observation.protocol.batches(observation.num_images)) >= MANY_LOCAL_STEPS
+    return len(client.batches(observation.num_images)) >= MANY_LOCAL_STEPS
 
 
 def _activations(model: nn.Module, observation: Observation) -> int | None:
     """Return the bytes that layers put out for all images of all local steps, and of those steps' weights."""
-    protocol, count = observation.protocol, observation.num_images
+    protocol, count = undefended(observation.protocol), observation.num_images
     if not stackable(protocol) or not isinstance(protocol, (FedSGD, FedAvg)):
         return None
     steps = protocol.batches(count) if isinstance(protocol, FedAvg) else [slice(None)]

@@ -123,7 +123,7 @@ class PatchEmbedding(Settings):
             else math.nan
         )
 
-        doubts = doubts_of(model, observation)
+        doubts = doubts_of(model, observation, closed=True)
         # What dropout drew does not matter here.
         doubts = [doubt for doubt in doubts if not doubt.startswith("the model is random")]
         if expected >= _CLOSE and (cut := outside(images, fits=fits)):

@@ -110,7 +110,8 @@ class RecursiveInversion(Settings):
         note = f"{what}: the update of this image is {score:.1e} from the observed one in direction"
         result = closed_form(images, labels, score, objective="cosine", note=note, began=began)
         return doubted(
-            replace(result, evaluations=evaluations), [*doubts_of(model, observation), *filter(None, [cut])]
+            replace(result, evaluations=evaluations),
+            [*doubts_of(model, observation, closed=True), *filter(None, [cut])],
         )
 
 

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment, minimize_scalar
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import fully_connected, input_direction
-from invlib.attacks.base import closed_form, known_labels, of_classes
+from invlib.attacks.base import closed_form, compared_by, known_labels, of_classes, only_direction
 from invlib.attacks.chain import Chain, chain, outside
 from invlib.attacks.layout import patch_step
 from invlib.attacks.matching import GradientMatching
@@ -25,6 +25,7 @@ from invlib.core.network import in_mode, num_classes
 from invlib.core.observation import Loss, Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import DoubtWarning, RecoveryError
+from invlib.optim import objectives
 
 # Distances from the observed update, as shares of that of a noise image.
 EXACT = 1e-6
@@ -72,13 +73,19 @@ def distance_of(model: nn.Module, observation: Observation, loss: Loss) -> Dista
               = 1 - \cos(u, u^\ast),
 
     summed in float64. A factor of the update, of clipping say, changes nothing. It is 1 where an update is
-    all zero, and infinite where one is not finite.
+    all zero, and infinite where one is not finite. Where a client has defences that leave more than a
+    direction, it is their likelihood.
     """
+    likely = not only_direction(objectives.cosine, observation)
 
     def distance(images: Tensor, labels: Tensor) -> float:
         problem = GradientMatching(loss=loss).problem(model, observation, labels)
         with in_mode(model, training=observation.training_mode):
             update = problem.update(problem.encode(images.to(problem.like)), labels.to(problem.like.device))
+        if likely:
+            return float(
+                problem.objective(*([t.detach().double() for t in u] for u in (update, problem.target)))
+            )
         length, sent = _length(update), _length(problem.target)
         if not 0 < length < math.inf or sent == 0:
             return 1.0 if length == 0 or sent == 0 else math.inf
@@ -138,7 +145,7 @@ def closest_closed_form(
             checked = replace(
                 form,
                 score=score,
-                objective="cosine",
+                objective=compared_by(objectives.cosine, observation),
                 trial_scores=torch.tensor([score]),
                 note=said,
                 warnings=(),

@@ -74,6 +74,11 @@ def takes_mode(protocol: ClientStep) -> bool:
     return False
 
 
+def undefended(protocol: Any) -> Any:
+    """Return the step of a client without its defences, where it is one that has some."""
+    return protocol.client if hasattr(protocol, "release") else protocol
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Observation:
     """All that an honest-but-curious server sees of one client; it holds no image.

@@ -81,6 +81,21 @@ class Likelihood:
         """The objective: itself, or plainly the cosine where nothing but a direction is compared."""
         return self if self.sigma or self._coarse else objectives.cosine
 
+    def unit(self, target: Tensors) -> float:
+        r"""Return what it makes of a cosine distance of 1, about: the signal-to-noise ratio of an update.
+
+        That is :math:`\|s\|^2 / \sigma^2 - p` of :math:`p` numbers, from one standard deviation of it up; 1
+        without noise.
+
+        Args:
+            target: the update that was seen.
+        """
+        if not (sigma := self.sigma):
+            return 1.0
+        count = sum(int(t.count_nonzero()) for t in target)
+        square = sum(float(t.double().square().sum()) for t in target) / sigma**2
+        return max(square - count, math.sqrt(2 * count), 1.0)
+
     def simulate(self, update: Named) -> dict[str, Tensor]:
         """Return what the transforms make of one update, without noise and what is rounded after it.
 
