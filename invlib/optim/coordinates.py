@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -78,6 +78,28 @@ class NaturalImages(Checked):
 
         return prior
 
+    def components(self, normalization: Normalization, like: Tensor) -> Components:
+        """Return the numbers of a normalised image that vary independently of one another, were it Gaussian.
+
+        Args:
+            normalization: how the client encodes images.
+            like: of the shape ``(C, H, W)``, type and device of an image.
+        """
+        channels = like.shape[-3]
+        scale = (normalization.encode(torch.ones_like(like)) - normalization.encode(torch.zeros_like(like)))[
+            :, 0, 0
+        ]
+        mixed = torch.full((channels, channels), self.correlation).to(like).fill_diagonal_(1)
+        sizes, colours = torch.linalg.eigh(self.contrast**2 * scale[:, None] * mixed * scale)
+        made = Components(
+            colours=colours,
+            variance=self._amplitude(like).square() * sizes[:, None, None],
+            mean=torch.zeros_like(like),
+            weight=colours.square().T @ scale.pow(-2),
+        )
+        grey = normalization.encode(torch.full_like(like, self.mean))
+        return replace(made, mean=made.of(grey))
+
     def _amplitude(self, like: Tensor) -> Tensor:
         i, j = (torch.arange(n, dtype=like.dtype, device=like.device) for n in like.shape[-2:])
         amplitude = torch.pow(i[:, None].square() + j.square() + 1, -self.falloff / 2)
@@ -88,6 +110,33 @@ class NaturalImages(Checked):
         mean = images.mean(-3, keepdim=True)
         shared, rest = 1 + (images.shape[-3] - 1) * self.correlation, 1 - self.correlation
         return math.pow(shared, power) * mean + math.pow(rest, power) * (images - mean)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Components:
+    """What `NaturalImages.components` returns: an orthonormal basis, and what photographs have in it.
+
+    Args:
+        colours: ``(C, C)``, in columns the channels of each component.
+        variance: ``(C, H, W)``, of each number.
+        mean: ``(C, H, W)``.
+        weight: ``(C,)``, what the square of a number adds to the squared error in [0, 1] image units.
+    """
+
+    colours: Tensor
+    variance: Tensor
+    mean: Tensor
+    weight: Tensor
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """Return the components ``(C, H, W)`` of a normalised image."""
+        down, across = _transforms(inputs)
+        return torch.einsum("cj,chw->jhw", self.colours, down @ inputs @ across.T)
+
+    def inputs(self, components: Tensor) -> Tensor:
+        """Return the normalised image ``(C, H, W)``; undoes `of`."""
+        down, across = _transforms(components)
+        return down.T @ torch.einsum("cj,jhw->chw", self.colours, components) @ across
 
 
 @dataclass(frozen=True, kw_only=True)
