@@ -17,6 +17,7 @@ from invlib.attacks.chain import Chain, Stage, chain, not_linear, outside, preci
 from invlib.attacks.directions import BatchInputs as BatchInputs
 from invlib.attacks.directions import batch_inputs as batch_inputs
 from invlib.attacks.doubts import doubted, doubts_of
+from invlib.attacks.noisy import NoisyInput, noisy_layer_input
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import RecoveryError
@@ -287,9 +288,10 @@ def _unbiased_head(model: nn.Module, observation: Observation, head: Stage) -> t
 def fully_connected(*, tolerance: float = 1e-2, agreement: bool = False) -> FullyConnected:
     """Return the closed-form attack on networks whose first layers are fully connected.
 
-    One image comes back as it was, up to rounding. A batch does not: each row of the first layer gives a
-    mixture of the images, and the attack returns as many of them as there are images, those that lie
-    nearest to [0, 1] and differ, and says in ``note`` that they are mixtures.
+    One image comes back as it was, up to rounding, or from an update whose noise is told (`invlib.Defended`)
+    as likely as can be, by `invlib.attacks.noisy.noisy_layer_input`. A batch does not: each row of the first
+    layer gives a mixture of the images, and the attack returns as many of them as there are images, those
+    that lie nearest to [0, 1] and differ, and says in ``note`` that they are mixtures.
 
     Hidden labels are inferred by `invlib.attacks.labels.infer`: exactly for one image, as an estimate, in
     ascending order, for a batch. The images do not depend on them, so that where the update does not tell
@@ -335,8 +337,19 @@ class FullyConnected(Settings):
         """
         began = time.perf_counter()
         model = observation.validate(model)
-        doubts = doubts_of(model, observation, closed=True)
-        if observation.num_images == 1:
+        more: dict[str, Tensor] = {}
+        noise = float(getattr(observation.protocol, "noise", 0.0))
+        told = _of_noise(model, observation, noise) if noise and observation.num_images == 1 else None
+        doubts = doubts_of(model, observation, closed=told is None)
+        if told is not None:
+            flat, residual = told.inputs.flatten(), told.residual
+            inputs = flat[None]
+            more["expected_psnr"] = torch.tensor([told.expected_psnr])
+            note = (
+                f"likeliest: one image under noise of {noise:.1e} in each number; expected PSNR "
+                f"{told.expected_psnr:.0f} dB"
+            )
+        elif observation.num_images == 1:
             flat, residual = network_input(model, observation)
             inputs = flat[None]
             fits = residual <= self.tolerance
@@ -358,8 +371,8 @@ class FullyConnected(Settings):
             )
         labels: Tensor | None = None
         try:
-            told = with_labels(model, observation)
-            labels, doubts = told.labels, [*doubts, *told.notes]
+            known = with_labels(model, observation)
+            labels, doubts = known.labels, [*doubts, *known.notes]
         except RecoveryError as error:
             note += f"; the labels are unknown: {error}"
         result = closed_form(
@@ -369,8 +382,23 @@ class FullyConnected(Settings):
             objective="unexplained share of the first layer's gradient",
             note=note,
             began=began,
+            **more,
         )
         return doubted(result, doubts)
+
+
+def _of_noise(model: nn.Module, observation: Observation, noise: float) -> NoisyInput | None:
+    """Return the likeliest image; None where the first layer has no bias, or is given something else."""
+    found = _stages(model, observation)
+    first, shape = found.stages[0], observation.image_shape
+    like = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    as_it_is = torch.equal(undo(found.first, like.flatten())[0].flatten(), like.flatten())
+    if first.bias_name is None or not as_it_is:
+        return None
+    weight, bias = (sent(observation, name, model) for name in (first.weight_name, first.bias_name))
+    return noisy_layer_input(
+        first.gradient(weight), bias.flatten(), noise, like=like, normalization=observation.normalization
+    )
 
 
 def _mixtures(model: nn.Module, observation: Observation, agreement: bool) -> tuple[Tensor, float, int, int]:

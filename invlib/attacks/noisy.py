@@ -23,10 +23,12 @@ class NoisyInput:
     Args:
         inputs: the normalised image ``(C, H, W)``.
         expected_psnr: in dB, of images that vary as photographs do.
+        residual: the share of the weight's gradient that it leaves unexplained, in [0, 1].
     """
 
     inputs: Tensor
     expected_psnr: float
+    residual: float
 
 
 def noisy_layer_input(
@@ -92,6 +94,15 @@ def noisy_layer_input(
         found = parts.mean + size * variance / total * gap
         inputs = parts.inputs(found)
         signal = weight @ inputs.flatten() + bias
-    left = variance * noise**2 / total + found.square() * noise**2 / size**2  # that of x, and of a
+    by_size = (
+        variance / total**2 * (noise**2 - size**2 * variance) * gap - size * variance / total * parts.mean
+    )
+    left = variance * noise**2 / total + (noise * by_size).square()  # the error of x, and that of a
     error = float((parts.weight[:, None, None] * left).sum()) / like.numel()
-    return NoisyInput(inputs=inputs.to(weight_gradient), expected_psnr=-10 * math.log10(max(error, 1e-30)))
+    flat = inputs.flatten()
+    rest = weight - torch.outer(weight @ flat / flat.square().sum().clamp_min(1e-300), flat)
+    return NoisyInput(
+        inputs=inputs.to(weight_gradient),
+        expected_psnr=-10 * math.log10(max(error, 1e-30)),
+        residual=float(rest.norm() / weight.norm()),
+    )

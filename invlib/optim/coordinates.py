@@ -120,7 +120,8 @@ class Components:
         colours: ``(C, C)``, in columns the channels of each component.
         variance: ``(C, H, W)``, of each number.
         mean: ``(C, H, W)``.
-        weight: ``(C,)``, what the square of a number adds to the squared error in [0, 1] image units.
+        weight: ``(C,)``, what the square of a number adds to the squared error in [0, 1] image units, where
+            the errors of all numbers are independent.
     """
 
     colours: Tensor
