@@ -22,7 +22,7 @@ from invlib.metrics import identification
 
 _NETWORKS = {"LeNetZhu": True, "ViT": False, "ConvNet8": True}  # whether its weights are trained
 _HEADS = {"LeNetZhu": "fc", "ConvNet8": "linear", "ViT": "head"}
-_CLIENTS, _BATCH, _ROUNDS, _RATE, _FOLDS = 4, 5, 100, 3e-3, 2  # of the training that measures utility
+_CLIENTS, _BATCH, _ROUNDS, _RATE, _FOLDS = 4, 5, 60, 5e-3, 2  # of the training that measures utility
 KNOWS, NAIVE, EITHER, TRAINS = "knows it", "does not know", "needs not know", "nobody: training"
 
 
@@ -83,7 +83,7 @@ class Attacked:
 class Training:
     """The training that a defence is meant to leave possible, on images none of which is tested.
 
-    Four clients with five images each send their updates in each of 100 rounds, and the server takes a step
+    Four clients with five images each send their updates in each of 60 rounds, and the server takes a step
     of Adam along the mean, for which the length of updates does not matter. Half of the images are trained on
     and the others tested, and then the other way round.
 
@@ -262,7 +262,7 @@ EXPERIMENT = Experiment(
     notes=(
         "Identified: by SSIM, among all images of the sample. Strength: the clip's norm; the standard "
         "deviation of the noise in each number; the share of the numbers that are sent. The search is this "
-        "project's best; the ViT is read by its patch embedding. Test images right: after 100 rounds of four "
+        "project's best; the ViT is read by its patch embedding. Test images right: after 60 rounds of four "
         "clients with five images each, half of the sample trained on and the other tested, and the reverse.",
     ),
 )
