@@ -151,12 +151,13 @@ def trained(
     )
     model = model.to(images.device).eval()
     optimizer = torch.optim.Adam(model.parameters(), _RATE)
-    generator = torch.Generator().manual_seed(seed)
+    # One for the images and one for noise, so that all clients are given the same images.
+    draws, generator = (torch.Generator().manual_seed(2 * seed + k) for k in range(2))
     at_once = getattr(client, "clients", 1) * _BATCH
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for _ in range(rounds):
-            rows = torch.randperm(len(images), generator=generator)[: _CLIENTS * _BATCH]
+            rows = torch.randperm(len(images), generator=draws)[: _CLIENTS * _BATCH]
             sent = [_sent(client, model, images[own], labels[own], generator) for own in rows.split(at_once)]
             for name, parameter in model.named_parameters():
                 parameter.grad = torch.stack([update[name] for update in sent]).mean(0)
