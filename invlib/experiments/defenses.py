@@ -243,7 +243,7 @@ def cases(setup: Setup) -> list[Case]:
                     images=images,
                     reveal_labels=defence != "mixup of 2",
                     measure=Attacked(),
-                    clients=(4 if network == "ConvNet8" else None) if images == 1 else 2,
+                    clients=2 if network == "ConvNet8" or images > 1 else None,
                 )
                 for attacker, protocol in sides.items()
             ]
@@ -259,7 +259,7 @@ EXPERIMENT = Experiment(
     cases=cases,
     dataset="fashion",
     full=Size(images=16, steps=1200, restarts=2),
-    reduced=Size(images=8, steps=60),
+    reduced=Size(images=4, steps=150),
     notes=(
         "Identified: by SSIM, among all images of the sample. Strength: the clip's norm; the standard "
         "deviation of the noise in each number; the share of the numbers that are sent. The search is this "

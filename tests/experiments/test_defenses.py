@@ -11,7 +11,7 @@ IMAGES, LABELS = iv.data.samples("fashion")
 INPUTS = iv.FASHION_MNIST.encode(IMAGES)
 
 
-def right(client, rounds=3, seed=0):
+def right(client, rounds=2, seed=0):
     return defenses.trained(
         "LeNetZhu", client, INPUTS[:40], LABELS[:40], INPUTS[40:], LABELS[40:], rounds=rounds, seed=seed
     )
@@ -40,10 +40,10 @@ def test_what_leaves_the_mean_update_as_it_is_costs_nothing(client):
 
 
 def test_training_learns_and_much_noise_ends_it():
-    clean = int(right(iv.FedSGD(), rounds=20).sum())
+    clean = int(right(iv.FedSGD(), rounds=40).sum())
     noisy = iv.Defended(iv.FedSGD(), [iv.defenses.Clip(1.0), iv.defenses.GaussianNoise(10.0)])
-    assert clean > 20
-    assert int(right(noisy, rounds=20).sum()) < clean - 10
+    assert clean > 15
+    assert int(right(noisy, rounds=40).sum()) < clean - 5
 
 
 def test_attackers_and_training_make_rows_of_one_record(tmp_path, monkeypatch):

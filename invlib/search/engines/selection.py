@@ -131,6 +131,7 @@ def scores(problem: Problem, inputs: Tensor, logits: Tensor | None = None, *, to
 
 def _from_zero(objective: object) -> bool:
     """Say whether an objective is one of cosines, which rounding alone takes below zero."""
+
     def inner(of: object) -> object:  # of a partial function, or where a mask is not zero
         return getattr(of, "func", None) or getattr(of, "objective", None)
 
