@@ -13,7 +13,7 @@ CACHE   := _build/.computed-with
 LOOKS   := $(shell find book/_static book/_ext -type f -not -path '*/__pycache__/*' 2>/dev/null)
 PAGES   := _build/.looks-like
 
-.PHONY: help book rerun test lint types unit read lab check-dist check-site check-runs hostile coverage bench gpu clean
+.PHONY: help book rerun test lint types unit read lab check-dist check-flower check-site check-runs hostile coverage bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make read        serve the built book on http://127.0.0.1:$(PORT)"
 	@echo "make lab         open the chapters in JupyterLab"
 	@echo "make check-dist  build the archives of a release, look at their files and use the wheel alone"
+	@echo "make check-flower record two clients of the real Flower, installed for it into a folder that goes again"
 	@echo "make check-site  open every built page in Chromium and look for faults"
 	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
 	@echo "make coverage    the tests, and which lines of the library they run"
@@ -82,6 +83,10 @@ lab: $(STAMP)
 
 check-dist: $(STAMP)
 	@$(BIN)/python -m tests.check_dist
+
+# Not a part of the tests: it downloads Flower.
+check-flower: $(STAMP)
+	@$(BIN)/python -m tests.check_flower
 
 hostile: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.doors.hostile

@@ -46,6 +46,7 @@ from invlib.federated import (
     from_state_dicts,
     load_observation,
     observe,
+    record_client,
     save_observation,
     several_rounds,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "optimizers",
     "patch_embedding",
     "priors",
+    "record_client",
     "recursive_inversion",
     "save_observation",
     "see_through_gradients",

@@ -27,7 +27,10 @@ SOURCE = {
     *(".gitignore", ".pre-commit-config.yaml"),
 }
 # What the extras bring; torch may require triton, and runs without it.
-EXTRAS = ("matplotlib", "ipywidgets", "torchvision", "triton", "distributed", "efficientnet_lite_pytorch")
+EXTRAS = (
+    *("matplotlib", "ipywidgets", "torchvision", "triton", "distributed"),
+    *("dp_accounting", "efficientnet_lite_pytorch"),
+)
 PROBE = """
 import importlib.util, sys
 from torch import nn

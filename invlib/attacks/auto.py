@@ -43,7 +43,7 @@ from invlib.search.halving import rungs
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
-_OF_NOISE = 1.0  # weight of the natural prior at the last step, over that of a log-probability
+_OF_NOISE = 3.0  # weight of the natural prior at the last step, over that of a log-probability
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
@@ -118,6 +118,10 @@ def best(
     its sharpness changes more slowly.
     The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
     spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
+
+    Where the observation is of an `invlib.Defended` client, the likelihood of its defences takes the place of
+    the cosine. Against noise the natural prior's weight falls no lower than to three times what makes it the
+    negative logarithm of a probability beside that likelihood, and the squared distance is left out.
 
     Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was,
     which closed forms were tried and how near they came, or why none applies. What a network computes counts
@@ -250,7 +254,8 @@ class Best(Settings):
             parts.bar.update(closed.result.evaluations)
         if closed is not None and closed.determined and closed.share <= EXACT:
             return doubted(closed.result, doubts_of(model, observation))
-        if closed is not None and closed.determined and closed.share <= _NEAR:
+        plain = only_direction(self.matching.objective, observation)
+        if closed is not None and closed.determined and closed.share <= _NEAR and plain:
             found = self._polished(closed.result, model, observation, self.evaluations, parts)
             return doubted(found, tried.doubts)
         try:
@@ -374,7 +379,7 @@ class Best(Settings):
         """Return the initial weight of the natural prior, and the part of it that is left at the last step.
 
         Against the likelihood of noise it falls no lower than to what makes it a negative log-probability,
-        half the sum of squares, or to a part of that.
+        half the sum of squares, times `_OF_NOISE`.
         """
         weight, fading = self.natural * unit, self.matching.fading
         if only_direction(self.matching.objective, observation) or not weight:

@@ -92,7 +92,7 @@ def likelihood_of(objective: Objective, observation: Observation) -> Any:
 def only_direction(objective: Objective, observation: Observation) -> bool:
     """Say whether no likelihood takes an objective's place, or one that is the cosine."""
     known = likelihood_of(objective, observation)
-    return known is None or known.objective is objectives.cosine
+    return known is None or bool(known.directional)
 
 
 def compared_by(objective: Objective, observation: Observation) -> str:

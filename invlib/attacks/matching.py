@@ -312,17 +312,17 @@ class GradientMatching(Settings):
             labels = labels.to(some) if labels.is_floating_point() else labels.to(some.device)
         if labels is not None:
             check_loss(loss, some.new_zeros(len(labels), num_classes(model, observation.image_shape)), labels)
-        compares = self.objective
+        known, compares = likelihood_of(self.objective, observation), self.objective
+        if known is not None:
+            observation = replace(observation, notes=(*observation.notes, *known.doubts))
         if isinstance(compares, objectives.Masked):
             compares.check([target[i] for i in indices])
         names, masks = list(own), [observation.sent.get(name) for name in own]
         unit = 1.0
         if not only_direction(compares, observation):
-            known = likelihood_of(compares, observation)
             # It knows itself what numbers that were not sent say.
-            compares, masks = known.objective, [None] * len(own)
+            compares, masks = known, [None] * len(own)
             unit = known.unit([target[i] for i in indices])
-            observation = replace(observation, notes=(*observation.notes, *known.doubts))
 
         def update(
             inputs: Tensor,

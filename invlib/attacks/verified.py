@@ -141,7 +141,9 @@ def closest_closed_form(
         if observation.num_images > 1 and share > EXACT:
             continue  # mixtures
         if nearest is None or score < nearest.result.score:
-            said = f"closed form, {note}: its update is {score:.1e} from the observed one in direction"
+            plain = only_direction(objectives.cosine, observation)
+            how = "in direction" if plain else f"by {compared_by(objectives.cosine, observation)}"
+            said = f"closed form, {note}: its update is {score:.1e} from the observed one {how}"
             checked = replace(
                 form,
                 score=score,

@@ -1,22 +1,19 @@
-"""Defences of a client, as both sides know them, and what an attacker who knows them minimises."""
+"""Defences of a client, what an attacker who knows them minimises, and what no attacker can do."""
 
+from invlib.defenses.accounting import gaussian_mu
 from invlib.defenses.aggregation import SecureAggregation
+from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
+from invlib.defenses.captured import defend
+from invlib.defenses.coarse import Quantize, Sign, TopK, Transport
 from invlib.defenses.defended import Defended
+from invlib.defenses.diagnostics import LocalSpectrum, local_spectrum
 from invlib.defenses.likelihood import Likelihood
+from invlib.defenses.matched import candidate_gradients, matched_attack
 from invlib.defenses.mixup import Mixup
 from invlib.defenses.perexample import PerExample
 from invlib.defenses.soteria import Soteria
-from invlib.defenses.transforms import (
-    Clip,
-    GaussianNoise,
-    LaplaceNoise,
-    MaskLayer,
-    Quantize,
-    Sign,
-    TopK,
-    Transform,
-    Transport,
-)
+from invlib.defenses.transforms import Clip, GaussianNoise, LaplaceNoise, MaskLayer, Transform
+from invlib.defenses.witness import WitnessPair, witness_pair
 
 __all__ = [
     "Clip",
@@ -24,6 +21,7 @@ __all__ = [
     "GaussianNoise",
     "LaplaceNoise",
     "Likelihood",
+    "LocalSpectrum",
     "MaskLayer",
     "Mixup",
     "PerExample",
@@ -34,4 +32,15 @@ __all__ = [
     "TopK",
     "Transform",
     "Transport",
+    "WitnessPair",
+    "candidate_gradients",
+    "defend",
+    "gaussian_mu",
+    "local_spectrum",
+    "matched_attack",
+    "noise_for",
+    "reconstruction_bound",
+    "subsampled_bound",
+    "two_point_bound",
+    "witness_pair",
 ]

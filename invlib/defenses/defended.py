@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.core.observation import ClientStep, Loss, stackable, takes_mode
+from invlib.defenses.coarse import TopK
 from invlib.defenses.likelihood import Likelihood
-from invlib.defenses.transforms import MaskLayer, Named, TopK, Transform
+from invlib.defenses.transforms import MaskLayer, Named, Transform
 from invlib.errors import ConfigError
 from invlib.settings import Checked, Rule
 
@@ -88,7 +90,7 @@ class Defended(Checked):
         self, simulated: Sequence[Tensor], seen: Sequence[Tensor], weights: Sequence[float] | None = None
     ) -> Tensor:
         """Return the negative log-likelihood, up to constants, of what was seen; lists of tensors."""
-        return self.likelihood.objective(simulated, seen, weights)
+        return self.likelihood(simulated, seen, weights)
 
     def drawn(self, num_images: int) -> Defended:
         """Return it with what the client draws, where that draws something."""
@@ -120,6 +122,19 @@ class Defended(Checked):
             elif isinstance(transform, TopK) and transform.coarse:
                 masks |= {name: value != 0 for name, value in released.items()}
         return {name: mask for name, mask in masks.items() if not mask.all()}
+
+    def averaged(self, rounds: int) -> Defended | None:
+        """Return the client whose update is the mean over so many rounds on one model.
+
+        None where the mean says less than they do: where noise is not Gaussian, or something follows it.
+        """
+        last = self.transforms[-1] if self.transforms else None
+        if last is None or not last.noise or last.law != "gaussian" or self.likelihood.doubts:
+            return None
+        if any(t.noise for t in self.transforms[:-1]):
+            return None
+        mean = replace(last, sigma=last.noise / math.sqrt(rounds))  # type: ignore[type-var]
+        return replace(self, transforms=(*self.transforms[:-1], mean))
 
     def __call__(
         self,

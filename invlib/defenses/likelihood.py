@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +77,9 @@ class Likelihood:
         return tuple(doubts)
 
     @property
-    def objective(self) -> Callable[..., Tensor]:
-        """The objective: itself, or plainly the cosine where nothing but a direction is compared."""
-        return self if self.sigma or self._coarse else objectives.cosine
+    def directional(self) -> bool:
+        """Whether nothing but a direction is compared, number by number."""
+        return not self.sigma and not self._coarse
 
     def unit(self, target: Tensors) -> float:
         r"""Return what it makes of a cosine distance of 1, about: the signal-to-noise ratio of an update.

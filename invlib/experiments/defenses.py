@@ -163,7 +163,8 @@ def trained(
                 parameter.grad = torch.stack([update[name] for update in sent]).mean(0)
             optimizer.step()
     with torch.no_grad():
-        return model(others).argmax(1) == answers
+        right: Tensor = model(others).argmax(1) == answers
+    return right
 
 
 def _sent(
@@ -171,8 +172,10 @@ def _sent(
 ) -> Mapping[str, Tensor]:
     step = client.drawn(len(images)) if hasattr(client, "drawn") else client
     if not hasattr(client, "release"):
-        return step(model, images, labels)
-    return step.release(step.client(model, images, labels), generator)
+        update: Mapping[str, Tensor] = step(model, images, labels)
+    else:
+        update = step.release(step.client(model, images, labels), generator)
+    return update
 
 
 def _clients(network: str) -> list[tuple[str, str, ClientStep, int]]:
@@ -191,7 +194,7 @@ def _clients(network: str) -> list[tuple[str, str, ClientStep, int]]:
         ("last layer withheld", "", [d.MaskLayer(head)]),
     ]
     made: list[tuple[str, str, ClientStep, int]] = [
-        (name, strength, d.Defended(FedSGD(), chain), 1) for name, strength, chain in chains
+        (name, strength, d.Defended(FedSGD(), tuple(chain)), 1) for name, strength, chain in chains
     ]
     if network != "ViT":  # its closed form does not read the layer that Soteria changes
         made += [("Soteria", "0.5", d.Soteria(head, share=0.5), 1)]
@@ -204,7 +207,8 @@ def _hidden(client: Any) -> ClientStep | None:
     """Return the client whose defence is hidden; None where there is nothing to hide, or no way to."""
     if not hasattr(client, "public") or not getattr(client, "transforms", (None,)):
         return None
-    return replace(client, public=False)
+    hidden: ClientStep = replace(client, public=False)
+    return hidden
 
 
 def _attack(network: str, defence: str, evaluations: int, restarts: int) -> Attack:

@@ -8,12 +8,14 @@ from invlib.federated.capture import (
     save_observation,
 )
 from invlib.federated.protocols import FedAvg, FedSGD, observe
+from invlib.federated.record import Recording, record_client
 from invlib.federated.rounds import several_rounds
 from invlib.federated.surrogate import as_one_gradient, fitted_place
 
 __all__ = [
     "FedAvg",
     "FedSGD",
+    "Recording",
     "as_one_gradient",
     "fitted_place",
     "from_arrays",
@@ -21,6 +23,7 @@ __all__ = [
     "from_state_dicts",
     "load_observation",
     "observe",
+    "record_client",
     "save_observation",
     "several_rounds",
 ]

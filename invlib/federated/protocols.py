@@ -25,7 +25,7 @@ from invlib.core.network import (
     unwrapped,
 )
 from invlib.core.normalization import Normalization, as_normalization
-from invlib.core.observation import ClientStep, Loss, Observation
+from invlib.core.observation import ClientStep, Loss, Observation, undefended
 from invlib.errors import ConfigError, DoubtWarning, ObservationError
 from invlib.federated import rules
 from invlib.federated.dropout import Masks
@@ -431,10 +431,8 @@ def observe(
 
     seed = CLIENT_SEED if generator is None else generator.initial_seed()
     with in_mode(model, training=training_mode, seed=seed):
-        client = protocol.drawn(count) if hasattr(protocol, "drawn") else protocol
-        release = getattr(client, "release", None)
-        step = client if release is None else client.client
-        update = step(
+        client: Any = protocol.drawn(count) if hasattr(protocol, "drawn") else protocol
+        update = undefended(client)(
             model,
             inputs,
             labels,
@@ -443,12 +441,12 @@ def observe(
             on_step=update_statistics if training_mode else None,
         )
     sent: Mapping[str, Tensor] = {}
-    if release is not None:
-        update = release(update, torch.Generator().manual_seed(seed))
-    if not getattr(protocol, "public", True):
+    if hasattr(client, "release"):
+        update = client.release(update, torch.Generator().manual_seed(seed))
+    if not getattr(client, "public", True):
         protocol = protocol.client  # type: ignore[attr-defined]
-    elif hasattr(protocol, "sent"):
-        sent = protocol.sent(update)
+    elif hasattr(client, "sent"):
+        sent = client.sent(update)
     if lost := [name for name, value in update.items() if not torch.isfinite(value).all()]:
         raise ObservationError(
             f"the client's step gives NaN or infinite numbers, first in {lost[0]!r}; expected a model with "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from invlib.autodiff.gradients import PLAIN, GradientMode
 from invlib.core.network import trainable_parameters
 from invlib.core.observation import ClientStep, Loss, Observation, stackable, takes_mode
-from invlib.errors import ObservationError
+from invlib.errors import ConfigError, ObservationError
 
 
 class Rounds(nn.Module):
@@ -32,6 +32,71 @@ class Rounds(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         """Return what the first model makes of the inputs."""
         return self.rounds[0](inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodOfRounds:
+    """The likelihood of several rounds, the sum of each round's; of clients all of which have one.
+
+    Args:
+        each: the rounds' likelihoods.
+        scales: factors of their updates.
+    """
+
+    each: tuple[Any, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def sigma(self) -> float:
+        """The standard deviation of noise in the first round that has some; 0 where none has."""
+        return next((float(known.sigma) for known in self.each if known.sigma), 0.0)
+
+    @property
+    def words(self) -> str:
+        """What it is, in words."""
+        return f"{' and '.join(dict.fromkeys(known.words for known in self.each))} in {len(self.each)} rounds"
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What it leaves out, a sentence each."""
+        return tuple(dict.fromkeys(doubt for known in self.each for doubt in known.doubts))
+
+    @property
+    def directional(self) -> bool:
+        """Whether all rounds compare directions alone."""
+        return all(known.directional for known in self.each)
+
+    def unit(self, target: Sequence[Tensor]) -> float:
+        """Return what it makes of a cosine distance of 1, about."""
+        return sum(
+            float(known.unit(seen)) for known, seen in zip(self.each, self._parts(target), strict=True)
+        )
+
+    def __call__(
+        self,
+        candidate: Sequence[Tensor],
+        target: Sequence[Tensor],
+        weights: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Return the objective of the updates of all rounds, one round's tensors after another's."""
+        ways = zip(self.each, self._parts(candidate), self._parts(target), strict=True)
+        factors = [1.0] * len(target) if weights is None else list(weights)
+        count = len(target) // len(self.each)
+        parts = [
+            known(one, seen, factors[k * count : (k + 1) * count])
+            for k, (known, one, seen) in enumerate(ways)
+        ]
+        return torch.stack(parts).sum()
+
+    def _parts(self, update: Sequence[Tensor]) -> list[list[Tensor]]:
+        count, left = divmod(len(update), len(self.each))
+        if left:
+            raise ConfigError(
+                f"{self.words} is of {len(update)} tensors; expected those of all layers in each round"
+            )
+        return [
+            [u / scale for u in update[k * count : (k + 1) * count]] for k, scale in enumerate(self.scales)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +120,21 @@ class EachRound:
     def linear(self) -> bool:
         """Whether the updates are sums of gradients."""
         return all(getattr(client, "linear", True) for client in self.clients)
+
+    @property
+    def likelihood(self) -> LikelihoodOfRounds:
+        """The likelihood of the clients' defences.
+
+        Raises:
+            AttributeError: a client has none.
+        """
+        each = tuple(client.likelihood for client in self.clients)  # type: ignore[attr-defined]
+        return LikelihoodOfRounds(each=each, scales=self.scales)
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of the noise in the first round's update, as it is scaled."""
+        return float(getattr(self.clients[0], "noise", 0.0)) * self.scales[0]
 
     @property
     def mean_gradient(self) -> Callable[[Tensor, int], Tensor]:
@@ -101,7 +181,9 @@ def several_rounds(
 
     Any attack can be run on them, and matches all updates at once, each scaled to length 1. With the squared
     distance that is :math:`\sum_t \| u_t(x) - u_t^\ast \|^2 / \| u_t^\ast \|^2`; with the cosine it is nearly
-    the mean of the rounds' cosines. Labels and closed forms are read off the first round.
+    the mean of the rounds' cosines. Labels and closed forms are read off the first round. Of clients whose
+    defences are known the likelihoods are added; where one model got updates that differ by Gaussian noise
+    alone, their mean is one round's update, with the noise over the root of their number.
 
     Args:
         models: the model that the client received in each round.
@@ -150,6 +232,9 @@ def several_rounds(
         raise ObservationError(
             f"the update of round {lengths.index(0)} is all zero; expected one that is not"
         )
+    if (mean := _mean(checked, observations)) is not None:
+        checked, observations = checked[:1], [mean]
+        lengths = lengths[:1]
     scales = tuple(1 / length for length in lengths)
     protocol = EachRound(clients=tuple(seen.protocol for seen in observations), scales=scales)
     whole = replace(
@@ -164,6 +249,23 @@ def several_rounds(
         notes=tuple(dict.fromkeys(note for seen in observations for note in seen.notes)),
     )
     return Rounds(checked).train(checked[0].training), whole
+
+
+def _mean(models: Sequence[nn.Module], observations: Sequence[Observation]) -> Observation | None:
+    """Return the mean of the rounds as one, where one model got the same update with noise of its own."""
+    first, count = observations[0], len(observations)
+    mean = first.protocol.averaged(count) if hasattr(first.protocol, "averaged") else None
+    alike = all(seen.protocol == first.protocol for seen in observations) and all(
+        torch.equal(value, other)
+        for model in models
+        for value, other in zip(models[0].state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    if mean is None or not alike:
+        return None
+    update = {
+        name: torch.stack([seen.update[name] for seen in observations]).mean(0) for name in first.update
+    }
+    return replace(first, update=update, protocol=mean)
 
 
 def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

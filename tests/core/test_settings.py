@@ -63,6 +63,7 @@ KINDS = {
     "whole from 0": lambda v: whole(v) and v >= 0,
     "1 to a million": lambda v: whole(v) and 1 <= v <= 1_000_000,
     "1 to 4096": lambda v: whole(v) and 1 <= v <= 4096,
+    "2 to 32": lambda v: whole(v) and 2 <= v <= 32,
     "finite": number,
     "positive": lambda v: number(v) and v > 0,
     "from 0": lambda v: number(v) and v >= 0,
@@ -171,6 +172,17 @@ CLASSES: dict[type, tuple[dict[str, Any], dict[str, str | None]]] = {
         {"layer": "text", "share": "(0, 1]", "client": None, "public": "flag"},
     ),
     iv.defenses.Mixup: ({}, {"alpha": "positive", "client": None}),
+}
+CLASSES |= {
+    iv.Defended: ({"client": iv.FedSGD()}, {"client": None, "transforms": "empty", "public": "flag"}),
+    iv.defenses.Clip: ({"norm": 1.0}, {"norm": "positive"}),
+    iv.defenses.GaussianNoise: ({"sigma": 1.0}, {"sigma": "from 0"}),
+    iv.defenses.LaplaceNoise: ({"sigma": 1.0}, {"sigma": "from 0"}),
+    iv.defenses.TopK: ({"share": 0.5}, {"share": "(0, 1]"}),
+    iv.defenses.Sign: ({}, {}),
+    iv.defenses.Quantize: ({}, {"bits": "2 to 32"}),
+    iv.defenses.Transport: ({}, {"dtype": "nothing else"}),
+    iv.defenses.MaskLayer: ({"names": "fc"}, {"names": None}),
 }
 NO_SETTINGS = {  # what flows, and classes without fields
     *(iv.Observation, iv.Reconstruction, iv.Progress, iv.Report, iv.Identified, iv.FedSGD),

@@ -1,0 +1,1 @@
+"""Record what the clients of a framework send: `flower`, `opacus` and `flare`, each imported by itself."""
