@@ -59,4 +59,4 @@ def test_attackers_and_training_make_rows_of_one_record(tmp_path, monkeypatch):
     assert rows[0]["psnr"][0] == pytest.approx(rows[1]["psnr"][0], abs=3)
     table = experiments.table(path)
     assert table.rows[0][table.columns.index("identified")] == "1 of 1"
-    assert [row["settings"]["protocol"] for row in rows[:2]][0] != rows[1]["settings"]["protocol"]
+    assert rows[0]["settings"]["protocol"] != rows[1]["settings"]["protocol"]
