@@ -6,6 +6,7 @@ from invlib.errors import UnknownNameError
 from invlib.experiments import (
     ablation,
     architecture,
+    defenses,
     dispute,
     exact,
     fedavg,
@@ -26,6 +27,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "exact": exact.EXPERIMENT,
     "transformers": transformers.EXPERIMENT,
     "dispute": dispute.EXPERIMENT,
+    "defenses": defenses.EXPERIMENT,
 }
 
 

@@ -131,8 +131,12 @@ def scores(problem: Problem, inputs: Tensor, logits: Tensor | None = None, *, to
 
 def _from_zero(objective: object) -> bool:
     """Say whether an objective is one of cosines, which rounding alone takes below zero."""
-    while inner := getattr(objective, "func", None) or getattr(objective, "objective", None):
-        objective = inner  # of a partial function, or where a mask is not zero
+
+    def inner(of: object) -> object:  # of a partial function, or where a mask is not zero
+        return getattr(of, "func", None) or getattr(of, "objective", None)
+
+    while inner(objective) not in (None, objective):  # a likelihood is its own
+        objective = inner(objective)
     return getattr(objective, "__name__", "") in ("cosine", "layerwise_cosine")
 
 
