@@ -23,6 +23,8 @@ class TopK(Transform):
 
     Raises:
         ConfigError: the share is out of range.
+
+    Taught in: chapter 7
     """
 
     share: Factor
@@ -66,7 +68,10 @@ class TopK(Transform):
 
 @dataclass(frozen=True, repr=False)
 class Sign(Transform):
-    """Send the signs of an update's numbers alone: -1, 0 or 1."""
+    """Send the signs of an update's numbers alone: -1, 0 or 1.
+
+    Taught in: chapter 7
+    """
 
     called: ClassVar[str] = "sign"
 
@@ -98,6 +103,8 @@ class Quantize(Transform):
 
     Raises:
         ConfigError: it is out of range.
+
+    Taught in: chapter 7
     """
 
     bits: Annotated[int, whole("a whole number from 2 to 32", lambda n: 2 <= n <= 32)] = 8

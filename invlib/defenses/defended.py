@@ -48,6 +48,8 @@ class Defended(Checked):
         Defended(FedSGD(), [Clip(1.0), GaussianNoise(0.01)])
 
     Source: Balunović et al. 2022, arXiv 2111.04706, for an attacker who knows the defence.
+
+    Taught in: chapter 7
     """
 
     client: Annotated[Any, _CLIENT]

@@ -46,6 +46,8 @@ class Soteria(Around):
 
     Source: Sun et al. 2021, arXiv 2012.06043; the attacker who knows it, Balunović et al. 2022,
     arXiv 2111.04706. It bounds nothing.
+
+    Taught in: chapter 7
     """
 
     layer: str

@@ -81,6 +81,8 @@ class Clip(Transform):
 
     Raises:
         ConfigError: it is not positive.
+
+    Taught in: chapter 7
     """
 
     norm: Positive
@@ -102,6 +104,8 @@ class GaussianNoise(Transform):
 
     Raises:
         ConfigError: it is negative.
+
+    Taught in: chapter 7
     """
 
     sigma: NotNegative
@@ -150,6 +154,8 @@ class MaskLayer(Transform):
 
     Raises:
         ConfigError: when a client uses it, an update that has no such parameter.
+
+    Taught in: chapter 7
     """
 
     names: Annotated[str | tuple[str, ...], _NAMES]
