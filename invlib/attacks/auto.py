@@ -43,7 +43,6 @@ from invlib.search.halving import rungs
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
-_OF_NOISE = 3.0  # weight of the natural prior at the last step, over that of a log-probability
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
@@ -120,8 +119,8 @@ def best(
     spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
 
     Where the observation is of an `invlib.Defended` client, the likelihood of its defences takes the place of
-    the cosine. Against noise the natural prior's weight falls no lower than to three times what makes it the
-    negative logarithm of a probability beside that likelihood, and the squared distance is left out.
+    the cosine. Against noise the natural prior's weight falls no lower than to what makes it the negative
+    logarithm of a probability beside that likelihood, and the squared distance is left out.
 
     Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was,
     which closed forms were tried and how near they came, or why none applies. What a network computes counts
@@ -379,14 +378,14 @@ class Best(Settings):
         """Return the initial weight of the natural prior, and the part of it that is left at the last step.
 
         Against the likelihood of noise it falls no lower than to what makes it a negative log-probability,
-        half the sum of squares, times `_OF_NOISE`.
+        half the sum of squares.
         """
         weight, fading = self.natural * unit, self.matching.fading
         if only_direction(self.matching.objective, observation) or not weight:
             return weight, fading
         known = likelihood_of(self.matching.objective, observation)
         size = observation.num_images * math.prod(observation.image_shape)
-        least = _OF_NOISE * size / 2 / known.unit(list(observation.update.values())) if known.sigma else 0.0
+        least = size / 2 / known.unit(list(observation.update.values())) if known.sigma else 0.0
         return max(weight, least), max(fading, min(1.0, least / weight))
 
     def _coloured(self, found: Reconstruction, model: nn.Module, observation: Observation) -> Reconstruction:
