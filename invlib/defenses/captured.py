@@ -34,7 +34,11 @@ def defend(
         ConfigError: a transform is none, or the client has defences already.
 
     Example:
-        >>> noisy = defend(seen, [Clip(1.0), GaussianNoise(0.01)])
+        >>> import invlib as iv
+        >>> model, image = iv.models.build("LeNetZhu", seed=0), torch.full((1, 3, 32, 32), 0.5)
+        >>> seen = iv.observe(model, image, torch.tensor([3]), iv.FedSGD(), normalization=iv.CIFAR10)
+        >>> defend(seen, [iv.defenses.Clip(1.0), iv.defenses.GaussianNoise(0.01)]).protocol
+        Defended(FedSGD(), [Clip(1.0), GaussianNoise(0.01)])
     """
     client = Defended(observation.protocol, tuple(transforms), public=public)
     update = client.release(observation.update, generator or torch.Generator().manual_seed(0))

@@ -57,7 +57,7 @@ class Likelihood:
 
     @property
     def words(self) -> str:
-        """What it is, in words: ``the likelihood of clip 1, noise 0.01``."""
+        """What it is, such as ``the likelihood of clip 1, noise 0.01``."""
         return f"the likelihood of {', '.join(t.words for t in self.transforms) or 'no defence'}"
 
     @property
