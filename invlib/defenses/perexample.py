@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.autodiff.gradients import PLAIN, GradientMode, gradient
-from invlib.core.network import forward, trainable_parameters
+from invlib.core.network import trainable_parameters
 from invlib.core.observation import Loss
 from invlib.errors import ConfigError
 from invlib.federated import rules
+from invlib.federated.protocols import loss_by_parameters
 from invlib.settings import Checked, Positive
 
 
@@ -65,10 +66,7 @@ class PerExample(Checked):
         params = dict(trainable_parameters(model) if params is None else params)
         if on_step is not None:
             on_step(params, inputs)
-
-        def loss_of(params: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-            return loss(forward(model, params, buffers, inputs), labels)
-
+        loss_of = loss_by_parameters(model, buffers, loss)
         count, fixed = len(inputs), all(p.is_leaf for p in params.values())
         if mode.kind in ("mapped", "stacked"):  # a restart of N images is N restarts of one image
             apart = {

@@ -89,7 +89,7 @@ class FedSGD:
         params = dict(trainable_parameters(model) if params is None else params)
         if on_step is not None:
             on_step(params, inputs)
-        return gradient(_loss_of(model, buffers, loss), params, inputs, labels, mode)
+        return gradient(loss_by_parameters(model, buffers, loss), params, inputs, labels, mode)
 
     def mean_gradient(self, update: Tensor, num_images: int) -> Tensor:
         """Return the update itself: it is already the mean gradient."""
@@ -285,7 +285,7 @@ class FedAvg(Checked):
         for k, rows in enumerate(self.batches(inputs.shape[0])):
             if on_step is not None:
                 on_step(now, inputs[rows])
-            loss_of = masks.of(_loss_of(model, buffers, loss))
+            loss_of = masks.of(loss_by_parameters(model, buffers, loss))
             rule = partial(self._rule, start=start, step=k, stacked=mode.kind in ("mapped", "stacked"))
             now, state = descend(loss_of, now, inputs[rows], labels[rows], rule, state, mode)
         return {name: now[name] - start[name] for name in start}
@@ -366,7 +366,8 @@ class FedAvg(Checked):
         return -whole, -along / whole**2, 1 - left
 
 
-def _loss_of(model: nn.Module, buffers: Mapping[str, Tensor] | None, loss: Loss) -> LossOf:
+def loss_by_parameters(model: nn.Module, buffers: Mapping[str, Tensor] | None, loss: Loss) -> LossOf:
+    """Return the client's loss as a function of parameters, inputs and labels."""
     return lambda params, inputs, labels: loss(forward(model, params, buffers, inputs), labels)
 
 

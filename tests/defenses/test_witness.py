@@ -72,3 +72,14 @@ def test_others_are_starts_and_far_ones_are_needed(image):
     assert torch.equal(search(model, grey, apart=0.2, others=other, steps=0).other, other)
     with pytest.raises(ConfigError, match="apart is 0; expected a positive number"):
         search(model, image, apart=0)
+
+
+def test_search_goes_along_the_least_distance_not_only_up_to_it(image):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.Sigmoid(), nn.Linear(8, 4)).double()
+    signs = torch.where(torch.rand(image.shape, dtype=torch.float64) < 0.5, -1.0, 1.0)
+    near = (image + 0.12 * signs).clamp(0, 1)
+    before, after = (search(net, image, others=near, steps=steps, apart=0.1) for steps in (0, 60))
+    assert torch.equal(before.other, near)
+    assert 0.1 <= after.apart < 0.101
+    assert after.distance < 0.88 * before.distance
