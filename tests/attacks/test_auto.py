@@ -171,6 +171,19 @@ def test_total_variation_counts_in_units_of_a_noise_image():
         iv.best(tv=-1)
 
 
+@pytest.mark.parametrize("sigma", [1e-4, 1e-2, 1.0])
+def test_against_noise_the_prior_falls_no_lower_than_a_log_probability(sigma):
+    x, y = random_batch(1)
+    client = iv.Defended(iv.FedSGD(), [iv.defenses.Clip(1.0), iv.defenses.GaussianNoise(sigma)])
+    seen = iv.observe(relu_net(), x, y, client, normalization=iv.CIFAR10)
+    weight, fading = iv.best()._weighed(seen, 0.5)
+    # In units of the likelihood the prior of the 192 numbers weighs half the sum of their squares.
+    one = 192 / 2 / client.likelihood.unit(list(seen.update.values()))
+    assert weight == pytest.approx(max(0.5, one))
+    assert weight * fading == pytest.approx(max(0.5 * 0.03, one), rel=1e-6)
+    assert iv.best()._weighed(replace(seen, protocol=iv.FedSGD()), 0.5) == (0.5, 0.03)
+
+
 def test_smoothing_is_sharp_enough_for_a_network_whose_activations_shrink():
     faint = iv.models.build("ConvNet8", num_classes=5, image_size=16, seed=0)
     x, y = random_batch(1, side=16)
