@@ -1,6 +1,14 @@
 """Defences of a client, what an attacker who knows them minimises, and what no attacker can do."""
 
-from invlib.defenses.accounting import gaussian_mu
+from invlib.defenses.accounting import (
+    Protection,
+    classical_mu,
+    delta,
+    epsilon,
+    gaussian_mu,
+    protection,
+    subsampled_epsilon,
+)
 from invlib.defenses.aggregation import SecureAggregation
 from invlib.defenses.bottleneck import Bottleneck, in_front, with_bottleneck
 from invlib.defenses.bounds import noise_for, reconstruction_bound, subsampled_bound, two_point_bound
@@ -27,6 +35,7 @@ __all__ = [
     "MaskLayer",
     "Mixup",
     "PerExample",
+    "Protection",
     "Quantize",
     "SecureAggregation",
     "Sign",
@@ -36,14 +45,19 @@ __all__ = [
     "Transport",
     "WitnessPair",
     "candidate_gradients",
+    "classical_mu",
     "defend",
+    "delta",
+    "epsilon",
     "gaussian_mu",
     "in_front",
     "local_spectrum",
     "matched_attack",
     "noise_for",
+    "protection",
     "reconstruction_bound",
     "subsampled_bound",
+    "subsampled_epsilon",
     "two_point_bound",
     "with_bottleneck",
     "witness_pair",

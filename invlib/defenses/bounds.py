@@ -26,7 +26,7 @@ def reconstruction_bound(kappa: Below, mu: NotNegative) -> float:
     Args:
         kappa: how often somebody is right who does not see the update: 1/n for n candidates that are equally
             likely; for "as near as that", the share of images that the best single guess is near.
-        mu: of `invlib.defenses.accounting.gaussian_mu`.
+        mu: of `invlib.defenses.gaussian_mu`.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -60,7 +60,7 @@ def subsampled_bound(
 
     Args:
         kappa: as of `reconstruction_bound`.
-        noise_multiplier: as of `invlib.defenses.accounting.gaussian_mu`.
+        noise_multiplier: as of `invlib.defenses.gaussian_mu`.
         rate: with what probability the record takes part, each time anew and unknown to the attacker.
         rounds: how many there are.
         neighbours: the one relation for which this is computed.
@@ -97,7 +97,7 @@ def noise_for(
     Args:
         gamma: how often an attacker may be right.
         kappa: how often he is right without the update; less than gamma.
-        neighbours: as of `invlib.defenses.accounting.gaussian_mu`.
+        neighbours: as of `invlib.defenses.gaussian_mu`.
         rounds: how many there are.
         rate: with what probability a contribution takes part in a round.
 
