@@ -185,7 +185,7 @@ CLASSES |= {
     iv.defenses.Quantize: ({}, {"bits": "2 to 32"}),
     iv.defenses.Transport: ({}, {"dtype": "nothing else"}),
     iv.defenses.MaskLayer: ({"names": "fc"}, {"names": None}),
-    Noise: ({"noise_multiplier": 1.0}, {"noise_multiplier": "positive", "rate": "factor", "steps": "count"}),
+    Noise: ({"noise_multiplier": 1.0}, {"noise_multiplier": "positive", "rate": "(0, 1]", "steps": "count"}),
     Privacy: (
         {"clip_norm": 1.0, "noise_multiplier": 1.0, "batch_size": 8, "noise": 0.1},
         {
