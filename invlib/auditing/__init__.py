@@ -1,0 +1,7 @@
+"""What one update gives away, as a report: leaks, attacks, reasons, defences."""
+
+from invlib.auditing.report import AuditReport
+from invlib.auditing.run import audit
+from invlib.auditing.words import KINDS, RANKING, VERDICTS, Finding, Kind, Verdict
+
+__all__ = ["KINDS", "RANKING", "VERDICTS", "AuditReport", "Finding", "Kind", "Verdict", "audit"]
