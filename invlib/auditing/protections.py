@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from invlib.auditing.tried import Subject, Tried, attempts
-from invlib.auditing.words import Finding, worst
+from invlib.auditing.words import NOT_FOUND, Finding, Verdict, worst
 from invlib.core.network import like, trainable_parameters
 from invlib.core.observation import undefended
 from invlib.defenses import (
@@ -39,6 +39,12 @@ KAPPAS = (0.1, 0.01, 0.001, 1e-6)  # how often somebody is right who does not se
 GAMMA, KAPPA = 0.05, 0.01  # what noise is computed for: one in twenty, of a hundred candidates
 ROUNDS = (1, 10, 100, 1000)
 _MORE = 7  # photographs beside each batch that a larger one is tried with
+# What attacks found with a defence → how that is said, and what it says of the defence.
+_ANSWERS: dict[Verdict, tuple[str, Verdict]] = {
+    "partly": ("are recovered in part", "partly"),
+    NOT_FOUND: (f"are {NOT_FOUND}", "would help"),
+    "not tried": ("are out of reach: no attack applies", "would help"),
+}
 _FOUND = ("recovered and certified", "identified", "probably recovered")
 _ENTRIES = 2**25  # of a Jacobian that is worth its time
 _WITNESS = 40  # steps
@@ -202,6 +208,8 @@ def helps(subject: Subject, before: Tried, until: float) -> Iterator[Finding]:
         return
     if subject.truth is None:
         subject = replace(subject, truth=result.tokens if result.tokens is not None else result.images)
+    # An attacker who has the labels, whoever told them: what noise hides of them is not what is asked here.
+    labels = observation.labels if observation.labels is not None else result.labels
     length = math.sqrt(sum(float(t.double().square().sum()) for t in observation.update.values()))
     numbers = sum(t.numel() for t in observation.update.values())
     multiplier = noise_for(GAMMA, KAPPA, neighbours="replace one")
@@ -243,7 +251,7 @@ def helps(subject: Subject, before: Tried, until: float) -> Iterator[Finding]:
             continue
         generator = torch.Generator().manual_seed(subject.seed)
         try:
-            seen = defend(observation, transforms, generator=generator)
+            seen = replace(defend(observation, transforms, generator=generator), labels=labels)
         except InvlibError as error:
             yield _untried(name, str(error))
             continue
@@ -293,7 +301,6 @@ def _compared(name: str, before: Tried, after: list[Tried], transforms: tuple[Tr
     verdict = worst([tried.finding for tried in after])
     ran = [tried.finding for tried in after if tried.reconstruction is not None]
     leading = next((finding for finding in ran if finding.verdict == verdict), None)
-    helped = verdict not in _FOUND
     numbers: dict[str, Any] = {
         "defence": repr(list(transforms)),
         "before": before.finding.verdict,
@@ -303,17 +310,17 @@ def _compared(name: str, before: Tried, after: list[Tried], transforms: tuple[Tr
         for key in ("PSNR in dB", "identified"):
             if finding is not None and key in finding.numbers:
                 numbers[f"{key}, {when}"] = finding.numbers[key]
-    said = verdict if helped else f"still {verdict}"
-    text = f"With it, and known to the attacker, the update's images are {said}."
+    said, answer = _ANSWERS.get(verdict, (f"are still {verdict}", "would not help"))
+    text = f"With it, and known to the attacker, the private inputs {said}."
     if leading is not None:
         text += f" {leading.text}"
     return Finding(
         name=name,
         kind="found by an attack",
-        verdict="would help" if helped else "would not help",
+        verdict=answer,
         text=text,
         numbers=numbers,
-        advice="An attack that fails proves no safety; a bound does." if helped else "",
+        advice="" if answer == "would not help" else "An attack that fails proves no safety; a bound does.",
     )
 
 

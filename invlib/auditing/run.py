@@ -22,7 +22,7 @@ from invlib.core.observation import Observation, words_of
 from invlib.core.version import __version__
 from invlib.errors import ConfigError
 from invlib.metrics.quality import unit_images
-from invlib.settings import FromZero, Positive, checked, checks
+from invlib.settings import Count, FromZero, Positive, checked, checks
 
 _ATTACKS, _DEFENCES = 0.55, 0.95  # of the budget, when these parts end
 _NEVER = (
@@ -42,6 +42,7 @@ def audit(
     budget: Positive = 240.0,
     privacy: Any = None,
     candidates: Any = None,
+    evaluations: Count | None = None,
     seed: FromZero = 0,
     progress: bool = False,
 ) -> AuditReport:
@@ -49,8 +50,9 @@ def audit(
 
     Four kinds of statement are kept apart: what an attack found, a lower bound on the risk; what cannot be
     told apart; what is bounded for everybody; local diagnostics, which bound nothing. Without the truth a
-    picture counts as right where its update is nearer to the observed one than a tenth of what the best of
-    48 wrong pictures reaches on the same network, and as proved where an attack certifies it.
+    picture counts as probably right where its update is nearer to the observed one than a tenth of the
+    distance of noise and of other photographs on the same network, and nearer than its own shifted copies;
+    as proved where an attack certifies it.
 
     Args:
         model: the network that the client received.
@@ -63,6 +65,8 @@ def audit(
             returns.
         candidates: images ``(M, C, H, W)`` in [0, 1] that might have been the private ones, among which
             results have to identify them; None takes photographs that come with invlib.
+        evaluations: of each search, within the budget. None takes as many as there is time for, which are
+            not the same on each run.
         seed: of all that is drawn.
         progress: whether attacks show a bar.
 
@@ -91,6 +95,7 @@ def audit(
         truth=truth,
         candidates=_candidates(candidates, observation),
         seed=seed,
+        evaluations=evaluations,
         progress=progress,
     )
     found: list[Finding] = []
@@ -231,6 +236,8 @@ def _helped(defences: list[Finding]) -> str:
     said = [bounded[0].text.partition(". ")[0] + "."] if bounded else []
     if yes:
         said.append(f"Against these attacks would help: {', '.join(yes).lower()}.")
+    if part := [finding.name for finding in defences if finding.verdict == "partly"]:
+        said.append(f"Would help in part: {', '.join(part).lower()}.")
     if no:
         said.append(f"Would not help: {', '.join(no).lower()}.")
     return " ".join(said) or "No defence is stated that bounds what an attacker finds, and none was tried."

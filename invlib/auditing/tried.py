@@ -28,7 +28,7 @@ from invlib.metrics import evaluate, identifiability
 from invlib.metrics.identification import by_pixels, by_ssim, floors
 from invlib.metrics.quality import SSIM_SIDE, originals
 
-LIKELY = 0.1  # of the best wrong picture's distance: below, a picture is taken for the right one
+LIKELY = 0.1  # of the least distance of noise and photographs: below, a picture is taken for the right one
 _WRONG = 16  # pictures of each kind that are known to be wrong
 _EVALUATIONS = (20, 1200)  # of one search, the fewest and the most
 _SEEDS = 2
@@ -68,6 +68,7 @@ class Subject:
         truth: the private images ``(N, C, H, W)`` in [0, 1], or token sequences ``(N, T)``; None is unknown.
         candidates: images that might have been the private ones, among which they are to be identified.
         seed: of all that is drawn.
+        evaluations: of each search; None takes as many as its time allows.
         progress: whether attacks show a bar.
     """
 
@@ -76,6 +77,7 @@ class Subject:
     truth: Tensor | None
     candidates: Tensor
     seed: int = 0
+    evaluations: int | None = None
     progress: bool = False
 
 
@@ -111,11 +113,10 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
         if tried.stopped or tried.finding.verdict == "recovered and certified":
             return
     began = time.perf_counter()
-    each = _seconds_each(subject)
+    each = _seconds_each(subject) if subject.evaluations is None else 0.0
     for k in range(_SEEDS):
         left = until - time.perf_counter()
-        share = left / (_SEEDS - k)
-        evaluations = int(min(max(share / each, _EVALUATIONS[0]), _EVALUATIONS[1]))
+        evaluations = subject.evaluations or _within(left / (_SEEDS - k) / each)
         if k and left < (time.perf_counter() - began) / 2:
             return
         tried = _ran(subject, f"Search, seed {subject.seed + k}", best(evaluations=evaluations), until, k)
@@ -123,6 +124,11 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
         # A closed form and an update of zero are the same with any seed.
         if tried.stopped or tried.reconstruction is None or tried.reconstruction.status == "closed_form":
             return
+
+
+def _within(evaluations: float) -> int:
+    fewest, most = _EVALUATIONS
+    return int(min(max(evaluations, fewest), most))
 
 
 def _seconds_each(subject: Subject) -> float:
@@ -196,18 +202,20 @@ def _judged(subject: Subject, name: str, attack: Any, result: Reconstruction) ->
     verdict: Verdict = NOT_FOUND
     if len(result.images) == count and result.labels is not None:
         distance, pictures = wrong_pictures(subject, result)
-        wrong = min(pictures.values())
+        wrong = min(pictures["noise"], pictures["photographs"])
         numbers |= {"distance of its pictures": distance}
         numbers |= {f"least distance of {kind}": least for kind, least in pictures.items()}
         if result.status == "closed_form" and not proved and distance <= 1e-6 * pictures["noise"]:
             proved = count  # the client's own step on these images is what was observed
             numbers["certified"] = proved
         said.append(
-            f"The update of its pictures is {in_digits(distance)} from the observed one; the best of "
-            f"{len(pictures) * _WRONG} wrong pictures (noise, photographs, shifted copies of these) is "
-            f"{in_digits(wrong)} from it"
+            f"The update of its pictures is {in_digits(distance)} from the observed one; that of noise is at "
+            f"least {in_digits(pictures['noise'])} from it, of photographs "
+            f"{in_digits(pictures['photographs'])}, of shifted copies of these "
+            f"{in_digits(pictures['shifted copies'])} ({_WRONG} of each)"
         )
-        if nearer_than_wrong(subject.observation, distance, wrong):
+        likely = nearer_than_wrong(subject.observation, distance, wrong)
+        if likely and distance < pictures["shifted copies"]:
             verdict = "probably recovered"
     if subject.truth is not None and len(result.images):
         verdict, of_truth = _beside(subject.truth, subject, result, numbers)
