@@ -1,0 +1,1 @@
+"""The audit: what an update gives away, why an attack failed, and what would help."""
