@@ -1,1 +1,7 @@
-"""The audit: what an update gives away, why an attack failed, and what would help."""
+"""What one update gives away, as a report: leaks, attacks, reasons, defences."""
+
+from invlib.auditing.report import AuditReport
+from invlib.auditing.run import audit
+from invlib.auditing.words import KINDS, RANKING, VERDICTS, Finding, Kind, Verdict
+
+__all__ = ["KINDS", "RANKING", "VERDICTS", "AuditReport", "Finding", "Kind", "Verdict", "audit"]
