@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.analytic import fully_connected
+from invlib.attacks.base import Attack
 from invlib.attacks.certificate import Layer, layer_of
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.patches import patch_embedding
@@ -69,8 +70,8 @@ class Presend:
         partly: bool ``(N,)``: images of which the features, or the gradient alone, can be.
         psnr: ``(N,)`` of the best that was read off, in dB; minus infinity where nothing was.
         ways: by what, the cheapest first.
-        action: ``"refuse"`` where all images leak or the network is made for it, ``"drop"`` where some do,
-            else ``"send"``, which is no proof of safety: no search was run.
+        action: ``"refuse"`` where no image would be left or the network is made for it, ``"drop"`` where some
+            are to be left out, else ``"send"``, which is no proof of safety: no search was run.
         numbers: ``images``, ``d_snr``, and of the fully connected layers ``singletons`` (rows to which one
             image alone contributes), ``parallel_rows`` and ``class_scale``, as far as they apply.
         notes: what was not looked at, and why.
@@ -180,6 +181,10 @@ def presend(
     found = [_alone(model, seen, step, readable), _classes(model)]
     best = own.new_full((len(own),), -torch.inf, dtype=torch.float64)
     notes = []
+    if seen.training_mode and len(own) > 1:
+        notes.append(
+            "training mode: an image's gradient is that of its own loss, with the others in the batch"
+        )
     for name, call in step.calls.items():
         try:
             layer = layer_of(model, seen, name)
@@ -192,21 +197,22 @@ def presend(
     numbers: dict[str, float | int] = {"images": len(own)}
     for _, more in found:
         numbers |= {name: value for name, value in more.items() if value > numbers.get(name, -1)}
-    leaks, partly = best >= readable, torch.zeros(len(own), dtype=torch.bool)
+    leaks, partly = (best >= readable).cpu(), torch.zeros(len(own), dtype=torch.bool)
     for way in ways:
         partly[list(way.images)] = True
-    crafted = any(way.leak == "network" for way in ways)
-    alone = any(way.leak in ("image", "gradient") for way in ways)
-    return Presend(
-        leaks=leaks.cpu(),
-        partly=partly & ~leaks.cpu(),
+    result = Presend(
+        leaks=leaks,
+        partly=partly & ~leaks,
         psnr=best.cpu(),
         ways=ways,
-        action="refuse" if crafted or bool(leaks.all()) else "drop" if alone else "send",
+        action="send",
         numbers=numbers,
         notes=tuple(notes),
         seconds=time.perf_counter() - began,
     )
+    if len(result.drop) == len(own) or any(way.leak == "network" for way in ways):
+        return replace(result, action="refuse")
+    return replace(result, action="drop") if result.drop else result
 
 
 Found = tuple[list[Way], dict[str, float | int]]
@@ -289,8 +295,11 @@ def _step(model: nn.Module, seen: Observation, own: Tensor) -> _Step:
 def _alone(model: nn.Module, seen: Observation, step: _Step, readable: float) -> Found:
     """Measure which share of each layer's update is one image's own gradient."""
     count = seen.num_images
+    if count == 1:
+        text = "one image: the update is its gradient and nothing else, a search for which iv.audit runs"
+        return [Way(name="one image's gradient", leak="gradient", images=(0,), text=text, numbers={})], {}
     matrices = [name for name, g in step.whole.items() if g.ndim > 1 and name not in seen.sent]
-    if count == 1 or not matrices:
+    if not matrices:
         return [], {}
     try:
         update = {name: seen.mean_gradient(name, model).to(step.whole[name]) for name in matrices}
@@ -437,16 +446,17 @@ def _read(
 
 def _decibels(seen: Observation, own: Tensor, layer: Layer, call: _Call, read: Tensor) -> Tensor:
     """Return of inputs ``(N, d)`` that were read how near they are to the client's, in dB."""
-    if layer.image_of is not None:
-        rows = torch.stack([layer.image_of(row) for row in read]).view(own.shape)
-        return psnr(seen.normalization.decode(rows).clamp(0, 1), own)
-    return _ratio(call.inputs, read)
+    if layer.image_of is None:
+        return _ratio(call.inputs, read)
+    rows = torch.stack([layer.image_of(row) for row in read]).view(own.shape)
+    return psnr(seen.normalization.decode(rows).clamp(0, 1), own)
 
 
 def _ratio(inputs: Tensor, read: Tensor) -> Tensor:
-    middle = inputs.mean(0) if len(inputs) > 1 else 0
-    gap = (read - inputs).norm(dim=1).clamp_min(1e-300)
-    return 20 * ((inputs - middle).norm(dim=1).clamp_min(1e-300) / gap).log10()
+    """Return how far inputs are from their mean, over how far from them is what was read, in dB."""
+    wide = (inputs - inputs.mean(0) if len(inputs) > 1 else inputs).norm(dim=1)
+    times: Tensor = wide.clamp_min(1e-300) / (read - inputs).norm(dim=1).clamp_min(1e-300)
+    return 20 * times.log10()
 
 
 def _closed_forms(
@@ -460,7 +470,7 @@ def _closed_forms(
     notes: list[str],
 ) -> list[Found]:
     """Run the attacks that need no search, as an attacker would, for the images that no row gave."""
-    attacks = {
+    attacks: dict[str, Attack] = {
         "the equations of the layers": recursive_inversion(),
         "the lowest layer with a bias": fully_connected(),
         "the patch embedding": patch_embedding(),
