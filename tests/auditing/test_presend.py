@@ -4,23 +4,17 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import invlib as iv
 from invlib.auditing.presend import presend
-from invlib.errors import ConfigError, ObservationError
 from tests.auditing.constructions import (
-    CLASSES,
-    SHAPE,
     bins_of,
     expected_alone,
     fishing,
     imprint,
-    ordinary,
     pictures,
     traps,
 )
-from tests.conftest import build_tiny, random_batch
 
 UNIT = iv.UNIT
 
