@@ -15,6 +15,7 @@ from torch import Tensor
 from invlib.auditing.page import to_html
 from invlib.auditing.words import Finding, Number, Verdict
 from invlib.core.files import atomic_write
+from invlib.errors import DataError
 from invlib.settings import checked
 
 FORMAT = "invlib-audit-1"
@@ -73,6 +74,10 @@ class AuditReport:
             DataError: one of them cannot be written; neither is left half-written.
         """
         page, data = (Path(folder) / f"audit.{kind}" for kind in ("html", "json"))
+        try:
+            page.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be made: {error}") from error
         for path, text in ((page, self.to_html(pictures=pictures)), (data, self.to_json())):
             atomic_write(path, partial(_write, text), private=True)
         return page, data

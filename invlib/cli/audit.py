@@ -158,8 +158,8 @@ def _network(args: argparse.Namespace, seen: Observation) -> tuple[nn.Module, st
 
 def _of_the_zoo(name: str, seen: Observation, weights: str | Path | None, seed: int) -> nn.Module:
     """Build a network of the zoo for the update's images and classes."""
-    shape, last = seen.image_shape, next(reversed(seen.update.values()))
-    sizes: dict[str, Any] = {"num_classes": len(last) if last.ndim else None}  # the last layer comes last
+    shape, lengths = seen.image_shape, [len(value) for value in seen.update.values() if value.ndim]
+    sizes: dict[str, Any] = {"num_classes": lengths[-1] if lengths else None}  # the last layer comes last
     if not seen.is_text:
         if shape[1] != shape[2]:
             raise ConfigError(

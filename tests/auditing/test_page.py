@@ -170,7 +170,7 @@ def test_a_partial_report_says_so_first() -> None:
     page = Elements(reports.report(complete=False, defences=()).to_html())
     said = [text for _, text in page.said]
     assert said.index("This report is partial.") < said.index("recovered and certified")
-    assert "Nothing was examined here." in said
+    assert "This part was not run." in said
     assert "partial" not in Elements(reports.report().to_html()).texts("strong")
 
 

@@ -77,6 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors, base / f"{name}.safetensors", {"invlib": json.dumps(header | change)}
         )
     safetensors.torch.save_file({"x": torch.zeros(1)}, base / "bare.safetensors")
+    hollow = {"invlib": json.dumps(header | {"order": []})}
+    safetensors.torch.save_file({"labels": tensors["labels"]}, base / "hollow.safetensors", hollow)
     (base / "cut.safetensors").write_bytes((base / "update.safetensors").read_bytes()[:-9])
     (base / "text.safetensors").write_text("hello")
     (base / "nets.py").write_text(NETS)
@@ -116,9 +118,10 @@ BAD = {
             ("foreign", "has format 'other'"),
             ("weights", "has format None"),
             ("nan", "finite"),
-            ("integer", "update['"),
+            ("integer", "is of torch.int32"),
             ("shape", "shape"),
             ("oblong", "expected square ones"),
+            ("hollow", "does not fit the model"),
         )
     },
     **{
