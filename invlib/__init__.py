@@ -61,11 +61,13 @@ from invlib.optim.schedules import CosineDecay, StepDecay
 # file rather than below it ("room:name").
 _LAZY = {
     "AuditReport": "invlib.auditing:AuditReport",
+    "Presend": "invlib.auditing:Presend",
     "audit": "invlib.auditing:audit",
     "data": "invlib.data",
     "experiments": "invlib.experiments",
     "legacy": "invlib.legacy",
     "models": "invlib.models",
+    "presend": "invlib.auditing.presend:presend",
     "training": "invlib.models.training",
     "viz": "invlib.viz",
 }

@@ -206,8 +206,10 @@ def helps(subject: Subject, before: Tried, until: float) -> Iterator[Finding]:
     result, observation = before.reconstruction, subject.observation
     if result is None or before.finding.verdict not in _FOUND:
         return
+    subject = replace(subject, seeds=1)
     if subject.truth is None:
-        subject = replace(subject, truth=result.tokens if result.tokens is not None else result.images)
+        found = result.tokens if result.tokens is not None else result.images
+        subject = replace(subject, truth=found, truth_is="what was recovered without")
     # An attacker who has the labels, whoever told them: what noise hides of them is not what is asked here.
     labels = observation.labels if observation.labels is not None else result.labels
     length = math.sqrt(sum(float(t.double().square().sum()) for t in observation.update.values()))
@@ -331,6 +333,7 @@ def diagnostics(subject: Subject, reference: Tensor | None, labels: Tensor | Non
         return
     if labels.is_floating_point() or observation.training_mode:
         return
+    reference, labels = reference.to(like(model)), labels.to(like(model).device)
     noise = float(getattr(observation.protocol, "noise", 0) or 0)
     client = undefended(observation.protocol)
     if noise and isinstance(client, FedSGD):

@@ -31,7 +31,6 @@ from invlib.metrics.quality import SSIM_SIDE, originals
 LIKELY = 0.1  # of the least distance of noise and photographs: below, a picture is taken for the right one
 _WRONG = 16  # pictures of each kind that are known to be wrong
 _EVALUATIONS = (20, 1200)  # of one search, the fewest and the most
-_SEEDS = 2
 _BACKWARD = 3.0  # times an evaluation of the client's step: with its derivative, and what the search does
 _EXACT_SHARE = 0.4  # of the time left, for the search of whole batches
 _ALIKE = 0.5  # SSIM from which a token sequence or a picture counts as partly there
@@ -67,6 +66,8 @@ class Subject:
         observation: what the server saw of the client.
         truth: the private images ``(N, C, H, W)`` in [0, 1], or token sequences ``(N, T)``; None is unknown.
         candidates: images that might have been the private ones, among which they are to be identified.
+        truth_is: what the truth is called.
+        seeds: of searches, that many.
         seed: of all that is drawn.
         evaluations: of each search; None takes as many as its time allows.
         progress: whether attacks show a bar.
@@ -76,6 +77,8 @@ class Subject:
     observation: Observation
     truth: Tensor | None
     candidates: Tensor
+    truth_is: str = "the truth"
+    seeds: int = 2
     seed: int = 0
     evaluations: int | None = None
     progress: bool = False
@@ -114,9 +117,9 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
             return
     began = time.perf_counter()
     each = _seconds_each(subject) if subject.evaluations is None else 0.0
-    for k in range(_SEEDS):
+    for k in range(subject.seeds):
         left = until - time.perf_counter()
-        evaluations = subject.evaluations or _within(left / (_SEEDS - k) / each)
+        evaluations = subject.evaluations or _within(left / (subject.seeds - k) / each)
         if k and left < (time.perf_counter() - began) / 2:
             return
         tried = _ran(subject, f"Search, seed {subject.seed + k}", best(evaluations=evaluations), until, k)
@@ -297,7 +300,7 @@ def _beside(
         "95 % interval of the share": [round(low, 3), round(high, 3)],
     }
     text = (
-        f"Beside the truth: mean PSNR {report.mean_psnr:.1f} dB (best grey image "
+        f"Beside {subject.truth_is}: mean PSNR {report.mean_psnr:.1f} dB (best grey image "
         f"{sum(float(f['grey'] or 0) for f in least) / len(least):.1f} dB), {identified}"
     )
     if identified.hits == len(truth):
