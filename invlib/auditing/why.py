@@ -20,6 +20,7 @@ from invlib.auditing.facts import (
     Foreign,
     Numbers,
     foreign,
+    noise_of,
     numbers_of,
     precision,
     ranks,
@@ -62,8 +63,7 @@ class _Case:
         """The most exact estimate of noise, where there is more than rounding, and it can be noise."""
         if self.numbers.sparse or self.numbers.quantised:
             return None
-        there = [f for f in self.foreign if f.there]
-        return min(there, key=lambda f: f.error) if len(there) == len(self.foreign) and there else None
+        return noise_of(self.foreign)
 
     @property
     def noise_share(self) -> float:
@@ -381,6 +381,7 @@ def _coarse(case: _Case) -> Iterator[Finding]:
     """Find what was left out of the update, or rounded."""
     numbers, observation = case.numbers, case.observation
     stated = hasattr(observation.protocol, "release") or bool(observation.sent)
+    plain = isinstance(undefended(observation.protocol), FedSGD)
     kept, size = 1 - numbers.zeros, observation.num_images * math.prod(observation.image_shape)
     if numbers.sparse or observation.sent:
         yield _finding(
@@ -398,7 +399,8 @@ def _coarse(case: _Case) -> Iterator[Finding]:
         yield _finding(
             "Quantisation",
             "explains the failure",
-            f"No tensor has more than {numbers.levels} magnitudes besides zero.",
+            f"No tensor has more than {numbers.levels} magnitudes besides zero"
+            + ("." if plain else ", of signs, bits, or of steps that are as small as the weights' rounding."),
             "" if stated else "State it: Defended(..., [Sign()]) or Defended(..., [Quantize(bits)]).",
             levels=numbers.levels,
         )
@@ -542,7 +544,7 @@ def _variants(
                     )
                 )
         taken = len(client.batches(observation.num_images))
-        for steps in {1, max(1, taken // 2), 2 * taken} - {taken}:
+        for steps in sorted({1, 2, 5, 10, taken // 2, 2 * taken} - {0, taken}):
             other_client = replace(client, epochs=None, local_steps=steps)
             others.append((f"{steps} local step(s)", replace(observation, protocol=other_client), ""))
     turned = replace(observation, update={name: -value for name, value in observation.update.items()})
