@@ -403,7 +403,8 @@ class Softmax:
         rank_one: the share of the update that is no product of signals and features.
         gap: how far the model's prediction for these features is from the signals, as a share of them.
         label: the smallest entry of the label that would explain them; below zero there is none.
-        negative: how many signals are below zero; of cross-entropy it is one, the label's.
+        negative: how many signals are below zero: of a hard label one, its own.
+        positive: how many are above.
         length: the sum of the signals above zero; at most 1 of a mean over images.
     """
 
@@ -412,6 +413,7 @@ class Softmax:
     gap: float
     label: float
     negative: int
+    positive: int
     length: float
 
 
@@ -450,5 +452,6 @@ def softmax(model: nn.Module, observation: Observation) -> Softmax | None:
         gap=float((signals - factor * wanted).norm() / signals.norm()),
         label=float((predicted - signals).min()),
         negative=int((signals < 0).sum()),
+        positive=int((signals > 0).sum()),
         length=float(signals.clamp_min(0).sum()),
     )

@@ -237,6 +237,9 @@ def _signs(case: _Case) -> Iterator[Finding]:
     slopes = head_slopes(case.model, observation)
     if slopes is None or len(slopes) < 3 or not slopes.any():
         return
+    alone = softmax(case.model, observation)
+    if alone is not None and alone.rank_one <= _FAR < alone.gap and alone.label > -_FAR:
+        return  # one image with a soft label
     floor = 1e-4 * float(slopes.abs().max())
     below, above = int((slopes < -floor).sum()), int((slopes > floor).sum())
     count, length = observation.num_images, float(slopes.clamp_min(0).sum())
@@ -255,8 +258,9 @@ def _signs(case: _Case) -> Iterator[Finding]:
         yield _finding(
             "Batch size",
             "does not fit",
-            f"{below} entries of the logits' gradient are negative; {count} image(s) make at most as many.",
-            "State how many images the client used.",
+            f"{below} entries of the logits' gradient are negative; {count} image(s) "
+            "with a label each make at most as many.",
+            "State how many images the client used, or its loss if that smooths labels.",
             negative=below,
             images=count,
         )
@@ -336,7 +340,7 @@ def _model(case: _Case) -> Iterator[Finding]:
     if case.best_estimate is not None or case.numbers.sparse or case.numbers.quantised:
         return
     found = softmax(case.model, case.observation)
-    if found is None or found.negative != 1:
+    if found is None or found.negative > 1 >= found.positive:  # its sign is turned round
         return
     limit = max(_FAR, 100 * case.eps)
     if found.rank_one <= limit and found.gap > limit and found.label < -limit:

@@ -257,3 +257,13 @@ def test_a_nearly_saturated_image():
     found = only(why(model, seen, [], truth), "Saturation")
     assert 0 < found.numbers["unsure"] < 1e-4
     assert photos(0)[0].equal(truth)
+
+
+def test_a_soft_label_is_no_other_model():
+    model = lenet()
+    images, _ = photos(2)
+    smooth = torch.full((1, 10), 0.02)
+    smooth[0, 4] = 0.82
+    seen = iv.observe(model, images, smooth, iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=False)
+    assert proofs(why(model, seen)) == []
+    assert "Model" in proofs(why(lenet(1), seen))
