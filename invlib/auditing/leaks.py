@@ -31,6 +31,7 @@ from invlib.core.observation import Observation, undefended
 from invlib.errors import InvlibError, RecoveryError
 
 _SHOWN = 64  # labels, tokens and names that a finding lists at most
+_DOUBTFUL = 0.5  # doubt from which on guessed labels are not told by the update
 _SILENT = 0.02  # share of silent units from which on an activation has exact zeros
 
 
@@ -88,9 +89,11 @@ def _labels(model: nn.Module, observation: Observation) -> Iterator[Finding]:
     text = f"The update says which classes the client's images have: {said} ({certain}). By {found.method}."
     if agrees is not None:
         text += " They are those that were told." if agrees else " Others were told."
+    if found.guess and found.doubt > _DOUBTFUL:
+        text += " That is too doubtful to count."
     yield _finding(
         "Labels",
-        "read off",
+        "nothing found" if found.guess and found.doubt > _DOUBTFUL else "read off",
         text,
         labels=found.labels.flatten().tolist()[:_SHOWN],
         confidence=None if sure is None else sure[:_SHOWN],

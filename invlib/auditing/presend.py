@@ -37,6 +37,7 @@ _PARALLEL = 0.999  # cosine from which rows are parallel
 _ROWS = 4  # parallel rows with biases of their own that no training makes
 _COMPARED = 4096  # rows of a layer that are compared with one another
 _SCALED = 4.0  # times the median length of the class weights
+_EXACT = 60.0  # dB from which an attacker can prove what is read, and take it out of the update
 _AT_ONCE = 1024  # rows that are compared with the images
 
 
@@ -192,7 +193,10 @@ def presend(
             notes.append(f"{name!r} was not read: {error}")
             continue
         found += [_rows(seen, own, layer, call, readable, best), _imprint(layer, call)]
-    found += _closed_forms(model, seen, own, step, readable, seconds, best, notes)
+    if any(way.leak == "network" for some, _ in found for way in some):
+        notes.append("the closed forms were not run, for the network is to be refused anyhow")
+    else:
+        found += _closed_forms(model, seen, own, step, readable, seconds, best, notes)
     ways = tuple(way for some, _ in found for way in some)
     numbers: dict[str, float | int] = {"images": len(own)}
     for _, more in found:
@@ -377,7 +381,7 @@ def _imprint(layer: Layer, call: _Call) -> Found:
 
 
 def _rows(seen: Observation, own: Tensor, layer: Layer, call: _Call, readable: float, best: Tensor) -> Found:
-    """Read single rows, and differences of parallel ones; then again without the images that came out.
+    """Read single rows, and differences of parallel ones; then again without what came out exactly.
 
     What is read of images is entered in ``best`` ``(N,)``, in dB.
     """
@@ -387,19 +391,19 @@ def _rows(seen: Observation, own: Tensor, layer: Layer, call: _Call, readable: f
     factor = float((weight * simulated).sum() / simulated.square().sum().clamp_min(1e-300))
     shown = torch.full_like(best, -torch.inf)
     least = 0.0 if bias is None else 1e-6 * float(bias.abs().max())
-    known, rounds = torch.zeros_like(best, dtype=torch.bool), []
-    while not known.all():
+    taken = torch.zeros_like(best, dtype=torch.bool)
+    alone, exact = taken, ~taken
+    while exact.any() and not taken.all():
         read = _read(weight, bias, pairs, call.inputs, least)
         score = _decibels(seen, own, layer, call, read)
-        shown = torch.where(known, shown, torch.maximum(shown, score))
-        new = (score >= readable) & ~known
-        if not new.any():
-            break
-        rounds.append(int(new.sum()))
-        known |= new
-        columns = factor * call.signals[new].T
-        weight = weight - columns @ read[new]
+        shown = torch.where(taken, shown, torch.maximum(shown, score))
+        alone = alone if taken.any() else shown >= readable
+        exact = (score >= _EXACT) & ~taken
+        taken |= exact
+        columns = factor * call.signals[exact].T
+        weight = weight - columns @ read[exact]
         bias = None if bias is None else bias - columns.sum(1)
+    known = shown >= readable
     singles = int(((call.signals != 0).sum(0) == 1).sum())
     numbers: dict[str, float | int] = {"singletons": singles}
     if layer.image_of is not None:
@@ -407,7 +411,7 @@ def _rows(seen: Observation, own: Tensor, layer: Layer, call: _Call, readable: f
     if not known.any():
         return [], numbers
     images = tuple(known.nonzero().flatten().tolist())
-    peeled = sum(rounds[1:])
+    peeled = int((known & ~alone).sum())
     leak: Literal["image", "features"] = "features" if layer.image_of is None else "image"
     what = "images" if leak == "image" else "images' features"
     text = (
