@@ -18,6 +18,7 @@ from invlib.attacks.tokens import tables_of, tokens_used
 from invlib.auditing.facts import (
     Numbers,
     foreign,
+    noise_of,
     numbers_of,
     precision,
     ranks,
@@ -418,20 +419,21 @@ def _noise(model: nn.Module, observation: Observation, numbers: Numbers) -> Iter
     found = foreign(model, observation, precision(observation, numbers))
     if not found or numbers.sparse or numbers.quantised:
         return
-    best = min(found, key=lambda f: f.error)
-    about = f"{best.sigma:.2g}, give or take {best.error:.1%}" if best.there else f"{best.rounding:.1g}"
-    if not best.there:
-        text = f"No noise above rounding, {about} in each number: in {best.layer!r}, {best.how}."
+    there = noise_of(found)
+    best = there or min(found, key=lambda f: f.sigma / max(f.rounding, 1e-300))
+    if there is None:
+        text = f"No noise above rounding, {best.rounding:.1g} in each number: in {best.layer!r}, {best.how}."
     else:
         text = (
-            f"There is noise in the update, with a standard deviation of {about}, if it is the same in each "
-            f"number: in {best.layer!r}, {best.how}, and {best.share:.1%} of its squared length is not so."
+            f"There is noise in the update, with a standard deviation of {best.sigma:.2g}, give or take "
+            f"{best.error:.1%}, if it is the same in each number: in {best.layer!r}, {best.how}, and "
+            f"{best.share:.1%} of its squared length is not so."
         )
     if stated:
         text += f" {stated:.2g} was stated."
     yield _finding(
         "Noise",
-        "read off" if best.there else "nothing found",
+        "nothing found" if there is None else "read off",
         text,
         sigma=best.sigma,
         error=best.error,

@@ -241,3 +241,19 @@ def test_a_network_without_batch_norm_has_no_mode():
     assert scale_free(model, seen) is None
     assert "Mode of batch norm" not in by_name(model, seen)
     assert precision(seen, numbers_of(model, seen)) == torch.finfo(torch.float32).eps
+
+
+def test_rounding_of_a_sure_networks_probabilities_is_no_noise():
+    model = lenet()
+    with torch.no_grad():
+        model.fc.bias[5] += 10
+    seen, _ = observed(model, (5,))
+    assert softmax(model, seen).length < 1e-3
+    assert by_name(model, seen)["Noise"].verdict == "nothing found"
+
+
+def test_adam_makes_neither_sparse_numbers_nor_a_mode():
+    model, seen = normalised(protocol=iv.FedAvg(lr=1e-3, local_steps=2, optimizer="adam"), training_mode=True)
+    found = by_name(model, seen)
+    assert "Mode of batch norm" not in found
+    assert found["Sparsity"].verdict == "nothing found"
