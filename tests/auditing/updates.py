@@ -178,7 +178,7 @@ def training_mode() -> Update:
         model=model,
         seen=seen,
         truth=truth,
-        verdicts=("partly", NOT_FOUND),
+        verdicts=("partly", "does not fit"),  # the mode that was stated
         reason="Mode",
     )
 
