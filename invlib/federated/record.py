@@ -466,7 +466,7 @@ def _kind(value: Any) -> str:
 
 
 def _class_of(model: nn.Module) -> tuple[str, str]:
-    """Return the name of a model's class: a function that makes a model may define the class anew each time."""
+    """Return the name of a class, which a function that makes a model may define anew each time."""
     return type(model).__module__, type(model).__qualname__
 
 
