@@ -162,6 +162,24 @@ def test_a_secret_combination_of_rows_is_missed():
     assert iv.metrics.psnr(read.view(1, *SHAPE).clamp(0, 1), x[:1]) > 60
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "sample", "scale"),
+    [
+        ("LeNetZhu", "fashion-mnist", "fashion", iv.FASHION_MNIST),
+        ("ConvNet8", "fashion-mnist", "fashion", iv.FASHION_MNIST),
+        ("ResNet20", "cifar10", "patches32", iv.CIFAR10),
+        ("ViT", "cifar10", "patches32", iv.CIFAR10),
+    ],
+)
+def test_networks_that_nobody_crafted_raise_no_alarm(name, weights, sample, scale):
+    x, y = iv.data.samples(sample, indices=range(8))
+    trained = iv.models.build(name, weights=weights)
+    fresh = iv.models.build(name, in_channels=x.shape[1], seed=0)
+    found = [check(net, x, y, normalization=scale) for net in (trained, fresh)]
+    assert [(one.action, one.drop) for one in found] == [("send", ())] * 2
+    assert (found[0].numbers["d_snr"] > 1) == (weights == "fashion-mnist")  # by itself no sign of a cheat
+
+
 X, Y = pictures(2)
 
 
