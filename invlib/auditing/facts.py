@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from invlib.attacks.directions import span_of
 from invlib.attacks.lastlayer import Head
 from invlib.attacks.losses import balanced
+from invlib.attacks.saturation import head_slopes
 from invlib.core.network import blank, like, num_classes, record_layers, trainable_parameters
 from invlib.core.observation import Observation, undefended
 from invlib.errors import InvlibError, RecoveryError
@@ -84,6 +85,7 @@ class Numbers:
 def numbers_of(model: nn.Module, observation: Observation) -> Numbers:
     """Measure the numbers of an update that fits the model."""
     own, update = trainable_parameters(model), observation.update
+    linear = getattr(observation.protocol, "linear", True)  # Adam makes all numbers about as large
     flat = {name: value.detach().flatten() for name, value in update.items()}
     some = [value[value != 0].abs() for value in flat.values()]
     whole = torch.cat([value.double().cpu() for value in flat.values()])
@@ -96,9 +98,12 @@ def numbers_of(model: nn.Module, observation: Observation) -> Numbers:
         count=len(whole),
         zeros=1 - len(used) / max(1, len(whole)),
         scattered=_scattered(update),
-        threshold=max(_threshold(used, _ALL), *(_threshold(value, _ENOUGH) for value in some)),
+        threshold=max(_threshold(used, _ALL), *(_threshold(value, _ENOUGH) for value in some))
+        if linear
+        else 0.0,
         levels=max(levels, default=0),
         quantised=bool(levels)
+        and linear
         and all(n <= min(_LEVELS, len(v) // 4) for n, v in zip(levels, many, strict=True)),
         grid=_grid(used, next(iter(update.values())).dtype),
         empty=tuple(name for name, value in flat.items() if not value.any()),
@@ -219,6 +224,11 @@ def foreign(model: nn.Module, observation: Observation, eps: float) -> list[Fore
     return found
 
 
+def noise_of(found: list[Foreign]) -> Foreign | None:
+    """Return the most exact of several measurements of noise; None unless all of them see some."""
+    return min(found, key=lambda f: f.error) if found and all(f.there for f in found) else None
+
+
 def _above_edge(square: float, shape: Sequence[int]) -> float:
     """Return by how much the largest squared singular value is above that of independent numbers.
 
@@ -243,13 +253,16 @@ def _of_sums(model: nn.Module, observation: Observation, eps: float) -> Foreign:
     if not size:
         raise RecoveryError("the last layer's update is all zero")
     sigma, share = float(sums.norm()) / math.sqrt(whole.numel()), float(sums.square().sum()) / size
+    slopes = head_slopes(model, observation)
+    # Probabilities are rounded to a last place of 1, however small the slopes of a sure network are.
+    sure = 1.0 if slopes is None else max(1.0, 1 / max(float(slopes.norm()), 1e-30))
     return Foreign(
         layer=str(head.names[1]),
         how="its rows add up to zero over the classes",
         sigma=sigma,
         error=1 / math.sqrt(2 * whole.shape[1]),
         share=min(1.0, share),
-        rounding=max(_rounding(model, observation, str(name), eps) for name in names),
+        rounding=sure * max(_rounding(model, observation, str(name), eps) for name in names),
         clear=(1 - share) * math.sqrt(whole.shape[1] / 2),
     )
 
@@ -352,6 +365,8 @@ def scale_free(model: nn.Module, observation: Observation) -> ScaleFree | None:
     Source: the scale invariance is that of Ioffe and Szegedy 2015, arXiv 1502.03167; its use to tell the
     client's mode is this project's.
     """
+    if not getattr(observation.protocol, "linear", True):
+        return None
     before, norm = (nn.modules.conv._ConvNd, nn.Linear), nn.modules.batchnorm._BatchNorm
     _, calls = record_layers(model, blank(observation.image_shape), (*before, norm))
     pairs, squares = 0, []
@@ -388,7 +403,8 @@ class Softmax:
         rank_one: the share of the update that is no product of signals and features.
         gap: how far the model's prediction for these features is from the signals, as a share of them.
         label: the smallest entry of the label that would explain them; below zero there is none.
-        negative: how many signals are below zero; of cross-entropy it is one, the label's.
+        negative: how many signals are below zero: of a hard label one, its own.
+        positive: how many are above.
         length: the sum of the signals above zero; at most 1 of a mean over images.
     """
 
@@ -397,6 +413,7 @@ class Softmax:
     gap: float
     label: float
     negative: int
+    positive: int
     length: float
 
 
@@ -435,5 +452,6 @@ def softmax(model: nn.Module, observation: Observation) -> Softmax | None:
         gap=float((signals - factor * wanted).norm() / signals.norm()),
         label=float((predicted - signals).min()),
         negative=int((signals < 0).sum()),
+        positive=int((signals > 0).sum()),
         length=float(signals.clamp_min(0).sum()),
     )

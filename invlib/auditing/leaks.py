@@ -18,6 +18,7 @@ from invlib.attacks.tokens import tables_of, tokens_used
 from invlib.auditing.facts import (
     Numbers,
     foreign,
+    noise_of,
     numbers_of,
     precision,
     ranks,
@@ -30,6 +31,7 @@ from invlib.core.observation import Observation, undefended
 from invlib.errors import InvlibError, RecoveryError
 
 _SHOWN = 64  # labels, tokens and names that a finding lists at most
+_DOUBTFUL = 0.5  # doubt from which on guessed labels are not told by the update
 _SILENT = 0.02  # share of silent units from which on an activation has exact zeros
 
 
@@ -87,9 +89,11 @@ def _labels(model: nn.Module, observation: Observation) -> Iterator[Finding]:
     text = f"The update says which classes the client's images have: {said} ({certain}). By {found.method}."
     if agrees is not None:
         text += " They are those that were told." if agrees else " Others were told."
+    if found.guess and found.doubt > _DOUBTFUL:
+        text += " That is too doubtful to count."
     yield _finding(
         "Labels",
-        "read off",
+        "nothing found" if found.guess and found.doubt > _DOUBTFUL else "read off",
         text,
         labels=found.labels.flatten().tolist()[:_SHOWN],
         confidence=None if sure is None else sure[:_SHOWN],
@@ -415,20 +419,21 @@ def _noise(model: nn.Module, observation: Observation, numbers: Numbers) -> Iter
     found = foreign(model, observation, precision(observation, numbers))
     if not found or numbers.sparse or numbers.quantised:
         return
-    best = min(found, key=lambda f: f.error)
-    about = f"{best.sigma:.2g}, give or take {best.error:.1%}" if best.there else f"{best.rounding:.1g}"
-    if not best.there:
-        text = f"No noise above rounding, {about} in each number: in {best.layer!r}, {best.how}."
+    there = noise_of(found)
+    best = there or min(found, key=lambda f: f.sigma / max(f.rounding, 1e-300))
+    if there is None:
+        text = f"No noise above rounding, {best.rounding:.1g} in each number: in {best.layer!r}, {best.how}."
     else:
         text = (
-            f"There is noise in the update, with a standard deviation of {about}, if it is the same in each "
-            f"number: in {best.layer!r}, {best.how}, and {best.share:.1%} of its squared length is not so."
+            f"There is noise in the update, with a standard deviation of {best.sigma:.2g}, give or take "
+            f"{best.error:.1%}, if it is the same in each number: in {best.layer!r}, {best.how}, and "
+            f"{best.share:.1%} of its squared length is not so."
         )
     if stated:
         text += f" {stated:.2g} was stated."
     yield _finding(
         "Noise",
-        "read off" if best.there else "nothing found",
+        "nothing found" if there is None else "read off",
         text,
         sigma=best.sigma,
         error=best.error,

@@ -333,6 +333,7 @@ def diagnostics(subject: Subject, reference: Tensor | None, labels: Tensor | Non
         return
     if labels.is_floating_point() or observation.training_mode:
         return
+    reference, labels = reference.to(like(model)), labels.to(like(model).device)
     noise = float(getattr(observation.protocol, "noise", 0) or 0)
     client = undefended(observation.protocol)
     if noise and isinstance(client, FedSGD):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ class AuditReport:
     def __str__(self) -> str:
         unfinished = () if self.complete else ("This report is not complete.",)
         return "\n".join([*unfinished, *self.summary])
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame of its own, as a notebook shows it."""
+        return (
+            f'<iframe srcdoc="{escape(self.to_html())}" title="The report of an audit" '
+            'style="width:100%;height:40rem;border:1px solid #8888"></iframe>'
+        )
 
     def to_json(self) -> str:
         """Return everything but the pictures; a number that is not finite is null."""

@@ -20,6 +20,7 @@ from invlib.auditing.facts import (
     Foreign,
     Numbers,
     foreign,
+    noise_of,
     numbers_of,
     precision,
     ranks,
@@ -62,8 +63,7 @@ class _Case:
         """The most exact estimate of noise, where there is more than rounding, and it can be noise."""
         if self.numbers.sparse or self.numbers.quantised:
             return None
-        there = [f for f in self.foreign if f.there]
-        return min(there, key=lambda f: f.error) if len(there) == len(self.foreign) and there else None
+        return noise_of(self.foreign)
 
     @property
     def noise_share(self) -> float:
@@ -237,6 +237,9 @@ def _signs(case: _Case) -> Iterator[Finding]:
     slopes = head_slopes(case.model, observation)
     if slopes is None or len(slopes) < 3 or not slopes.any():
         return
+    alone = softmax(case.model, observation)
+    if alone is not None and alone.rank_one <= _FAR < alone.gap and alone.label > -_FAR:
+        return  # one image with a soft label
     floor = 1e-4 * float(slopes.abs().max())
     below, above = int((slopes < -floor).sum()), int((slopes > floor).sum())
     count, length = observation.num_images, float(slopes.clamp_min(0).sum())
@@ -255,8 +258,9 @@ def _signs(case: _Case) -> Iterator[Finding]:
         yield _finding(
             "Batch size",
             "does not fit",
-            f"{below} entries of the logits' gradient are negative; {count} image(s) make at most as many.",
-            "State how many images the client used.",
+            f"{below} entries of the logits' gradient are negative; {count} image(s) "
+            "with a label each make at most as many.",
+            "State how many images the client used, or its loss if that smooths labels.",
             negative=below,
             images=count,
         )
@@ -336,7 +340,7 @@ def _model(case: _Case) -> Iterator[Finding]:
     if case.best_estimate is not None or case.numbers.sparse or case.numbers.quantised:
         return
     found = softmax(case.model, case.observation)
-    if found is None or found.negative != 1:
+    if found is None or found.negative > 1 >= found.positive:  # its sign is turned round
         return
     limit = max(_FAR, 100 * case.eps)
     if found.rank_one <= limit and found.gap > limit and found.label < -limit:
@@ -381,6 +385,7 @@ def _coarse(case: _Case) -> Iterator[Finding]:
     """Find what was left out of the update, or rounded."""
     numbers, observation = case.numbers, case.observation
     stated = hasattr(observation.protocol, "release") or bool(observation.sent)
+    plain = isinstance(undefended(observation.protocol), FedSGD)
     kept, size = 1 - numbers.zeros, observation.num_images * math.prod(observation.image_shape)
     if numbers.sparse or observation.sent:
         yield _finding(
@@ -398,7 +403,8 @@ def _coarse(case: _Case) -> Iterator[Finding]:
         yield _finding(
             "Quantisation",
             "explains the failure",
-            f"No tensor has more than {numbers.levels} magnitudes besides zero.",
+            f"No tensor has more than {numbers.levels} magnitudes besides zero"
+            + ("." if plain else ", of signs, bits, or of steps that are as small as the weights' rounding."),
             "" if stated else "State it: Defended(..., [Sign()]) or Defended(..., [Quantize(bits)]).",
             levels=numbers.levels,
         )
@@ -542,7 +548,7 @@ def _variants(
                     )
                 )
         taken = len(client.batches(observation.num_images))
-        for steps in {1, max(1, taken // 2), 2 * taken} - {taken}:
+        for steps in sorted({1, 2, 5, 10, taken // 2, 2 * taken} - {0, taken}):
             other_client = replace(client, epochs=None, local_steps=steps)
             others.append((f"{steps} local step(s)", replace(observation, protocol=other_client), ""))
     turned = replace(observation, update={name: -value for name, value in observation.update.items()})

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import norm
 
 import invlib as iv
+from invlib.attacks.parts import Parts
 from invlib.core.observation import stackable
 from invlib.errors import ConfigError, DoubtWarning, RecoveryError
 from tests.conftest import build_tiny, random_batch
@@ -206,6 +207,67 @@ def test_best_says_what_it_compares_by():
     other = iv.best(evaluations=50)(model, case(D.TopK(0.5), dtype=torch.float32)[1])
     assert "by the likelihood of top-k 0.5" in other.note
     assert math.isfinite(found.score)
+
+
+NOISY = [D.Clip(0.5), D.GaussianNoise(1e-3)]
+
+
+def naively(seen):
+    return replace(seen, protocol=seen.protocol.client)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_best_keeps_the_likelier_of_two_results(better, monkeypatch):
+    model, seen, x, _ = case(*NOISY, n=2, dtype=torch.float32)
+    whole, run, tried = iv.best(evaluations=100), Parts.run, []
+
+    def planted(parts, part, observation, **told):
+        result = run(parts, part, observation, **told)
+        if told["name"] != "likelihood":
+            assert observation.protocol == iv.FedSGD()
+            tried.append(result.images)
+            return result
+        torch.testing.assert_close(part.init, tried[-1])
+        # The score alone must not decide: of the client's own images it is made out to be the worse.
+        return replace(result, images=x if better else 1 - x, score=1e9 if better else -1e9)
+
+    monkeypatch.setattr(Parts, "run", planted)
+    found = whole(model, seen)
+    torch.testing.assert_close(found.images, x if better else tried[-1])
+    assert ("which came to nothing likelier" in found.note) == (not better)
+    assert "then by the likelihood of clip 0.5, noise 0.001" in found.note
+    assert found.objective == "the likelihood of clip 0.5, noise 0.001"
+
+
+def test_the_prior_decides_between_images_of_one_likelihood(monkeypatch):
+    model, seen, x, _ = case(D.Clip(0.5), D.GaussianNoise(0.05), n=2, dtype=torch.float32)
+    run, grey = Parts.run, torch.full_like(x, 0.47)
+
+    def planted(parts, part, observation, **told):
+        result = run(parts, part, observation, **told)
+        return (
+            replace(result, images=grey)
+            if told["name"] == "likelihood"
+            else replace(result, images=x, trials=x[None])
+        )
+
+    monkeypatch.setattr(Parts, "run", planted)
+    found = iv.best(evaluations=100)(model, seen)
+    assert search().score(model, seen, x, seen.labels) < search().score(model, seen, grey, seen.labels)
+    torch.testing.assert_close(found.images, grey)  # noise as large as this says next to nothing
+    free = iv.best(evaluations=100, natural=0.0)(model, seen)
+    torch.testing.assert_close(free.images, x)
+
+
+@pytest.mark.parametrize("transforms", [NOISY, [D.Sign()], [D.TopK(0.1)], [D.Quantize(bits=2)]], ids=repr)
+def test_who_knows_a_defence_ends_likelier_for_the_same_evaluations(transforms):
+    model, seen, _, y = case(*transforms, n=2, dtype=torch.float32)
+    attack = iv.best(evaluations=100)
+    found, naive = attack(model, seen), attack(model, naively(seen))
+    assert found.score == pytest.approx(search().score(model, seen, found.images, y), rel=1e-4)
+    assert found.score < search().score(model, seen, naive.images, y)
+    assert found.evaluations < 100 + 20
+    assert found.history.steps == sorted(found.history.steps)
 
 
 def test_rounds_of_one_model_are_averaged():
