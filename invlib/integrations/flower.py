@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -109,7 +109,8 @@ class UpdateRecorder:
                 path = self.saving.save(watch, _arrays(reply), name, num_images=_examples(reply), notes=notes)
                 log.info("invlib: %s is recorded in %s", what, path)
                 if self.data is not None:
-                    action = _checked(watch.received, load_observation(path), self.data(context), what)
+                    seen = replace(load_observation(path), loss=self.saving.facts.get("loss"))
+                    action = _checked(watch.received, seen, self.data(context), what)
         if action == "send" or self.on_leak == "log":
             return reply
         log.warning("invlib: the update of %s is not sent", what)

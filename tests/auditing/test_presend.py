@@ -99,6 +99,8 @@ def test_an_ordinary_network_leaks_what_its_zeros_single_out():
     assert not smooth.leaks.any()
     assert (smooth.action, smooth.drop) == ("send", ())
     assert str(smooth).startswith("send: no image was read off (no proof of safety")
+    over = nn.Sequential(*net[:2], nn.ReLU(inplace=True), net[3])
+    assert check(over, x, y, normalization=scaled, seconds=10).numbers == found.numbers
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -115,6 +117,8 @@ def test_one_picture_behind_linear_layers_and_behind_convolutions():
     assert (found.leaks.tolist(), found.partly.tolist()) == ([False], [True])
     assert {way.leak for way in found.ways} == {"features", "gradient"}
     assert found.action == "refuse"
+    noise = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(0.1)])
+    assert (check(behind, x, y, client=noise).ways, found.numbers["gradient_db"] > 60) == ((), True)
 
 
 def test_it_measures_what_leaves_and_not_the_trick():
