@@ -207,21 +207,37 @@ def foreign(model: nn.Module, observation: Observation, eps: float) -> list[Fore
         rows, columns = gradient.shape[0] - most, gradient.shape[1] - most
         if min(rows, columns) < 8 or not gradient.any():
             continue
-        squares = torch.linalg.svdvals(gradient).square()
-        variance = float(squares[most:].sum()) / (rows * columns)
+        largest, left = _without_products(gradient, most)
+        variance = left / (rows * columns)
         found.append(
             Foreign(
                 layer=name,
                 how=f"its rank is {most} at most",
                 sigma=math.sqrt(variance),
                 error=1 / math.sqrt(2 * rows * columns) + 1 / min(rows, columns),
-                share=min(1.0, variance * gradient.numel() / float(squares.sum())),
+                share=min(1.0, variance * gradient.numel() / float(gradient.square().sum())),
                 rounding=_rounding(model, observation, name, eps),
-                clear=_above_edge(float(squares[0]) / max(variance, 1e-300), gradient.shape),
+                clear=_above_edge(largest / max(variance, 1e-300), gradient.shape),
             )
         )
         break
     return found
+
+
+def _without_products(gradient: Tensor, count: int) -> tuple[float, float]:
+    """Return the largest squared singular value, and the sum of all others behind so many.
+
+    What is left is subtracted as a matrix: of squares, rounding would be all of the difference.
+    """
+    width = min(*gradient.shape, 2 * count + 16)
+    generator = torch.Generator().manual_seed(0)
+    view = torch.randn(gradient.shape[1], width, dtype=gradient.dtype, generator=generator)
+    basis = torch.linalg.qr(gradient @ view)[0]
+    for _ in range(2):
+        basis = torch.linalg.qr(gradient @ (gradient.T @ basis))[0]
+    columns, values, _ = torch.linalg.svd(basis.T @ gradient, full_matrices=False)
+    columns = basis @ columns[:, :count]
+    return float(values[0]) ** 2, float((gradient - columns @ (columns.T @ gradient)).square().sum())
 
 
 def noise_of(found: list[Foreign]) -> Foreign | None:

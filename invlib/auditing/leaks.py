@@ -106,9 +106,8 @@ def _labels(model: nn.Module, observation: Observation) -> Iterator[Finding]:
 
 def _batch_size(model: nn.Module, observation: Observation) -> Iterator[Finding]:
     found = ranks(model, observation)
-    shown = [
-        r for r in found if r.rank < r.limit
-    ]  # at its limit a rank says that there were as many, or more
+    # At its limit a rank says that there were as many, or more.
+    shown = [r for r in found if r.rank < r.limit]
     if not shown:
         if not observation.is_text:
             yield _finding(
@@ -146,7 +145,7 @@ def _batch_size(model: nn.Module, observation: Observation) -> Iterator[Finding]
         gap=best.gap,
         layer=best.layer,
         stated=count,
-        agrees=best.rank == count,
+        agrees=best.rank <= best.most,
         layers=[r.layer for r in shown],
         ranks=[r.rank for r in shown],
     )

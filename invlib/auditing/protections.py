@@ -358,9 +358,9 @@ def diagnostics(subject: Subject, reference: Tensor | None, labels: Tensor | Non
             numbers={"distance": pair.distance, "relative": pair.relative, "noise": noise, "most": most},
         )
     size = sum(p.numel() for p in trainable_parameters(model).values()) * math.prod(observation.image_shape)
-    if isinstance(client, FedSGD) and size <= _ENTRIES:
+    largest = max(float(value.abs().max()) for value in observation.update.values())
+    if isinstance(client, FedSGD) and size <= _ENTRIES and largest:
         dtype = next(iter(observation.update.values())).dtype
-        largest = max(float(value.abs().max()) for value in observation.update.values())
         level = noise or torch.finfo(dtype).eps * largest
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoubtWarning)

@@ -178,7 +178,7 @@ def training_mode() -> Update:
         model=model,
         seen=seen,
         truth=truth,
-        verdicts=("partly", NOT_FOUND),
+        verdicts=("does not fit",),
         reason="Mode",
     )
 
