@@ -204,7 +204,7 @@ def run(folder: Path) -> int:
 
     # a check that fails, here on other images than the client's, keeps the update back
     keeping = record_updates(
-        Net,
+        network,
         out=folder / "kept",
         normalization=iv.CIFAR10,
         data=lambda context: iv.data.samples("photos32", indices=range(3)),
