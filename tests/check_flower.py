@@ -201,7 +201,22 @@ def run(folder: Path) -> int:
     assert any(w.category is DoubtWarning and "halved stands before" in str(w.message) for w in caught), (
         caught
     )
-    print("Flower: two clients, two observations, each what the server got", flush=True)
+
+    # a check that fails, here on other images than the client's, keeps the update back
+    keeping = record_updates(
+        network,
+        out=folder / "kept",
+        normalization=iv.CIFAR10,
+        data=lambda context: iv.data.samples("photos32", indices=range(3)),
+        on_leak="withhold",
+    )
+    kept = ClientApp(mods=[keeping])
+    kept.train()(train)
+    reply = kept(message, context_of(11))
+    back = reply.content["arrays"].to_torch_state_dict()
+    assert all(torch.equal(back[n], t) for n, t in start.items()), "the update was sent"
+    assert {*reply.content} == {"arrays", "metrics"}, "something was added to the reply"
+    print("Flower: two clients, two observations, each what the server got; one update was kept", flush=True)
     return audited(files[0], folder / "report")
 
 

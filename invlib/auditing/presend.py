@@ -73,8 +73,9 @@ class Presend:
         ways: by what, the cheapest first.
         action: ``"refuse"`` where no image would be left or the network is made for it, ``"drop"`` where some
             are to be left out, else ``"send"``, which is no proof of safety: no search was run.
-        numbers: ``images``, ``d_snr``, and of the fully connected layers ``singletons`` (rows to which one
-            image alone contributes), ``parallel_rows`` and ``class_scale``, as far as they apply.
+        numbers: ``images``, ``d_snr`` and ``gradient_db``, of the fully connected layers the most
+            ``singletons`` (rows to which one image alone contributes) and ``parallel_rows``, ``class_scale``,
+            and those of the ways, as far as they apply.
         notes: what was not looked at, and why.
         seconds: what it took.
     """
@@ -133,7 +134,8 @@ def presend(
     It also measures which share of the update is one image's own. D-SNR, the largest
     :math:`\|g_i\| / \sum_{j \ne i} \|g_j\|` over the weights of its layers, is given as a number and is no
     alarm: networks that have learned their images exceed 1 by themselves. A network trained to hide one image
-    in a subspace that only its maker can read (SEER) is not found.
+    in a subspace that only its maker can read (SEER) is not found. Layers that are no `torch.nn.Linear` or
+    run several times an image, convolutions say, are measured by their gradients alone.
 
     Args:
         model: as the client received it, before its step; it is not changed.
@@ -145,8 +147,9 @@ def presend(
             normalization and mode are taken. None runs the client's step.
         training_mode: whether the client runs the model in training mode.
         loss: ``(logits, labels) -> scalar``.
-        readable: from which PSNR on an image counts as read off, in dB; features from this ratio of their
-            distance to the mean and the error on, a gradient from this ratio of it and the rest on.
+        readable: from how many dB on something counts as read off: the PSNR of an image; how much farther
+            features are from the batch's mean than from what was read; how much longer an image's gradient is
+            than the rest of a layer's update.
         seconds: how long `invlib.exact_batch` may take at most.
 
     Raises:
@@ -260,8 +263,12 @@ def _step(model: nn.Module, seen: Observation, own: Tensor) -> _Step:
     params = {name: p.clone().requires_grad_() for name, p in trainable_parameters(model).items()}
     ran: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def noted(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, given, output: ran.setdefault(name, []).append((given[0], output))
+    def noted(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            ran.setdefault(name, []).append((given[0], output))
+            return output.clone()  # an activation may overwrite it
+
+        return hook
 
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     handles = [m.register_forward_hook(noted(name)) for name, m in modules.items()]
@@ -299,9 +306,6 @@ def _step(model: nn.Module, seen: Observation, own: Tensor) -> _Step:
 def _alone(model: nn.Module, seen: Observation, step: _Step, readable: float) -> Found:
     """Measure which share of each layer's update is one image's own gradient."""
     count = seen.num_images
-    if count == 1:
-        text = "one image: the update is its gradient and nothing else, a search for which iv.audit runs"
-        return [Way(name="one image's gradient", leak="gradient", images=(0,), text=text, numbers={})], {}
     matrices = [name for name, g in step.whole.items() if g.ndim > 1 and name not in seen.sent]
     if not matrices:
         return [], {}
@@ -319,13 +323,15 @@ def _alone(model: nn.Module, seen: Observation, step: _Step, readable: float) ->
     rest = (1 - cosines.clamp(0, 1).square()).clamp_min(1e-12).sqrt()
     where = int(rest.min(0).values.argmin())
     shown = -20 * rest.min(1).values.log10()
-    numbers: dict[str, float | int] = {"d_snr": float(ratios.max()), "gradient_db": float(shown.max())}
+    numbers: dict[str, float | int] = {"gradient_db": float(shown.max())}
+    if count > 1:
+        numbers["d_snr"] = float(ratios.max())
     images = tuple((shown >= readable).nonzero().flatten().tolist())
     if not images:
         return [], numbers
     text = (
         f"the update of {matrices[where]!r} is the gradient of image {int(rest[:, where].argmin())} but for "
-        f"{float(rest.min()):.1%} of its length (D-SNR {numbers['d_snr']:.3g}): a search faces a batch of one"
+        f"{float(rest.min()):.1%} of its length: a search for it faces a batch of one"
     )
     return [
         Way(name="one image's gradient", leak="gradient", images=images, text=text, numbers=numbers)

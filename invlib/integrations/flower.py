@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -104,12 +104,15 @@ class UpdateRecorder:
             log.info("invlib: %s was not recorded: the client replied with an error", what)
             return reply
         if watch is not None:
+            path = None
             with self.saving.guarded(what):
                 name = f"round-{number:04d}-node-{getattr(context, 'node_id', 0)}"
                 path = self.saving.save(watch, _arrays(reply), name, num_images=_examples(reply), notes=notes)
                 log.info("invlib: %s is recorded in %s", what, path)
-                if self.data is not None:
-                    action = _checked(watch.received, load_observation(path), self.data(context), what)
+            if self.data is not None and path is not None:
+                with self.saving.guarded(f"the check of {what}"):
+                    seen = replace(load_observation(path), loss=self.saving.facts.get("loss"))
+                    action = _checked(watch.received, seen, self.data(context), what)
         if action == "send" or self.on_leak == "log":
             return reply
         log.warning("invlib: the update of %s is not sent", what)

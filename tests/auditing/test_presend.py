@@ -99,6 +99,8 @@ def test_an_ordinary_network_leaks_what_its_zeros_single_out():
     assert not smooth.leaks.any()
     assert (smooth.action, smooth.drop) == ("send", ())
     assert str(smooth).startswith("send: no image was read off (no proof of safety")
+    over = nn.Sequential(*net[:2], nn.ReLU(inplace=True), net[3])
+    assert check(over, x, y, normalization=scaled, seconds=10).numbers == found.numbers
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -115,6 +117,8 @@ def test_one_picture_behind_linear_layers_and_behind_convolutions():
     assert (found.leaks.tolist(), found.partly.tolist()) == ([False], [True])
     assert {way.leak for way in found.ways} == {"features", "gradient"}
     assert found.action == "refuse"
+    noise = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(0.1)])
+    assert (check(behind, x, y, client=noise).ways, found.numbers["gradient_db"] > 60) == ((), True)
 
 
 def test_it_measures_what_leaves_and_not_the_trick():
@@ -160,6 +164,24 @@ def test_a_secret_combination_of_rows_is_missed():
     update = iv.observe(net, x, y, iv.FedSGD(), normalization=UNIT).update
     read = (secret @ update["1.weight"].double()) / (secret @ update["1.bias"].double())
     assert iv.metrics.psnr(read.view(1, *SHAPE).clamp(0, 1), x[:1]) > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "sample", "scale"),
+    [
+        ("LeNetZhu", "fashion-mnist", "fashion", iv.FASHION_MNIST),
+        ("ConvNet8", "fashion-mnist", "fashion", iv.FASHION_MNIST),
+        ("ResNet20", "cifar10", "patches32", iv.CIFAR10),
+        ("ViT", "cifar10", "patches32", iv.CIFAR10),
+    ],
+)
+def test_networks_that_nobody_crafted_raise_no_alarm(name, weights, sample, scale):
+    x, y = iv.data.samples(sample, indices=range(8))
+    trained = iv.models.build(name, weights=weights)
+    fresh = iv.models.build(name, in_channels=x.shape[1], seed=0)
+    found = [check(net, x, y, normalization=scale) for net in (trained, fresh)]
+    assert [(one.action, one.drop) for one in found] == [("send", ())] * 2
+    assert (found[0].numbers["d_snr"] > 1) == (weights == "fashion-mnist")  # by itself no sign of a cheat
 
 
 X, Y = pictures(2)
