@@ -119,12 +119,14 @@ def best(
     The status is ``converged`` where nothing is left to gain, and ``max_steps`` where the evaluations are
     spent. With another ``objective``, ``layers`` or ``labels`` the search ends where it stalls.
 
-    Where the observation is of an `invlib.Defended` client whose defences leave more than a direction, three
-    quarters of the evaluations, and all but 50 of fewer than 200, go to all of the above, with numbers that
-    were not sent left out. The others begin at its result and lower the likelihood of the defences: under
-    noise with the natural prior as the negative logarithm of a probability beside it, otherwise without. Of
-    both results the one that is likelier by these two is returned. With fewer than 100 evaluations, or other
-    settings than those below, the likelihood takes the place of the cosine from the start.
+    Where the observation is of an `invlib.Defended` client whose defences leave more than a direction, a part
+    of the evaluations goes to all of the above, with numbers that were not sent left out; the others begin at
+    its result and lower the likelihood of the defences. Under noise that part is two thirds, and the natural
+    prior counts in the rest as the negative logarithm of a probability. Without noise it is half, of whose
+    steps none lowers the priors, since the cosine of rounded numbers is least at other images than the
+    client's; the rest is without priors. Of both results the likelier is returned, by likelihood and prior.
+    With fewer than 100 evaluations, or other settings than those above, the likelihood takes the place of the
+    cosine from the start.
 
     Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was,
     which closed forms were tried and how near they came, or why none applies. What a network computes counts
@@ -308,15 +310,19 @@ class Best(Settings):
     def _likelier(self, model: nn.Module, observation: Observation, parts: Parts) -> Reconstruction:
         """Match as if numbers were sent as they are, then by the likelihood, and keep what is likelier.
 
-        From noise the distance of rounded numbers from their intervals leads astray; from what a direction
-        gave, it leads on where the cosine of rounded numbers is least at other images than the client's.
+        From a start far away a likelihood leads astray more often than a direction. Near the client's images
+        it is the better of the two, most of all for rounded numbers: of these the cosine is least elsewhere.
         """
-        later = max(self.evaluations // 4, _STAGE)
-        fewer = max(1, round(self.matching.steps * (1 - later / self.evaluations)))
-        first = replace(
-            self, evaluations=self.evaluations - later, matching=replace(self.matching, steps=fewer)
-        )
         known = likelihood_of(self.matching.objective, observation)
+        share, fading = (2 / 3, self.matching.fading) if known.sigma else (1 / 2, 1.0)
+        steps, optimizer, early = self.matching.steps, self.matching.optimizer, int(share * self.evaluations)
+        if isinstance(optimizer, LBFGS):  # as many stages, each of them shorter
+            most = optimizer.max_eval and max(1, int(share * optimizer.max_eval))
+            optimizer = replace(optimizer, max_iter=max(1, int(share * optimizer.max_iter)), max_eval=most)
+        else:
+            steps = max(1, int(share * steps))
+        matching = replace(self.matching, optimizer=optimizer, steps=steps, fading=fading)
+        first, later = replace(self, evaluations=early, matching=matching), self.evaluations - early
         observation = with_labels(model, observation)
         client = undefended(observation.protocol)
         naive = first._matched(model, replace(observation, protocol=client), parts)
@@ -330,8 +336,8 @@ class Best(Settings):
                 (self.tv * weight / (self.natural or 1), priors.rounded_total_variation),
                 *_statistics(model, observation, weight),
             ),
-            optimizer=_quasi_newton(_STAGE),
-            steps=later // _STAGE,
+            optimizer=_quasi_newton(later // max(1, later // _STAGE)),
+            steps=max(1, later // _STAGE),
             decay=None,
             restarts=1,
             prune=False,

@@ -145,7 +145,7 @@ def _batch_size(model: nn.Module, observation: Observation) -> Iterator[Finding]
         gap=best.gap,
         layer=best.layer,
         stated=count,
-        agrees=best.rank == count,
+        agrees=best.rank <= best.most,
         layers=[r.layer for r in shown],
         ranks=[r.rank for r in shown],
     )

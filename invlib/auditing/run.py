@@ -24,6 +24,11 @@ from invlib.errors import ConfigError
 from invlib.metrics.quality import unit_images
 from invlib.settings import Count, FromZero, Positive, checked, checks
 
+# Leaks about the client's data; the others are about its update.
+_OF_THE_DATA = (
+    *("Labels", "Batch size", "Local steps", "Batch statistics", "Tokens", "Longest sequence"),
+    "Exactly readable layers",
+)
 _ATTACKS, _DEFENCES = 0.55, 0.95  # of the budget, when these parts end
 _NEVER = (
     "a server that changes the model before it sends it (threat models F to H): see invlib.presend",
@@ -222,7 +227,8 @@ def _sentence(verdict: Verdict, subject: Subject, attacks: list[Tried], others: 
 
 
 def _told(found: list[Finding]) -> str:
-    names = [finding.name.lower() for finding in found if finding.verdict == "read off"]
+    told = [finding.name for finding in found if finding.verdict == "read off"]
+    names = [name.lower() for name in told if name in _OF_THE_DATA]
     if not names:
         return "Nothing was read off it without a search."
     return f"Without any search it tells: {', '.join(names)}."

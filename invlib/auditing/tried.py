@@ -32,8 +32,8 @@ LIKELY = 0.1  # of the least distance of noise and photographs: below, a picture
 _WRONG = 16  # pictures of each kind that are known to be wrong
 _EVALUATIONS = (20, 1200)  # of one search, the fewest and the most
 _BACKWARD = 3.0  # times an evaluation of the client's step: with its derivative, and what the search does
+_COPY = 1e-3  # mean squared difference, 30 dB, below which a candidate is a copy of the true image
 _EXACT_SHARE = 0.4  # of the time left, for the search of whole batches
-_ALIKE = 0.5  # SSIM from which a token sequence or a picture counts as partly there
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -286,10 +286,12 @@ def _beside(
     """Compare a result with the truth, beside floors, and say whether it identifies it."""
     report = evaluate(result, truth)
     found = torch.tensor([place >= 0 for place in report.order])
+    others = subject.candidates[_unlike(subject.candidates, truth)]
+    others = others if len(others) else candidates_like(subject.observation)
     likeness = by_ssim if min(truth.shape[2:]) >= SSIM_SIDE else by_pixels
-    identified = identifiability(report.images, truth[found], subject.candidates, likeness=likeness)
+    identified = identifiability(report.images, truth[found], others, likeness=likeness)
     low, high = identified.interval
-    least = [floors(image, subject.candidates.to(image), image[:0]) for image in truth]
+    least = [floors(image, others.to(image), image[:0]) for image in truth]
     numbers |= {
         "PSNR in dB": [round(value, 2) for value in report.psnr],
         "SSIM": [round(value, 3) for value in report.ssim],
@@ -306,6 +308,12 @@ def _beside(
     if identified.hits == len(truth):
         return "identified", text
     return ("partly" if identified.hits else NOT_FOUND), text
+
+
+def _unlike(candidates: Tensor, truth: Tensor) -> Tensor:
+    """Return which candidates are no copies of a true image, scaled or compressed in another way."""
+    gaps = (candidates[:, None] - truth.to(candidates)[None]).square().flatten(2).mean(2)
+    return gaps.amin(1) > _COPY
 
 
 def _of_text(

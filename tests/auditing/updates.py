@@ -178,7 +178,7 @@ def training_mode() -> Update:
         model=model,
         seen=seen,
         truth=truth,
-        verdicts=("partly", "does not fit"),  # the mode that was stated
+        verdicts=("does not fit",),
         reason="Mode",
     )
 

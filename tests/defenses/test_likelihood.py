@@ -219,21 +219,23 @@ def naively(seen):
 @pytest.mark.parametrize("better", [True, False])
 def test_best_keeps_the_likelier_of_two_results(better, monkeypatch):
     model, seen, x, _ = case(*NOISY, n=2, dtype=torch.float32)
-    whole, run, tried = iv.best(evaluations=100), Parts.run, []
+    run, first, then = Parts.run, [], []
 
     def planted(parts, part, observation, **told):
         result = run(parts, part, observation, **told)
         if told["name"] != "likelihood":
             assert observation.protocol == iv.FedSGD()
-            tried.append(result.images)
+            first.append(result.images)
             return result
-        torch.testing.assert_close(part.init, tried[-1])
-        # The score alone must not decide: of the client's own images it is made out to be the worse.
-        return replace(result, images=x if better else 1 - x, score=1e9 if better else -1e9)
+        torch.testing.assert_close(part.init, first[-1])
+        # A score alone must not decide: that of the likelier images is made out to be the worse one.
+        result = replace(result, score=1e9) if better else replace(result, images=1 - x, score=-1e9)
+        then.append(result.images)
+        return result
 
     monkeypatch.setattr(Parts, "run", planted)
-    found = whole(model, seen)
-    torch.testing.assert_close(found.images, x if better else tried[-1])
+    found = iv.best(evaluations=100)(model, seen)
+    assert torch.equal(found.images, then[-1] if better else first[-1])
     assert ("which came to nothing likelier" in found.note) == (not better)
     assert "then by the likelihood of clip 0.5, noise 0.001" in found.note
     assert found.objective == "the likelihood of clip 0.5, noise 0.001"
