@@ -315,8 +315,6 @@ def fully_connected_gradients(
             continue
         sees_images = call.given.numel() == math.prod(observation.image_shape) and call is calls[0]
         most = observation.num_images * (1 if sees_images else steps)
-        if call.output.shape[-1] == num_classes(model, observation.image_shape) and call is calls[-1]:
-            most = min(most, call.output.shape[-1] - 1)
         yield name, observation.without_decay(name, model).detach().double().cpu(), most
 
 
