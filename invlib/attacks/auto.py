@@ -334,7 +334,7 @@ class Best(Settings):
                 *self.matching.priors,
                 (weight, _coordinates(self.matching).prior(observation.normalization)),
                 (self.tv * weight / (self.natural or 1), priors.rounded_total_variation),
-                *_statistics(model, observation, weight),
+                *_statistics(model, observation, weight or _DECAY),
             ),
             optimizer=_quasi_newton(later // max(1, later // _STAGE)),
             steps=max(1, later // _STAGE),
