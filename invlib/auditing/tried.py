@@ -33,6 +33,7 @@ _WRONG = 16  # pictures of each kind that are known to be wrong
 _EVALUATIONS = (20, 1200)  # of one search, the fewest and the most
 _BACKWARD = 3.0  # times an evaluation of the client's step: with its derivative, and what the search does
 _COPY = 1e-3  # mean squared difference, 30 dB, below which a candidate is a copy of the true image
+_FEATURES = 1000  # evaluations of the searches for the images of recovered features
 _EXACT_SHARE = 0.4  # of the time left, for the search of whole batches
 
 
@@ -106,17 +107,17 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
     if observation.is_text:
         yield _ran(subject, "Token and position tables", token_embedding(), until)
         return
-    forms: list[tuple[str, Callable[[float], Any]]] = [
-        ("Whole batch, exactly", lambda seconds: exact_batch(seconds=max(1.0, _EXACT_SHARE * seconds))),
-        ("Patch embedding", lambda seconds: patch_embedding()),
-    ]
-    for name, attack in forms:
-        tried = _ran(subject, name, attack(until - time.perf_counter()), until)
+    began = time.perf_counter()
+    each = _seconds_each(subject) if subject.evaluations is None else 0.0
+    seconds = max(1.0, _EXACT_SHARE * (until - began))
+    batch = exact_batch(seconds=seconds)
+    if _FEATURES * each > seconds:
+        batch = exact_batch(seconds=seconds, search=None)
+    for name, attack in (("Whole batch, exactly", batch), ("Patch embedding", patch_embedding())):
+        tried = _ran(subject, name, attack, until)
         yield tried
         if tried.stopped or tried.finding.verdict == "recovered and certified":
             return
-    began = time.perf_counter()
-    each = _seconds_each(subject) if subject.evaluations is None else 0.0
     for k in range(subject.seeds):
         left = until - time.perf_counter()
         evaluations = subject.evaluations or _within(left / (subject.seeds - k) / each)
