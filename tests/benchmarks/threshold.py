@@ -31,7 +31,7 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", iv.errors.DoubtWarning)
-    images, labels = iv.data.datasets.load("CIFAR10", train=True)
+    images, labels = iv.data.load("CIFAR10", split="train")
     pool = images[list(POOL)]
     rows = []
     for name, client in NETWORKS.items():
