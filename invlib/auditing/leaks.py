@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +66,7 @@ def _finding(name: str, verdict: Verdict, text: str, advice: str = "", **numbers
 def _labels(model: nn.Module, observation: Observation) -> Iterator[Finding]:
     """Infer the labels whether they were told or not: what is told is known, what is inferred leaks."""
     try:
-        found = inference.infer(model, replace(observation, labels=None))
+        found = inference.infer(model, observation)
     except InvlibError as error:
         yield _finding("Labels", "nothing found", f"No labels were read off the update: {error}.")
         return

@@ -257,3 +257,20 @@ def test_adam_makes_neither_sparse_numbers_nor_a_mode():
     found = by_name(model, seen)
     assert "Mode of batch norm" not in found
     assert found["Sparsity"].verdict == "nothing found"
+
+
+def test_a_rank_as_high_as_can_be_counts_nothing():
+    model = lenet()
+    seen, _ = observed(model, tuple(range(12)))
+    assert [(r.rank, r.limit) for r in ranks(model, seen)] == [(9, 9)]
+    assert by_name(model, seen)["Batch size"].verdict == "nothing found"
+
+
+def test_a_soft_label_is_compared_with_no_class():
+    model = lenet()
+    soft = torch.full((1, 10), 0.02)
+    soft[0, 4] = 0.82
+    seen = iv.observe(model, photos(2)[0], soft, iv.FedSGD(), normalization=iv.CIFAR10)
+    told = by_name(model, replace(seen, labels=torch.tensor([4])))["Labels"]
+    assert told.numbers["agrees"] is None
+    assert told.numbers["labels"] == pytest.approx(soft[0].tolist(), abs=1e-4)
