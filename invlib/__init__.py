@@ -57,12 +57,17 @@ from invlib.optim.objectives import Layers
 from invlib.optim.optimizers import LBFGS, SGD, Adam
 from invlib.optim.schedules import CosineDecay, StepDecay
 
-# Loaded on first use: they bring matplotlib, torchvision or the model zoo, which an audit may not need.
+# Loaded on first use: rooms that bring matplotlib, torchvision or the model zoo, and what stands beside this
+# file rather than below it ("room:name").
 _LAZY = {
+    "AuditReport": "invlib.auditing:AuditReport",
+    "Presend": "invlib.auditing:Presend",
+    "audit": "invlib.auditing:audit",
     "data": "invlib.data",
     "experiments": "invlib.experiments",
     "legacy": "invlib.legacy",
     "models": "invlib.models",
+    "presend": "invlib.auditing.presend:presend",
     "training": "invlib.models.training",
     "viz": "invlib.viz",
 }
@@ -138,7 +143,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return import_module(_LAZY[name])
+        room, _, member = _LAZY[name].partition(":")
+        return getattr(import_module(room), member) if member else import_module(room)
     raise AttributeError(f"module 'invlib' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""Run a small federation of two clients with the real Flower, and look at what `record_updates` has saved.
+"""Run a small federation of two clients with the real Flower, and audit what `record_updates` has saved.
 
 Usage: python -m tests.check_flower
 
@@ -8,6 +8,7 @@ mods, messages and strategy are Flower's; the two clients run one after another 
 processes of Ray, whose start a busy machine misses.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOWER = "flwr==1.42.0"
-SECONDS = 300
+SECONDS = 600
+BUDGET = 60
 
 
 def main() -> int:
@@ -57,22 +59,10 @@ def main() -> int:
         return found.returncode
 
 
-def run(folder: Path) -> int:
-    """Run the federation and raise where a file is missing or is not what the server got."""
-    import torch
+def network():
+    """Make the network of Flower's quickstart for PyTorch."""
     import torch.nn.functional as F
-    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
-    from flwr.clientapp.mod import arrays_size_mod
-    from flwr.serverapp import Grid
-    from flwr.serverapp.strategy import FedAvg
-    from flwr.supercore.task_identity import TaskIdentity
-    from safetensors.torch import load_file, save_file
     from torch import nn
-
-    import invlib as iv
-    from invlib.errors import DoubtWarning
-    from invlib.integrations.flower import record_updates
 
     class Net(nn.Module):
         def __init__(self):
@@ -86,6 +76,25 @@ def run(folder: Path) -> int:
             x = self.pool(F.relu(self.conv2(x))).flatten(1)
             return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
+    return Net()
+
+
+def run(folder: Path) -> int:
+    """Run the federation and raise where a file is missing or is not what the server got."""
+    import torch
+    import torch.nn.functional as F
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.clientapp.mod import arrays_size_mod
+    from flwr.serverapp import Grid
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.supercore.task_identity import TaskIdentity
+    from safetensors.torch import load_file, save_file
+
+    import invlib as iv
+    from invlib.errors import DoubtWarning
+    from invlib.integrations.flower import record_updates
+
     def halved(message, context, call_next):
         """A mod as those for privacy: it changes what the client sends."""
         reply = call_next(message, context)
@@ -96,14 +105,14 @@ def run(folder: Path) -> int:
         reply.content["arrays"] = ArrayRecord({n: before[n] + (t - before[n]) / 2 for n, t in after.items()})
         return reply
 
-    recorder = record_updates(Net, out=folder / "audit", normalization=iv.CIFAR10, on_error="raise")
+    recorder = record_updates(network, out=folder / "audit", normalization=iv.CIFAR10, on_error="raise")
     app = ClientApp(mods=[arrays_size_mod, recorder, halved])
 
     def images_of(part):
         return iv.data.samples("photos32", indices=range(2 * part, 2 * part + 2))
 
     def train(message: Message, context: Context) -> Message:
-        model = Net()
+        model = network()
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         images, labels = images_of(context.node_config["partition-id"])
         data = torch.utils.data.TensorDataset(iv.CIFAR10.encode(images), labels)
@@ -156,7 +165,7 @@ def run(folder: Path) -> int:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as Flower's processes are told
     folder.mkdir()
     torch.manual_seed(0)
-    start = Net().state_dict()
+    start = network().state_dict()
     settings = ConfigRecord({"lr": 0.05})
     Server().start(Clients(), initial_arrays=ArrayRecord(start), train_config=settings, num_rounds=1)
 
@@ -165,7 +174,7 @@ def run(folder: Path) -> int:
     protocol = iv.FedAvg(lr=0.05, local_steps=2, momentum=0.9)
     parts = set()
     for path in files:
-        seen, model = iv.load_observation(path), Net()
+        seen, model = iv.load_observation(path), network()
         model.load_state_dict(load_file(path.with_suffix(".received.safetensors")))
         seen.validate(model)
         sent = load_file(folder / f"sent-{path.stem.rpartition('-')[2]}.safetensors")
@@ -192,7 +201,38 @@ def run(folder: Path) -> int:
     assert any(w.category is DoubtWarning and "halved stands before" in str(w.message) for w in caught), (
         caught
     )
-    print("Flower: two clients, two observations, each what the server got")
+
+    # a check that fails, here on other images than the client's, keeps the update back
+    keeping = record_updates(
+        network,
+        out=folder / "kept",
+        normalization=iv.CIFAR10,
+        data=lambda context: iv.data.samples("photos32", indices=range(3)),
+        on_leak="withhold",
+    )
+    kept = ClientApp(mods=[keeping])
+    kept.train()(train)
+    reply = kept(message, context_of(11))
+    back = reply.content["arrays"].to_torch_state_dict()
+    assert all(torch.equal(back[n], t) for n, t in start.items()), "the update was sent"
+    assert {*reply.content} == {"arrays", "metrics"}, "something was added to the reply"
+    print("Flower: two clients, two observations, each what the server got; one update was kept", flush=True)
+    return audited(files[0], folder / "report")
+
+
+def audited(update: Path, out: Path) -> int:
+    """Audit what was recorded as its owner would, and look whether the report names what leaks."""
+    begun = time.monotonic()
+    options = ["--model", "tests.check_flower:network", "--budget", str(BUDGET), "--out", str(out)]
+    command = [sys.executable, "-m", "invlib", "audit", str(update), *options]
+    if (status := subprocess.run(command, check=False).returncode) != 0:
+        return status
+    report = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+    told = {finding["name"] for finding in report["leaks"] if finding["verdict"] == "read off"}
+    assert report["complete"]
+    assert "Labels" in told, told
+    assert "<html" in (out / "audit.html").read_text(encoding="utf-8")
+    print(f"audit: {report['verdict']} in {time.monotonic() - begun:.0f} s")
     return 0
 
 

@@ -203,7 +203,7 @@ PACKAGE = ROOT / "invlib"
 FLOORS = {
     **dict.fromkeys(("__main__", "reconstruct_image", "rec_mult"), 8),
     **dict.fromkeys(("cli", "integrations"), 7),
-    **dict.fromkeys(("experiments", "legacy", "smoothing", "__init__"), 6),
+    **dict.fromkeys(("auditing", "experiments", "legacy", "smoothing", "__init__"), 6),
     **dict.fromkeys(("attacks",), 5),
     **dict.fromkeys(("search", "models", "viz", "defenses"), 4),
     **dict.fromkeys(("federated", "optim", "data", "metrics"), 3),

@@ -124,7 +124,10 @@ def decay_of(weight_gradient: Tensor, weight: Tensor, *, expected: int = 32) -> 
     shared = torch.linalg.lstsq(w[some].T, g[some].T).solution
     if not shared.isfinite().all():
         return 0.0
-    decay = torch.linalg.eigvals(shared.cpu()).real.median().to(g.device)
+    try:
+        decay = torch.linalg.eigvals(shared.cpu()).real.median().to(g.device)
+    except torch.linalg.LinAlgError:  # of a weight whose rows are all parallel, say
+        return 0.0
     if decay.abs() * w.norm() <= 1e-13 * g.norm():
         return 0.0
     view = torch.randn(g.shape[1], min(count, len(g) // 2), dtype=torch.float64, generator=generator).to(

@@ -294,9 +294,10 @@ def _batch(
     else:
         fit, rest = fit_of(loss, per_class, logits, observation)
     scaled = fit.factor != 1 or gradient.ndim == 2
-    if parallel and (why := impossible(loss, per_class, rest, count, scaled=scaled)):
+    noisy = bool(getattr(observation.protocol, "noise", 0))  # which makes what is impossible without it
+    if parallel and not noisy and (why := impossible(loss, per_class, rest, count, scaled=scaled)):
         raise RecoveryError(f"no {count} labels make the gradient of {typical.head.name!r}: {why}")
-    if loss is F.cross_entropy and exact and countable(classes, count):
+    if loss is F.cross_entropy and exact and not noisy and countable(classes, count):
         return _probable(
             fit.factor * per_class, typical, observation, f"counts from the {source}", fit.factor
         )

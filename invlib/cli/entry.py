@@ -1,4 +1,4 @@
-"""``python -m invlib``: train and check networks, see which there are, attack, run the paper's experiments.
+"""``python -m invlib``: audit an update, train and check networks, attack, run the paper's experiments.
 
 The two attack commands are those of `invlib.reconstruct_image` and `invlib.rec_mult`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from invlib import data, models
-from invlib.cli import evaluate, experiment, reconstruct, series, train
+from invlib.cli import audit, evaluate, experiment, reconstruct, series, train
 from invlib.cli.status import exit_status
 from invlib.core.version import __version__
 from invlib.data import text
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for name, module, what in (
+        ("audit", audit, "say what one update gives away, and what would help"),
         ("train", train, "train a network of the zoo and keep it with its model card"),
         ("models", None, "list the networks, their sizes and shipped weights"),
         ("data", None, "list the embedded images and the data sets"),

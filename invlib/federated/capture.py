@@ -475,6 +475,8 @@ def _observation(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ob
     update = {name: tensors[f"update/{name}"] for name in header["order"]}
     if len(update) != sum(name.startswith("update/") for name in tensors):
         raise ValueError(f"'order' names {len(update)} tensors of the update, which has others too")
+    if wrong := [name for name, value in update.items() if not value.is_floating_point()]:
+        raise ValueError(f"update/{wrong[0]} is of {update[wrong[0]].dtype}; expected floating-point numbers")
     loss = header.get("loss")
     if loss is not None and not (str(loss).isidentifier() and callable(getattr(F, str(loss), None))):
         raise ValueError(f"loss is {loss!r}; expected the name of a function of torch.nn.functional")

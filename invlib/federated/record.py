@@ -231,7 +231,7 @@ class Watch:
         self._hooks.close()
 
     def _called_somewhere(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if type(module) is type(self.received) and _shapes(module) == _shapes(self.received):
+        if _class_of(module) == _class_of(self.received) and _shapes(module) == _shapes(self.received):
             self.module = module
             self._called(module, args, {})
 
@@ -463,6 +463,11 @@ def _few(sizes: Sequence[int]) -> str:
 
 def _kind(value: Any) -> str:
     return str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+
+
+def _class_of(model: nn.Module) -> tuple[str, str]:
+    """Return the name of a class, which a function that makes a model may define anew each time."""
+    return type(model).__module__, type(model).__qualname__
 
 
 def _shapes(model: nn.Module) -> list[torch.Size]:

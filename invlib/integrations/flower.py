@@ -1,21 +1,28 @@
-"""A mod for Flower's ``ClientApp`` that records what a client sends, in files on the client's own machine."""
+"""A mod for Flower's ``ClientApp`` that records, and checks, what a client sends, on its own machine."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
-from invlib.errors import DoubtWarning
+from invlib.core.observation import Observation
+from invlib.errors import ConfigError, DoubtWarning, InvlibError
+from invlib.federated.capture import load_observation
 from invlib.federated.record import Watch
 from invlib.integrations.saving import OnError, Saving, log
 
 # Mods of Flower that measure what is sent and leave it as it is.
 _HARMLESS = {"arrays_size_mod", "message_size_mod"}
+_NOT_SENT = "the client does not send its update"  # all that the server is told of it
+Data = Callable[[Any], tuple[Any, Any]]
+OnLeak = Literal["log", "raise", "withhold"]
 
 
 def record_updates(
@@ -24,9 +31,14 @@ def record_updates(
     out: Any,
     every: int = 1,
     on_error: OnError = "log",
+    data: Data | None = None,
+    on_leak: OnLeak = "log",
     **facts: Any,
 ) -> UpdateRecorder:
     """Make a mod that saves the observation of each training round in a file; the reply passes as it is.
+
+    With ``data`` it also asks `invlib.presend` which of the client's images the recorded update would give
+    away. What was found stands in the client's log, and nowhere else.
 
     It goes first into ``ClientApp(mods=[...])``: mods that stand before it change the reply after it was
     recorded, of which it warns. Nothing that it finds is put into a message. The optimiser, its rates and
@@ -39,6 +51,12 @@ def record_updates(
             the weights that came in.
         every: of how many rounds one is recorded; the first always is.
         on_error: ``"log"`` lets the round go on where the recording fails; ``"raise"`` ends it.
+        data: takes Flower's context and returns the images ``(N, C, H, W)`` in [0, 1] and the labels that the
+            client trains on in this round.
+        on_leak: what is done unless the check says ``"send"``, and where it fails: ``"log"`` sends all the
+            same; ``"raise"`` ends the round with an error that says nothing else; ``"withhold"`` sends the
+            weights that came in back, an update of zero. The reply's metrics leave as they are, and the
+            server sees that an update is missing.
         **facts: as for `invlib.record_client`, what a message does not say: ``normalization``, and where they
             are not seen ``num_images``, ``image_shape``, ``protocol``, ``training_mode``, ``loss``,
             ``vocabulary``, ``clip_norm``, ``proximal``, ``dropout``, ``shuffle``, ``orders``.
@@ -47,9 +65,17 @@ def record_updates(
         ConfigError: a setting is unknown or out of range.
         DataError: the folder cannot be written.
     """
-    return UpdateRecorder(
-        Saving(build_model=build_model, out=out, every=every, on_error=on_error, facts=facts)
-    )
+    saving = Saving(build_model=build_model, out=out, every=every, on_error=on_error, facts=facts)
+    if data is not None and not callable(data):
+        raise ConfigError(f"data is {data!r:.80}; expected a function of the context, or None")
+    if on_leak not in ("log", "raise", "withhold"):
+        raise ConfigError(f"on_leak is {on_leak!r}; expected 'log', 'raise' or 'withhold'")
+    if on_leak != "log" and (data is None or every != 1):
+        raise ConfigError(
+            f"on_leak is {on_leak!r} with data={data!r:.40} and every={every}; expected data and every=1, or "
+            "rounds are not checked"
+        )
+    return UpdateRecorder(saving, data, on_leak)
 
 
 @dataclass(frozen=True)
@@ -57,30 +83,58 @@ class UpdateRecorder:
     """The mod that `record_updates` makes: ``(message, context, call_next) -> reply``."""
 
     saving: Saving
+    data: Data | None = None
+    on_leak: OnLeak = "log"
 
     def __call__(self, message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
-        """Let the client train and save what it sends; the reply is handed on as it came."""
+        """Let the client train and save what it sends; unless it is withheld, it is handed on as it came."""
         if str(message.metadata.message_type).partition(".")[0] != "train":
             return call_next(message, context)
         number, watch, notes = _round(message), None, list[str]()
         if not self.saving.due(number):
             return call_next(message, context)
-        what = f"round {number}"
+        what, action = f"round {number}", "send" if self.data is None else "unchecked"
+        arrived = {n: a for record in message.content.array_records.values() for n, a in record.items()}
         with self.saving.guarded(what):
             notes += _doubts_of_place(self, call_next)
             watch = Watch(self.saving.received(_arrays(message), notes))
-        if watch is None:
-            return call_next(message, context)
-        with watch:
+        with watch or nullcontext():
             reply = call_next(message, context)
-        with self.saving.guarded(what):
-            if reply.has_error():
-                log.info("invlib: %s was not recorded: the client replied with an error", what)
-                return reply
-            name = f"round-{number:04d}-node-{getattr(context, 'node_id', 0)}"
-            path = self.saving.save(watch, _arrays(reply), name, num_images=_examples(reply), notes=notes)
-            log.info("invlib: %s is recorded in %s", what, path)
+        if reply.has_error():
+            log.info("invlib: %s was not recorded: the client replied with an error", what)
+            return reply
+        if watch is not None:
+            path = None
+            with self.saving.guarded(what):
+                name = f"round-{number:04d}-node-{getattr(context, 'node_id', 0)}"
+                path = self.saving.save(watch, _arrays(reply), name, num_images=_examples(reply), notes=notes)
+                log.info("invlib: %s is recorded in %s", what, path)
+            if self.data is not None and path is not None:
+                with self.saving.guarded(f"the check of {what}"):
+                    seen = replace(load_observation(path), loss=self.saving.facts.get("loss"))
+                    action = _checked(watch.received, seen, self.data(context), what)
+        if action == "send" or self.on_leak == "log":
+            return reply
+        log.warning("invlib: the update of %s is not sent", what)
+        if self.on_leak == "raise":
+            raise InvlibError(_NOT_SENT)
+        for record in reply.content.array_records.values():
+            for name in list(record):
+                if name in arrived:
+                    record[name] = arrived[name]
+                else:
+                    del record[name]
         return reply
+
+
+def _checked(model: nn.Module, seen: Observation, data: tuple[Any, Any], what: str) -> str:
+    """Return what `invlib.presend` advises, and log why."""
+    from invlib.auditing.presend import presend  # brings the whole audit
+
+    found = presend(model, *data, update=seen)
+    level = logging.INFO if found.action == "send" else logging.WARNING
+    log.log(level, "invlib: check of %s before sending: %s", what, found)
+    return found.action
 
 
 def _arrays(message: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from invlib.attacks.patches import PatchEmbedding
 from invlib.attacks.recursive import RecursiveInversion
 from invlib.attacks.shifts import Shifting
 from invlib.attacks.tokens import TokenEmbedding
+from invlib.auditing.protections import Noise
 from invlib.core.normalization import as_normalization
 from invlib.errors import ConfigError
 from invlib.integrations.opacus import Privacy
@@ -184,6 +185,7 @@ CLASSES |= {
     iv.defenses.Quantize: ({}, {"bits": "2 to 32"}),
     iv.defenses.Transport: ({}, {"dtype": "nothing else"}),
     iv.defenses.MaskLayer: ({"names": "fc"}, {"names": None}),
+    Noise: ({"noise_multiplier": 1.0}, {"noise_multiplier": "positive", "rate": "(0, 1]", "steps": "count"}),
     Privacy: (
         {"clip_norm": 1.0, "noise_multiplier": 1.0, "batch_size": 8, "noise": 0.1},
         {

@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import invlib as iv
-from invlib.errors import ConfigError, DataError, DoubtWarning
+from invlib.errors import ConfigError, DataError, DoubtWarning, InvlibError
 from invlib.integrations.flower import record_updates
 from tests.conftest import build_tiny, random_batch
 from tests.federated.test_record import normed
@@ -217,6 +218,14 @@ def test_an_unwritable_file_and_a_client_that_raises(tmp_path, caplog):
         ({"build": build_tiny()}, ConfigError, "build_model is Sequential"),
         ({"out": __file__}, DataError, "cannot be written"),
         ({"protocol": iv.FedAvg(lr=1, epochs=1), "shuffle": True}, ConfigError, "shuffle is given beside"),
+        ({"data": (X, Y)}, ConfigError, "expected a function of the context"),
+        ({"data": lambda _: (X, Y), "on_leak": "drop"}, ConfigError, "on_leak is 'drop'"),
+        ({"on_leak": "withhold"}, ConfigError, "on_leak is 'withhold' with data=None"),
+        (
+            {"data": lambda _: (X, Y), "on_leak": "raise", "every": 2},
+            ConfigError,
+            "every=2; expected data and every=1",
+        ),
     ],
 )
 def test_bad_settings_are_named_before_any_round(tmp_path, settings, error, message):
@@ -234,3 +243,52 @@ def test_a_client_whose_optimizer_is_unknown_is_told(tmp_path):
     chain(by_hand, [recorder])(message(start), NODE)
     found = iv.load_observation(tmp_path / "audit" / "round-0001-node-7.safetensors")
     assert (found.protocol, found.num_images) == (told, 4)
+
+
+def build_open():
+    """A network that gives its images away: a fully connected layer that sees them, with zeros behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 40), nn.ReLU(), nn.Linear(40, 5))
+
+
+def own(_):
+    return X, Y
+
+
+def test_what_leaks_is_logged_and_sent_unless_told_otherwise(tmp_path, caplog):
+    start, train = build_open().state_dict(), client(build_open, steps=1)
+    with caplog.at_level(logging.INFO, "invlib"):
+        reply = chain(train, [mod(tmp_path, build_open, data=own)])(message(start), NODE)
+    assert "images can be read off" in caplog.text
+    assert np.array_equal(reply.content.array_records["arrays"]["1.bias"].numpy(), train.sent["1.bias"])
+    assert reply.content.metric_records == {"metrics": {"num-examples": 4, "loss": 1.0}}
+    quiet, train = build_tiny().state_dict(), client(steps=1)
+    reply = chain(train, [mod(tmp_path, data=own, on_leak="withhold")])(message(quiet), NODE)
+    assert np.array_equal(reply.content.array_records["arrays"]["0.bias"].numpy(), train.sent["0.bias"])
+
+
+def test_withheld_is_an_update_of_zero_and_an_error_says_nothing(tmp_path):
+    start = build_open().state_dict()
+    more = client(build_open, steps=1, change=lambda state: state | {"own": torch.ones(3)})
+    for train in (client(build_open, steps=1), more):
+        recorder = mod(tmp_path, build_open, data=own, on_leak="withhold", on_error="log")
+        reply = chain(train, [recorder])(message(start), NODE)
+        arrays = reply.content.array_records["arrays"]
+        assert list(arrays) == list(start)
+        assert all(np.array_equal(arrays[n].numpy(), start[n]) for n in start)
+        assert not torch.equal(train.sent["1.weight"], start["1.weight"])
+        assert reply.content.metric_records == {"metrics": {"num-examples": 4, "loss": 1.0}}
+    with pytest.raises(InvlibError) as error:
+        chain(client(build_open, steps=1), [mod(tmp_path, build_open, data=own, on_leak="raise")])(
+            message(start), NODE
+        )
+    assert str(error.value) == "the client does not send its update"
+
+
+@pytest.mark.parametrize("data", [lambda _: 1 / 0, lambda _: (X[:2], Y[:2])])
+def test_a_check_that_fails_sends_nothing(tmp_path, data):
+    start, train = build_tiny().state_dict(), client(steps=1)
+    recorder = mod(tmp_path, data=data, on_leak="withhold", on_error="log")
+    reply = chain(train, [recorder])(message(start), NODE)
+    assert np.array_equal(reply.content.array_records["arrays"]["0.bias"].numpy(), start["0.bias"])

@@ -9,6 +9,7 @@ Every page that was written, and the longest listing of source code: axe finds n
 both widths in the light and in the dark theme, and no figure is cut when the page is printed.
 The book: its search finds a known term, its gallery leads to unfolded code, its chapters can be downloaded as
 notebooks, and its run times, in processor time, are within the budget and near what the chapters state.
+The report of an audit: pages made of made-up reports pass as every page does.
 
 Uses Debian's Chromium or the one that the environment variable CHROMIUM names.
 """
@@ -16,13 +17,14 @@ Uses Debian's Chromium or the one that the environment variable CHROMIUM names.
 import os
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from tests.site import browser, files
+from tests.site import browser, files, reports
 
 SEARCH = ("honest-but-curious", "What the server sees")
 CHAPTERS = Path(__file__).parents[2] / "chapters"
@@ -49,16 +51,21 @@ def main() -> int:
     faults += slow
     spared = other_listings(pages, root)
 
-    def visit(part: list[Path]) -> tuple[list[str], int]:
+    folder = tempfile.TemporaryDirectory()
+    reported = Path(folder.name).resolve()
+    places = [(path, root) for path in pages] + [(path, reported) for path in reports.write(reported)]
+    faults += files.check_links(reported)
+
+    def visit(part: list[tuple[Path, Path]]) -> tuple[list[str], int]:
         """Visit pages in a window of their own; return the faults, and how many sliders were moved."""
         found, sliders = [], 0
         with sync_playwright() as playwright:
             window = browser.open_window(playwright, chromium)
-            for path in part:
-                page = browser.check_page(window, path, root, thorough=path not in spared)
-                found += [f"{path.relative_to(root)}: {fault}" for fault in page.faults]
+            for path, home in part:
+                page = browser.check_page(window, path, home, thorough=path not in spared)
+                found += [f"{path.relative_to(home)}: {fault}" for fault in page.faults]
                 sliders += page.sliders
-            if part[0] == pages[0]:
+            if part[0] == places[0]:
                 found += browser.check_search(window, root, *SEARCH)
                 found += browser.check_gallery(window, root / "book" / "gallery.html", root)
             window.browser.close()
@@ -66,13 +73,15 @@ def main() -> int:
 
     # Two browsers side by side, each driven by a thread.
     with ThreadPoolExecutor() as threads:
-        visits = list(threads.map(visit, [part for part in (pages[::2], pages[1::2]) if part]))
+        visits = list(threads.map(visit, [places[::2], places[1::2]]))
+    folder.cleanup()
     faults += sorted(fault for found, _ in visits for fault in found)
     sliders = sum(moved for _, moved in visits)
     for fault in faults:
         print(fault)
     print(
-        f"{len(pages)} pages ({len(pages) - len(spared)} of them with axe and printed), {sliders} sliders, "
+        f"{len(pages)} pages ({len(pages) - len(spared)} of them with axe and printed), "
+        f"{len(places) - len(pages)} reports of an audit, {sliders} sliders, "
         f"chapters and pages computed in {sum(seconds.values()):.0f} s of processor time, "
         f"{len(faults)} faults, checked in {time.perf_counter() - began:.0f} s"
     )

@@ -1,0 +1,19 @@
+"""What one update gives away, as a report: leaks, attacks, reasons, defences."""
+
+from invlib.auditing.presend import Presend, Way
+from invlib.auditing.report import AuditReport
+from invlib.auditing.run import audit
+from invlib.auditing.words import KINDS, RANKING, VERDICTS, Finding, Kind, Verdict
+
+__all__ = [
+    "KINDS",
+    "RANKING",
+    "VERDICTS",
+    "AuditReport",
+    "Finding",
+    "Kind",
+    "Presend",
+    "Verdict",
+    "Way",
+    "audit",
+]

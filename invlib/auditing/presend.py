@@ -1,0 +1,520 @@
+"""The client's own check: which of its images an update would give away, and by what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from invlib.attacks.analytic import fully_connected
+from invlib.attacks.base import Attack
+from invlib.attacks.certificate import Layer, layer_of
+from invlib.attacks.exact import exact_batch
+from invlib.attacks.patches import patch_embedding
+from invlib.attacks.recursive import recursive_inversion
+from invlib.core.convert import as_images, as_tokens
+from invlib.core.network import (
+    classifier,
+    forward,
+    in_mode,
+    like,
+    trainable_parameters,
+    unwrapped,
+)
+from invlib.core.normalization import Normalization
+from invlib.core.observation import ClientStep, Loss, Observation
+from invlib.errors import ConfigError, InvlibError, ObservationError, RecoveryError
+from invlib.federated import FedSGD, observe
+from invlib.metrics import psnr
+
+Action = Literal["send", "drop", "refuse"]
+_PARALLEL = 0.999  # cosine from which rows are parallel
+_ROWS = 4  # parallel rows with biases of their own that no training makes
+_COMPARED = 4096  # rows of a layer that are compared with one another
+_SCALED = 4.0  # times the median length of the class weights
+_EXACT = 60.0  # dB from which an attacker can prove what is read, and take it out of the update
+_AT_ONCE = 1024  # rows that are compared with the images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way in which an update gives something away.
+
+    Args:
+        name: of the way, short.
+        leak: what is given away: the ``"image"`` itself; its ``"features"`` behind other layers; its
+            ``"gradient"``, all but alone in the update, so that a search faces a batch of one. Or
+            ``"network"``: no image, but weights that no training makes, and that single images out.
+        images: which, counted from 0.
+        text: what was seen, with numbers.
+        numbers: the same, by name.
+    """
+
+    name: str
+    leak: Literal["image", "features", "gradient", "network"]
+    images: tuple[int, ...]
+    text: str
+    numbers: Mapping[str, float | int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Presend:
+    """What a client found before it sent an update. None of it is for the server.
+
+    Args:
+        leaks: bool ``(N,)``: images that can be read off the update.
+        partly: bool ``(N,)``: images of which the features, or the gradient alone, can be.
+        psnr: ``(N,)`` of the best that was read off, in dB; minus infinity where nothing was.
+        ways: by what, the cheapest first.
+        action: ``"refuse"`` where no image would be left or the network is made for it, ``"drop"`` where some
+            are to be left out, else ``"send"``, which is no proof of safety: no search was run.
+        numbers: ``images``, ``d_snr`` and ``gradient_db``, of the fully connected layers the most
+            ``singletons`` (rows to which one image alone contributes) and ``parallel_rows``, ``class_scale``,
+            and those of the ways, as far as they apply.
+        notes: what was not looked at, and why.
+        seconds: what it took.
+    """
+
+    leaks: Tensor
+    partly: Tensor
+    psnr: Tensor
+    ways: tuple[Way, ...]
+    action: Action
+    numbers: Mapping[str, float | int]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def drop(self) -> tuple[int, ...]:
+        """The images to leave out, counted from 0; check again, for others may stand alone without them."""
+        alone = {k for way in self.ways if way.leak in ("image", "gradient") for k in way.images}
+        return tuple(sorted(alone))
+
+    def __str__(self) -> str:
+        told = {
+            "send": "no image was read off (no proof of safety: nothing was searched)",
+            "drop": f"leave out image {', '.join(map(str, self.drop))} and check again",
+            "refuse": "do not send it",
+        }
+        count, total = int(self.leaks.sum()), len(self.leaks)
+        lines = [f"{self.action}: {told[self.action]}", f"{count} of {total} images can be read off"]
+        lines += [f"  {way.leak}: {way.text}" for way in self.ways]
+        lines += [", ".join(f"{name} {value:.4g}" for name, value in self.numbers.items()), *self.notes]
+        return "\n".join(lines)
+
+
+@torch.inference_mode(mode=False)
+def presend(
+    model: nn.Module,
+    images: Any,
+    labels: Any,
+    client: ClientStep | None = None,
+    *,
+    normalization: Normalization | None = None,
+    update: Observation | None = None,
+    training_mode: bool = False,
+    loss: Loss = F.cross_entropy,
+    readable: float = 30.0,
+    seconds: float = 10.0,
+) -> Presend:
+    r"""Say in seconds which of a client's own images an update would give away, before it is sent.
+
+    The client knows its batch, so that it need not guess what an attacker could find: whatever single rows of
+    fully connected layers say, their differences where rows are parallel, what comes out once those images
+    are subtracted, and what the closed forms give, is compared with the images themselves. Thus it measures
+    the leak and not the trick: a unit of an ordinary network that fired for one image leaks it as one that
+    was made for it does. Two things are said of the network alone: rows of a layer that are all parallel,
+    with biases of their own (imprint), and the weights of a class that are scaled (fishing).
+
+    It also measures which share of the update is one image's own. D-SNR, the largest
+    :math:`\|g_i\| / \sum_{j \ne i} \|g_j\|` over the weights of its layers, is given as a number and is no
+    alarm: networks that have learned their images exceed 1 by themselves. A network trained to hide one image
+    in a subspace that only its maker can read (SEER) is not found. Layers that are no `torch.nn.Linear` or
+    run several times an image, convolutions say, are measured by their gradients alone.
+
+    Args:
+        model: as the client received it, before its step; it is not changed.
+        images: the client's own, ``(N, C, H, W)`` in [0, 1], or bytes.
+        labels: int64 ``(N,)``, or whatever the loss takes.
+        client: its step, defences included; None is `invlib.FedSGD`.
+        normalization: how it encodes its images.
+        update: what is to leave, where it is known (of `invlib.record_client`, say); its client,
+            normalization and mode are taken. None runs the client's step.
+        training_mode: whether the client runs the model in training mode.
+        loss: ``(logits, labels) -> scalar``.
+        readable: from how many dB on something counts as read off: the PSNR of an image; how much farther
+            features are from the batch's mean than from what was read; how much longer an image's gradient is
+            than the rest of a layer's update.
+        seconds: how long `invlib.exact_batch` may take at most.
+
+    Raises:
+        ObservationError: images, labels or the update do not fit the model or each other.
+        ConfigError: no normalization, or a setting out of range.
+
+    Source: imprint: Fowl et al. 2022, arXiv 2110.13057; traps: Boenisch et al. 2023; fishing: Wen et al.
+    2022, arXiv 2202.00580; D-SNR: Garov et al. 2024 (SEER), arXiv 2306.03013; peeling: Shariati and
+    Alambardar Meybodi 2026.
+    """
+    began = time.perf_counter()
+    for name, value in (("readable", readable), ("seconds", seconds)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+            raise ConfigError(f"{name} is {value!r}; expected a number above 0")
+    model = unwrapped(model)
+    if as_tokens(images) is not None:
+        raise ObservationError("images are token sequences; expected images (N, C, H, W)")
+    if labels is None:
+        raise ObservationError("labels are None; expected one for each image")
+    if update is None:
+        settings = {"normalization": normalization, "training_mode": training_mode, "loss": loss}
+        seen = observe(model, images, labels, client or FedSGD(), **settings)  # type: ignore[arg-type]
+    elif isinstance(update, Observation):
+        seen = replace(update, labels=labels, loss=update.loss or loss)
+    else:
+        raise ObservationError(f"update is a {type(update).__name__}; expected an invlib.Observation")
+    model = seen.validate(model)
+    own = as_images(images, like(model))
+    if own.shape != (seen.num_images, *seen.image_shape):
+        expected = (seen.num_images, *seen.image_shape)
+        raise ObservationError(f"images have shape {tuple(own.shape)}; expected {expected}, the update's")
+    step = _step(model, seen, own)
+    found = [_alone(model, seen, step, readable), _classes(model)]
+    best = own.new_full((len(own),), -torch.inf, dtype=torch.float64)
+    notes = []
+    if seen.training_mode and len(own) > 1:
+        notes.append(
+            "training mode: an image's gradient is that of its own loss, with the others in the batch"
+        )
+    for name, call in step.calls.items():
+        try:
+            layer = layer_of(model, seen, name)
+        except (RecoveryError, torch.linalg.LinAlgError) as error:
+            notes.append(f"{name!r} was not read: {error}")
+            continue
+        found += [_rows(seen, own, layer, call, readable, best), _imprint(layer, call)]
+    if any(way.leak == "network" for some, _ in found for way in some):
+        notes.append("the closed forms were not run, for the network is to be refused anyhow")
+    else:
+        found += _closed_forms(model, seen, own, step, readable, seconds, best, notes)
+    ways = tuple(way for some, _ in found for way in some)
+    numbers: dict[str, float | int] = {"images": len(own)}
+    for _, more in found:
+        numbers |= {name: value for name, value in more.items() if value > numbers.get(name, -1)}
+    leaks, partly = (best >= readable).cpu(), torch.zeros(len(own), dtype=torch.bool)
+    for way in ways:
+        partly[list(way.images)] = True
+    result = Presend(
+        leaks=leaks,
+        partly=partly & ~leaks,
+        psnr=best.cpu(),
+        ways=ways,
+        action="send",
+        numbers=numbers,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - began,
+    )
+    if len(result.drop) == len(own) or any(way.leak == "network" for way in ways):
+        return replace(result, action="refuse")
+    return replace(result, action="drop") if result.drop else result
+
+
+Found = tuple[list[Way], dict[str, float | int]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Call:
+    """A fully connected layer that ran once an image.
+
+    Args:
+        layer: the module.
+        inputs: ``(N, d)`` float64.
+        signals: ``(N, m)`` float64, the gradient of the whole loss at its output.
+    """
+
+    layer: nn.Linear
+    inputs: Tensor
+    signals: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """The client's first step, taken apart: what each image adds to the gradient, by its own loss.
+
+    Args:
+        calls: by name.
+        parts: yields each image's gradient by parameter name.
+        whole: their sum, as the mean over the batch that the client computes.
+    """
+
+    calls: dict[str, _Call]
+    parts: Callable[[], Iterator[dict[str, Tensor]]]
+    whole: dict[str, Tensor]
+
+
+def _step(model: nn.Module, seen: Observation, own: Tensor) -> _Step:
+    inputs, labels = seen.normalization.encode(own), seen.labels
+    assert labels is not None
+    labels = labels.to(like(model)) if labels.is_floating_point() else labels.to(own.device)
+    loss = seen.loss or F.cross_entropy
+    params = {name: p.clone().requires_grad_() for name, p in trainable_parameters(model).items()}
+    ran: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def noted(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            ran.setdefault(name, []).append((given[0], output))
+            return output.clone()  # an activation may overwrite it
+
+        return hook
+
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    handles = [m.register_forward_hook(noted(name)) for name, m in modules.items()]
+    try:
+        with torch.enable_grad(), in_mode(model, training=seen.training_mode, seed=0):
+            logits = forward(model, params, None, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = {name: some[0] for name, some in ran.items() if len(some) == 1 and some[0][0].ndim == 2}
+    wanted = [*params.values(), *(output for _, output in once.values())]
+    with torch.enable_grad():
+        got = torch.autograd.grad(loss(logits, labels), wanted, retain_graph=True, materialize_grads=True)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for k in range(len(own)):
+            with torch.enable_grad(), in_mode(model, training=seen.training_mode, seed=0):
+                # Batch norm in training mode needs the others; else one image is run by itself.
+                rows = (
+                    logits[k : k + 1]
+                    if seen.training_mode
+                    else forward(model, params, None, inputs[k : k + 1])
+                )
+                value = loss(rows, labels[k : k + 1])
+            grads = torch.autograd.grad(value, [*params.values()], retain_graph=True, materialize_grads=True)
+            yield dict(zip(params, grads, strict=True))
+
+    calls = {
+        name: _Call(layer=modules[name], inputs=given.detach().double(), signals=signal.double())
+        for (name, (given, _)), signal in zip(once.items(), got[len(params) :], strict=True)
+    }
+    return _Step(calls=calls, parts=parts, whole=dict(zip(params, got, strict=False)))
+
+
+def _alone(model: nn.Module, seen: Observation, step: _Step, readable: float) -> Found:
+    """Measure which share of each layer's update is one image's own gradient."""
+    count = seen.num_images
+    matrices = [name for name, g in step.whole.items() if g.ndim > 1 and name not in seen.sent]
+    if not matrices:
+        return [], {}
+    try:
+        update = {name: seen.mean_gradient(name, model).to(step.whole[name]) for name in matrices}
+    except InvlibError:  # of Adam, say: what it steps along is the gradient all the same
+        update = step.whole
+    sizes = torch.zeros(count, len(matrices), dtype=torch.float64)
+    cosines = torch.zeros_like(sizes)
+    for k, part in enumerate(step.parts()):
+        for j, name in enumerate(matrices):
+            sizes[k, j] = float(part[name].norm())
+            cosines[k, j] = float(F.cosine_similarity(part[name].flatten(), update[name].flatten(), dim=0))
+    ratios = torch.where(sizes > 0, sizes / (sizes.sum(0) - sizes).clamp_min(1e-300), 0)
+    rest = (1 - cosines.clamp(0, 1).square()).clamp_min(1e-12).sqrt()
+    where = int(rest.min(0).values.argmin())
+    shown = -20 * rest.min(1).values.log10()
+    numbers: dict[str, float | int] = {"gradient_db": float(shown.max())}
+    if count > 1:
+        numbers["d_snr"] = float(ratios.max())
+    images = tuple((shown >= readable).nonzero().flatten().tolist())
+    if not images:
+        return [], numbers
+    text = (
+        f"the update of {matrices[where]!r} is the gradient of image {int(rest[:, where].argmin())} but for "
+        f"{float(rest.min()):.1%} of its length: a search for it faces a batch of one"
+    )
+    return [
+        Way(name="one image's gradient", leak="gradient", images=images, text=text, numbers=numbers)
+    ], numbers
+
+
+def _classes(model: nn.Module) -> Found:
+    """Compare the weights of the classes: fishing scales those of one of them."""
+    try:
+        rows = dict(model.named_parameters())[classifier(model)[0]].detach().flatten(1).norm(dim=1)
+    except RecoveryError:
+        return [], {}
+    if len(rows) < 3:
+        return [], {}
+    scale = float(rows.max() / rows.median().clamp_min(1e-30))
+    numbers: dict[str, float | int] = {"class_scale": scale}
+    if scale < _SCALED:
+        return [], numbers
+    text = (
+        f"the weights of class {int(rows.argmax())} are {scale:.3g} times as long as those of the others: an "
+        "image of it drowns all others (fishing)"
+    )
+    return [Way(name="scaled class", leak="network", images=(), text=text, numbers=numbers)], numbers
+
+
+def _neighbours(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return pairs of parallel rows ``(K,)``, ``(K,)`` of which the second is the next to begin to fire."""
+    weight, none = layer.weight.detach(), torch.zeros(0, dtype=torch.int64, device=layer.weight.device)
+    size = weight.norm(dim=1)
+    rows = (size > 1e-12).nonzero().flatten()[:_COMPARED]
+    if layer.bias is None or not len(rows):
+        return none, none
+    unit = weight[rows] / size[rows, None]
+    group = (unit @ unit.T > _PARALLEL).to(torch.uint8).argmax(1)  # the first row that each is parallel to
+    begins = -layer.bias.detach()[rows] / size[rows]
+    order = begins.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    lower, upper = order[:-1], order[1:]
+    pair = (group[lower] == group[upper]) & (begins[upper] > begins[lower])
+    return rows[lower[pair]], rows[upper[pair]]
+
+
+def _imprint(layer: Layer, call: _Call) -> Found:
+    count = int(torch.cat(_neighbours(call.layer)).unique().numel())
+    numbers: dict[str, float | int] = {"parallel_rows": count}
+    if count < _ROWS or call.inputs.shape[1] < _ROWS:
+        return [], numbers
+    text = (
+        f"{count} of {len(call.layer.weight)} rows of {layer.name!r} are parallel, with biases of their own: "
+        "the differences of neighbours single images out (imprint)"
+    )
+    return [Way(name="parallel rows", leak="network", images=(), text=text, numbers=numbers)], numbers
+
+
+def _rows(seen: Observation, own: Tensor, layer: Layer, call: _Call, readable: float, best: Tensor) -> Found:
+    """Read single rows, and differences of parallel ones; then again without what came out exactly.
+
+    What is read of images is entered in ``best`` ``(N,)``, in dB.
+    """
+    weight, bias = layer.weight_gradient, layer.bias_gradient
+    pairs = _neighbours(call.layer)
+    simulated = call.signals.T @ call.inputs
+    factor = float((weight * simulated).sum() / simulated.square().sum().clamp_min(1e-300))
+    shown = torch.full_like(best, -torch.inf)
+    least = 0.0 if bias is None else 1e-6 * float(bias.abs().max())
+    taken = torch.zeros_like(best, dtype=torch.bool)
+    alone, exact = taken, ~taken
+    while exact.any() and not taken.all():
+        read = _read(weight, bias, pairs, call.inputs, least)
+        score = _decibels(seen, own, layer, call, read)
+        shown = torch.where(taken, shown, torch.maximum(shown, score))
+        alone = alone if taken.any() else shown >= readable
+        exact = (score >= _EXACT) & ~taken
+        taken |= exact
+        columns = factor * call.signals[exact].T
+        weight = weight - columns @ read[exact]
+        bias = None if bias is None else bias - columns.sum(1)
+    known = shown >= readable
+    singles = int(((call.signals != 0).sum(0) == 1).sum())
+    numbers: dict[str, float | int] = {"singletons": singles}
+    if layer.image_of is not None:
+        best.copy_(torch.maximum(best, shown))
+    if not known.any():
+        return [], numbers
+    images = tuple(known.nonzero().flatten().tolist())
+    peeled = int((known & ~alone).sum())
+    leak: Literal["image", "features"] = "features" if layer.image_of is None else "image"
+    what = "images" if leak == "image" else "images' features"
+    text = (
+        f"{len(images)} of {len(own)} {what} are read off rows of {layer.name!r} at "
+        f"{float(shown[known].min()):.0f} dB and more, {peeled} of them once others are subtracted; "
+        f"{singles} of its {len(weight)} rows are of one image alone"
+    )
+    numbers |= {"read": len(images), "peeled": peeled, "rows": len(weight)}
+    return [Way(name=f"rows of {layer.name}", leak=leak, images=images, text=text, numbers=numbers)], numbers
+
+
+def _read(
+    weight: Tensor, bias: Tensor | None, pairs: tuple[Tensor, Tensor], inputs: Tensor, least: float
+) -> Tensor:
+    """Return what rows and differences of pairs of them say, the nearest to each of the inputs ``(N, d)``.
+
+    Without a bias a row says an input up to a factor, which is the best one; ``least`` is rounding.
+    """
+    nearest = inputs.new_full((len(inputs),), torch.inf)
+    read, square = torch.zeros_like(inputs), inputs.square().sum(1)
+    one, other = pairs
+    rows = torch.cat([weight, weight[one] - weight[other]])
+    shift = None if bias is None else torch.cat([bias, bias[one] - bias[other]])
+    kept = (rows.any(1) if shift is None else shift.abs() > least).nonzero().flatten()
+    for k in kept.split(_AT_ONCE) if len(kept) else ():
+        some = rows[k] if shift is None else rows[k] / shift[k, None]
+        along, size = inputs @ some.T, some.square().sum(1)
+        times = along / size if shift is None else torch.ones_like(along)
+        gaps = (times.square() * size - 2 * times * along + square[:, None]).min(1)
+        closer = gaps.values < nearest
+        at = gaps.indices[closer]
+        read[closer] = times[closer, at][:, None] * some[at]
+        nearest = torch.minimum(nearest, gaps.values)
+    return read
+
+
+def _decibels(seen: Observation, own: Tensor, layer: Layer, call: _Call, read: Tensor) -> Tensor:
+    """Return of inputs ``(N, d)`` that were read how near they are to the client's, in dB."""
+    if layer.image_of is None:
+        return _ratio(call.inputs, read)
+    rows = torch.stack([layer.image_of(row) for row in read]).view(own.shape)
+    return psnr(seen.normalization.decode(rows).clamp(0, 1), own)
+
+
+def _ratio(inputs: Tensor, read: Tensor) -> Tensor:
+    """Return how far inputs are from their mean, over how far from them is what was read, in dB."""
+    wide = (inputs - inputs.mean(0) if len(inputs) > 1 else inputs).norm(dim=1)
+    times: Tensor = wide.clamp_min(1e-300) / (read - inputs).norm(dim=1).clamp_min(1e-300)
+    return 20 * times.log10()
+
+
+def _closed_forms(
+    model: nn.Module,
+    seen: Observation,
+    own: Tensor,
+    step: _Step,
+    readable: float,
+    seconds: float,
+    best: Tensor,
+    notes: list[str],
+) -> list[Found]:
+    """Run the attacks that need no search, as an attacker would, for the images that no row gave."""
+    attacks: dict[str, Attack] = {
+        "the equations of the layers": recursive_inversion(),
+        "the lowest layer with a bias": fully_connected(),
+        "the patch embedding": patch_embedding(),
+    }
+    if len(own) > 1:
+        attacks = {"the rank and the zeros of a layer": exact_batch(seconds=seconds, search=None)}
+    found: list[Found] = []
+    for name, attack in attacks.items():
+        if (best >= readable).all():
+            break
+        try:
+            got = attack(model, seen)
+        except (RecoveryError, torch.linalg.LinAlgError) as error:
+            notes.append(f"{name}: {error}")
+            continue
+        if got.features is not None and len(got.features):
+            for layer, call in step.calls.items():
+                if call.inputs.shape[1] == got.features.shape[1]:
+                    near = torch.cdist(call.inputs, got.features.double()).argmin(1)
+                    shown = _ratio(call.inputs, got.features.double()[near])
+                    found.append(_by(name, "features", shown, readable, f" of {layer!r}"))
+        elif len(got.images):
+            images = got.images.to(own)
+            shown = torch.stack([psnr(image.expand_as(own), own) for image in images]).amax(0)
+            best.copy_(torch.maximum(best, shown))
+            found.append(_by(name, "image", shown, readable))
+    return found
+
+
+def _by(name: str, leak: Literal["image", "features"], shown: Tensor, readable: float, of: str = "") -> Found:
+    images = tuple((shown >= readable).nonzero().flatten().tolist())
+    if not images:
+        return [], {}
+    text = (
+        f"{name}{of} give {len(images)} of {len(shown)} at {float(shown[list(images)].min()):.0f} dB and more"
+    )
+    return [Way(name=name, leak=leak, images=images, text=text, numbers={"read": len(images)})], {}
