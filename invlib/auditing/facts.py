@@ -19,6 +19,7 @@ from invlib.attacks.losses import balanced
 from invlib.attacks.saturation import head_slopes
 from invlib.core.network import blank, like, num_classes, record_layers, trainable_parameters
 from invlib.core.observation import Observation, undefended
+from invlib.defenses import Clip
 from invlib.errors import InvlibError, RecoveryError
 from invlib.federated import FedSGD
 
@@ -187,6 +188,12 @@ class Foreign:
         return self.there and self.clear < _CLEAR
 
 
+def distorted(observation: Observation) -> bool:
+    """Say whether a client states that its update is no gradient up to a factor: noise, rounding, a part."""
+    transforms = getattr(observation.protocol, "transforms", ())
+    return bool(observation.sent) or any(not isinstance(transform, Clip) for transform in transforms)
+
+
 def foreign(model: nn.Module, observation: Observation, eps: float) -> list[Foreign]:
     r"""Measure what no client's gradient has, in two ways.
 
@@ -264,6 +271,8 @@ def _of_sums(model: nn.Module, observation: Observation, eps: float) -> Foreign:
         raise RecoveryError("the loss does not make the gradients of the logits add up to zero")
     names = [name for name in head.names if name in observation.update and name not in observation.sent]
     parts = [_rows(observation.without_decay(name, model), head, name) for name in names if name]
+    if not parts:
+        raise RecoveryError("the last layer was not sent whole")
     whole = torch.cat(parts, 1)
     sums, size = whole.sum(0), float(whole.square().sum())
     if not size:

@@ -16,6 +16,7 @@ from invlib.attacks.layout import patch_step
 from invlib.attacks.tokens import tables_of, tokens_used
 from invlib.auditing.facts import (
     Numbers,
+    distorted,
     foreign,
     noise_of,
     numbers_of,
@@ -48,12 +49,14 @@ def leaks(model: nn.Module, observation: Observation) -> list[Finding]:
     """
     model = observation.validate(model, text=None)
     numbers = numbers_of(model, observation)
+    noise = [*_noise(model, observation, numbers)]
+    exact = not (numbers.sparse or numbers.quantised or not numbers.norm or distorted(observation))
+    exact &= all(finding.verdict == "nothing found" for finding in noise)
     found: list[Finding] = []
     for part in (_labels, _batch_size, _local_steps, _mode, _colours, _tokens):
         found += part(model, observation)
-    noise = [*_noise(model, observation, numbers)]
-    exact = not (numbers.sparse or numbers.quantised or not numbers.norm)
-    exact &= all(finding.verdict == "nothing found" for finding in noise)
+    if not exact:  # ranks and directions are then of the noise or the rounding, too
+        found = [f for f in found if f.verdict != "does not fit" or f.name == "Local steps"]
     return [*found, *_readable(model, observation, exact), *_of_numbers(numbers), *noise]
 
 

@@ -62,8 +62,8 @@ def audit(
     Args:
         model: the network that the client received.
         observation: what the server saw, captured or simulated.
-        truth: the private images ``(N, C, H, W)`` in [0, 1], or tokens ``(N, T)``, where they are known. They
-            are seen by what compares, and by no attack.
+        truth: the private images ``(N, C, H, W)`` in [0, 1], or tokens ``(N, T)``, where they are known; or
+            a pair of them and their labels. It is seen by what compares and explains, and by no attack.
         budget: seconds. A step of an attack that has begun ends; all parts have their share of it.
         privacy: what is stated of a training under differential privacy: a mapping with
             ``noise_multiplier``, ``rate`` and ``steps``, or what `invlib.integrations.opacus.privacy_of`
@@ -93,7 +93,7 @@ def audit(
     began = time.perf_counter()
     checked("observation", observation, Observation)
     model = observation.validate(model, text=None)
-    truth, privacy = checked_truth(truth, observation), stated(privacy)
+    (truth, labels), privacy = checked_truth(truth, observation), stated(privacy)
     subject = Subject(
         model=model,
         observation=observation,
@@ -115,7 +115,8 @@ def audit(
             if tried.stopped:
                 raise KeyboardInterrupt
         if worst([tried.finding for tried in attacks]) not in RANKING[:3]:
-            reasons += why(model, observation, attacks, truth)
+            known = (truth, labels) if truth is not None and labels is not None else truth
+            reasons += why(model, observation, attacks, known)
         leading = _leading(attacks)
         for part in _protected(subject, privacy, leading, began + _DEFENCES * budget):
             defences.append(part)

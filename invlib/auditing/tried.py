@@ -342,16 +342,19 @@ def _of_text(
     return Tried(finding=finding, attack=attack, reconstruction=result)
 
 
-def checked_truth(truth: Any, observation: Observation) -> Tensor | None:
-    """Return the truth as a tensor of the observation's images.
+def checked_truth(truth: Any, observation: Observation) -> tuple[Tensor | None, Tensor | None]:
+    """Return the truth as a tensor of the observation's images, and its labels where they were given.
 
     Raises:
         ConfigError: its shape is another one.
     """
     if truth is None:
-        return None
+        return None, None
+    truth, labels = truth if isinstance(truth, tuple) else (truth, observation.labels)
     known: Tensor = torch.as_tensor(truth)
     wanted = (observation.num_images, *observation.image_shape)
     if tuple(known.shape) != wanted:
         raise ConfigError(f"truth has shape {tuple(known.shape)}; expected {wanted}, as the observation says")
-    return known if observation.is_text else originals(known)
+    if labels is not None:
+        labels = replace(observation, labels=labels).labels  # which checks them
+    return (known if observation.is_text else originals(known)), labels

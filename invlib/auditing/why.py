@@ -19,6 +19,7 @@ from invlib.attacks.verified import distance_of
 from invlib.auditing.facts import (
     Foreign,
     Numbers,
+    distorted,
     foreign,
     noise_of,
     numbers_of,
@@ -43,6 +44,7 @@ _WEIGHTS = 0.9  # cosine of an update and the weights, from which on it is those
 _ROUNDED = 1e-6  # distance of an update and the client's step on its own images that is rounding
 _FAR = 1e-3  # share of a signal that the softmax leaves unexplained, from which on it is another model's
 _EXPLAINS = 0.1  # of the distance as stated: what another client or mode has to leave to explain an update
+_DOUBT = 0.3  # of an entry that is 0 or 1, from which on labels are unknown
 _NOISE = 0.01  # share of the squared length, from which on noise decides what a search finds
 
 
@@ -64,6 +66,13 @@ class _Case:
         if self.numbers.sparse or self.numbers.quantised:
             return None
         return noise_of(self.foreign)
+
+    def proves(self, finding: Finding) -> bool:
+        """Say whether what a finding rests on is the client's, and not noise, rounding or what is missing."""
+        if distorted(self.observation):
+            return finding.name == "Local steps"
+        rounded = self.numbers.sparse or self.numbers.quantised or self.best_estimate is not None
+        return not rounded or finding.name not in ("Batch size", "Mode")
 
     @property
     def noise_share(self) -> float:
@@ -120,6 +129,7 @@ def why(
         for check in (_signs, _labels, _batch_size, _steps, _mode, _model, _noise, _coarse, _batch):
             with suppress(InvlibError):
                 found += check(case)
+        found = [finding for finding in found if finding.verdict != "does not fit" or case.proves(finding)]
     if case.truth is not None and numbers.norm:
         with suppress(InvlibError):
             found += _at_the_truth(case, explained={finding.name for finding in found})
@@ -575,7 +585,8 @@ def _with_labels(
         return images, observation.labels
     with suppress(InvlibError):
         if len(images) == 1:
-            return images, infer(model, observation).labels
+            found = infer(model, observation)
+            return None if found.guess and found.doubt > _DOUBT else (images, found.labels)
         return images, _assigned(model, observation, images)
     return None
 
@@ -591,7 +602,10 @@ def _assigned(model: nn.Module, observation: Observation, images: Tensor) -> Ten
         logits, features = logits_layer_inputs(model, encoded, training=observation.training_mode)
     features = features.double().cpu()
     wanted = logits.double().cpu().softmax(1).T @ features - len(images) * rows
-    labels: Tensor = (wanted @ torch.linalg.pinv(features)).argmax(0).to(images.device)
+    hot = wanted @ torch.linalg.pinv(features)
+    if (hot - F.one_hot(hot.argmax(0), len(hot)).T).abs().max() > _DOUBT:
+        raise RecoveryError("the images' features do not explain the last layer's update with any labels")
+    labels: Tensor = hot.argmax(0).to(images.device)
     return labels
 
 
