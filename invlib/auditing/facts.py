@@ -185,7 +185,7 @@ class Foreign:
     @property
     def all_of_it(self) -> bool:
         """Whether nothing is left that could not be independent numbers."""
-        return self.there and self.clear < _CLEAR
+        return self.there and self.share > 0.5 and self.clear < _CLEAR
 
 
 def distorted(observation: Observation) -> bool:

@@ -57,6 +57,12 @@ class Tried:
     distance: float = float("nan")
     stopped: bool = False
 
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations its search was allowed; 0 where it needed none."""
+        searched = self.reconstruction is not None and self.reconstruction.status != "closed_form"
+        return getattr(self.attack, "evaluations", 0) if searched else 0
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
@@ -108,7 +114,7 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
         yield _ran(subject, "Token and position tables", token_embedding(), until)
         return
     began = time.perf_counter()
-    each = _seconds_each(subject) if subject.evaluations is None else 0.0
+    each = _seconds_each(subject)
     seconds = max(1.0, _EXACT_SHARE * (until - began))
     batch = exact_batch(seconds=seconds)
     if _FEATURES * each > seconds:

@@ -44,7 +44,7 @@ _WEIGHTS = 0.9  # cosine of an update and the weights, from which on it is those
 _ROUNDED = 1e-6  # distance of an update and the client's step on its own images that is rounding
 _FAR = 1e-3  # share of a signal that the softmax leaves unexplained, from which on it is another model's
 _EXPLAINS = 0.1  # of the distance as stated: what another client or mode has to leave to explain an update
-_DOUBT = 0.3  # of an entry that is 0 or 1, from which on labels are unknown
+_DOUBT = 0.3  # of a label, or of the update that labels have to explain, from which on they are unknown
 _NOISE = 0.01  # share of the squared length, from which on noise decides what a search finds
 
 
@@ -602,11 +602,11 @@ def _assigned(model: nn.Module, observation: Observation, images: Tensor) -> Ten
         logits, features = logits_layer_inputs(model, encoded, training=observation.training_mode)
     features = features.double().cpu()
     wanted = logits.double().cpu().softmax(1).T @ features - len(images) * rows
-    hot = wanted @ torch.linalg.pinv(features)
-    if (hot - F.one_hot(hot.argmax(0), len(hot)).T).abs().max() > _DOUBT:
+    labels: Tensor = (wanted @ torch.linalg.pinv(features)).argmax(0)
+    left = wanted - F.one_hot(labels, len(wanted)).to(wanted).T @ features
+    if left.norm() > _DOUBT * len(images) * rows.norm():
         raise RecoveryError("the images' features do not explain the last layer's update with any labels")
-    labels: Tensor = hot.argmax(0).to(images.device)
-    return labels
+    return labels.to(images.device)
 
 
 def _nothing(case: _Case) -> Finding:
