@@ -174,7 +174,8 @@ def to_html(report: Any, *, pictures: bool = False) -> str:
     for name, words, about in _PARTS:
         findings = getattr(report, name)
         body += [_section(name, words, about), *map(_finding, findings)]
-        body += ["" if findings else '<p class="soft">This part was not run.</p>', "</section>"]
+        idle = "Nothing failed." if name == "reasons" and report.complete else "This part was not run."
+        body += ["" if findings else f'<p class="soft">{idle}</p>', "</section>"]
     if pictures and report.pictures:
         body += [
             _section("pictures", "Pictures", "Private, and asked for: keep this file as you keep the data.")

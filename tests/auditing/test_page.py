@@ -172,6 +172,9 @@ def test_a_partial_report_says_so_first() -> None:
     assert said.index("This report is partial.") < said.index("recovered and certified")
     assert "This part was not run." in said
     assert "partial" not in Elements(reports.report().to_html()).texts("strong")
+    whole = [text for _, text in Elements(reports.report(reasons=()).to_html()).said]
+    assert "Nothing failed." in whole
+    assert "This part was not run." not in whole
 
 
 @pytest.mark.parametrize(
