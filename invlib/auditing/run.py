@@ -85,7 +85,7 @@ def audit(
     Example:
         >>> import torch, invlib as iv
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-        >>> images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         >>> seen = iv.observe(model, images, torch.tensor([3]), iv.FedSGD(), normalization=iv.UNIT)
         >>> iv.audit(model, seen, budget=5).verdict
         'recovered and certified'

@@ -29,9 +29,11 @@ from invlib.metrics.identification import by_pixels, by_ssim, floors
 from invlib.metrics.quality import SSIM_SIDE, originals
 
 LIKELY = 0.1  # of the least distance of noise and photographs: below, a picture is taken for the right one
+_OWN = 2**31  # added to the seed: private images of a test are often noise of a small one
 _WRONG = 16  # pictures of each kind that are known to be wrong
 _EVALUATIONS = (20, 1200)  # of one search, the fewest and the most
 _BACKWARD = 3.0  # times an evaluation of the client's step: with its derivative, and what the search does
+_LIKE = 1e-2  # 20 dB, below which a candidate may be the image that was recovered
 _COPY = 1e-3  # mean squared difference, 30 dB, below which a candidate is a copy of the true image
 _FEATURES = 1000  # evaluations of the searches for the images of recovered features
 _EXACT_SHARE = 0.4  # of the time left, for the search of whole batches
@@ -272,13 +274,14 @@ def wrong_pictures(subject: Subject, result: Reconstruction) -> tuple[float, dic
     """
     assert result.labels is not None
     distance, labels = _distance(subject), result.labels
-    generator = torch.Generator().manual_seed(subject.seed)
+    generator = torch.Generator().manual_seed(subject.seed + _OWN)
     count, images = len(result.images), result.images
     noise = [torch.rand(images.shape, generator=generator) for _ in range(_WRONG)]
-    draws = [
-        torch.randint(len(subject.candidates), (count,), generator=generator).tolist() for _ in range(_WRONG)
-    ]
-    photographs = [subject.candidates[draw].to(images) for draw in draws]
+    # A candidate that is like the result may be the private image itself, and is not known to be wrong.
+    others = subject.candidates[_unlike(subject.candidates, images, _LIKE)]
+    others = others if len(others) else subject.candidates
+    draws = [torch.randint(len(others), (count,), generator=generator).tolist() for _ in range(_WRONG)]
+    photographs = [others[draw].to(images) for draw in draws]
     side = max(1, min(images.shape[2:]) // 8)
     moves = torch.randint(1, side + 1, (_WRONG, 2), generator=generator).tolist()
     shifted = [images.roll((down, -right), (2, 3)) for down, right in moves]
@@ -317,10 +320,10 @@ def _beside(
     return ("partly" if identified.hits else NOT_FOUND), text
 
 
-def _unlike(candidates: Tensor, truth: Tensor) -> Tensor:
-    """Return which candidates are no copies of a true image, scaled or compressed in another way."""
-    gaps = (candidates[:, None] - truth.to(candidates)[None]).square().flatten(2).mean(2)
-    return gaps.amin(1) > _COPY
+def _unlike(candidates: Tensor, images: Tensor, error: float = _COPY) -> Tensor:
+    """Return which candidates are no copies of an image, scaled or compressed in another way."""
+    gaps = (candidates[:, None] - images.to(candidates)[None]).square().flatten(2).mean(2)
+    return gaps.amin(1) > error
 
 
 def _of_text(

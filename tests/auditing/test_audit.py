@@ -219,3 +219,10 @@ def test_bad_input_is_named_before_any_work(monkeypatch):
         iv.audit(case.model, {"weight": torch.zeros(2)})
     with pytest.raises(ObservationError):
         iv.audit(lenet(), case.seen)
+
+
+@pytest.mark.usefixtures("no_trials")
+def test_the_private_image_among_the_candidates_is_not_taken_for_a_wrong_one():
+    case = updates.searched()
+    report = audited(case, truth=False, evaluations=120, candidates=torch.cat([case.truth, photos(9)[0]]))
+    assert report.verdict == "probably recovered"
