@@ -150,10 +150,11 @@ def _seconds_each(subject: Subject) -> float:
     labels = observation.labels
     labels = torch.zeros(observation.num_images, dtype=torch.int64) if labels is None else labels
     distance = _distance(subject)
-    began = time.perf_counter()
     try:
+        distance(images, labels)  # the first call of a process loads and compiles what the others have
+        began = time.perf_counter()
         distance(images, labels)
-    except InvlibError:
+    except (InvlibError, RuntimeError, ValueError, IndexError):  # of a loss that takes other targets
         return 1.0
     return max(1e-4, _BACKWARD * (time.perf_counter() - began))
 
