@@ -67,7 +67,7 @@ _LAZY = {
     "experiments": "invlib.experiments",
     "legacy": "invlib.legacy",
     "models": "invlib.models",
-    "presend": "invlib.auditing.presend:presend",
+    "presend": "invlib.auditing:presend",
     "training": "invlib.models.training",
     "viz": "invlib.viz",
 }

@@ -1,8 +1,8 @@
 """What one update gives away, as a report: leaks, attacks, reasons, defences."""
 
-from invlib.auditing.presend import Presend, Way
 from invlib.auditing.report import AuditReport
 from invlib.auditing.run import audit
+from invlib.auditing.sending import Presend, Way, presend
 from invlib.auditing.words import KINDS, RANKING, VERDICTS, Finding, Kind, Verdict
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "Verdict",
     "Way",
     "audit",
+    "presend",
 ]

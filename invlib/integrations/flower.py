@@ -129,7 +129,7 @@ class UpdateRecorder:
 
 def _checked(model: nn.Module, seen: Observation, data: tuple[Any, Any], what: str) -> str:
     """Return what `invlib.presend` advises, and log why."""
-    from invlib.auditing.presend import presend  # brings the whole audit
+    from invlib.auditing import presend  # brings the whole audit
 
     found = presend(model, *data, update=seen)
     level = logging.INFO if found.action == "send" else logging.WARNING

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import invlib as iv
-from invlib.auditing.presend import presend
+from invlib.auditing import presend
 from invlib.errors import ConfigError, ObservationError
 from tests.auditing.constructions import (
     CLASSES,
