@@ -33,6 +33,7 @@ from invlib.defenses import (
 )
 from invlib.errors import ConfigError, DependencyError, DoubtWarning, InvlibError
 from invlib.federated import FedSGD, observe
+from invlib.metrics.report import matching_order
 from invlib.settings import Checked, Count, Factor, Positive
 
 KAPPAS = (0.1, 0.01, 0.001, 1e-6)  # how often somebody is right who does not see the update
@@ -219,11 +220,11 @@ def helps(subject: Subject, before: Tried, until: float) -> Iterator[Finding]:
     yield Finding(
         name=f"Noise for a bound of {GAMMA:.0%}",
         kind="bounded for everybody",
-        verdict="bounded",
+        verdict="would help",
         text=(
-            f"The update has length {length:.3g}. Clipped to that, with Gaussian noise of standard deviation "
-            f"{multiplier * length:.3g} on each number (one round; "
-            f"{multiplier * math.sqrt(numbers):.3g} times the update's own length), nobody who has a "
+            f"The update has length {length:.3g}. With a clip of that length, fixed before the data are "
+            f"seen, and Gaussian noise of standard deviation {multiplier * length:.3g} on each number (one "
+            f"round; {multiplier * math.sqrt(numbers):.3g} times the update's own length), nobody who has a "
             f"hundred candidates finds the right one more often than {GAMMA:.0%}. In {ROUNDS[2]} rounds it "
             f"has to be {math.sqrt(ROUNDS[2]):g} times as much."
         ),
@@ -291,11 +292,11 @@ def _best_of(tried: Iterable[Tried]) -> Tried:
 def _larger(subject: Subject, before: Tried, until: float) -> Finding:
     """Try the same client with photographs beside its images."""
     observation, name = subject.observation, f"A batch with {_MORE} images more"
-    result = before.reconstruction
+    result, truth, labels = before.reconstruction, subject.truth, observation.labels
     assert result is not None
-    assert subject.truth is not None
-    labels = observation.labels if observation.labels is not None else result.labels
-    truth = subject.truth
+    assert truth is not None
+    if labels is None and result.labels is not None:  # in the order of the result, and not of the truth
+        labels = result.labels[matching_order(result.images, truth)]
     if time.perf_counter() >= until:
         return _untried(name, "the budget was spent")
     if labels is None or labels.is_floating_point() or getattr(observation.protocol, "batch_size", None):

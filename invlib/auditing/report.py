@@ -27,7 +27,8 @@ class AuditReport:
     """What `invlib.audit` found about one update.
 
     Args:
-        verdict: the worst of its attacks' verdicts.
+        verdict: the worst of its attacks' verdicts; of several searches the one that explains the update best
+            counts.
         summary: three sentences for whoever decides.
         scope: what was audited, with what, and for how long.
         leaks: what the update tells without any search.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from invlib.auditing.leaks import leaks
 from invlib.auditing.protections import bounds, diagnostics, helps, stated
 from invlib.auditing.report import AuditReport
-from invlib.auditing.tried import Subject, Tried, attempts, candidates_like, checked_truth
+from invlib.auditing.tried import Subject, Tried, attempts, candidates_like, checked_truth, counted
 from invlib.auditing.why import why
 from invlib.auditing.words import NOT_FOUND, RANKING, Finding, Number, Verdict, worst
 from invlib.core.network import trainable_parameters
@@ -53,11 +53,12 @@ def audit(
 ) -> AuditReport:
     """Say what one update gives away, by what, why attacks failed, and what would help.
 
-    Four kinds of statement are kept apart: what an attack found, a lower bound on the risk; what cannot be
-    told apart; what is bounded for everybody; local diagnostics, which bound nothing. Without the truth a
-    picture counts as probably right where its update is nearer to the observed one than a tenth of the
-    distance of noise and of other photographs on the same network, and nearer than its own shifted copies;
-    as proved where an attack certifies it.
+    What the update tells by itself comes first. Then four kinds of statement are kept apart: what an attack
+    found, a lower bound on the risk; what cannot be told apart; what is bounded for everybody; local
+    diagnostics, which bound nothing. Without the truth a picture counts as probably right where its update
+    is nearer to the observed one than a tenth of the distance of noise and of other photographs on the same
+    network, and nearer than its own shifted copies; as proved where an attack certifies it. Of several
+    seeds the one counts whose pictures explain the update best, as an attacker would choose.
 
     Args:
         model: the network that the client received.
@@ -112,9 +113,7 @@ def audit(
         found += leaks(model, observation)
         for tried in attempts(subject, began + _ATTACKS * budget):
             attacks.append(tried)
-            if tried.stopped:
-                raise KeyboardInterrupt
-        if worst([tried.finding for tried in attacks]) not in RANKING[:3]:
+        if worst([tried.finding for tried in counted(attacks)]) not in RANKING[:3]:
             known = (truth, labels) if truth is not None and labels is not None else truth
             reasons += why(model, observation, attacks, known)
         leading = _leading(attacks)
@@ -122,7 +121,7 @@ def audit(
             defences.append(part)
     except KeyboardInterrupt:
         complete = False
-    verdict = worst([*(tried.finding for tried in attacks), *reasons, *found])
+    verdict = worst([*(tried.finding for tried in counted(attacks)), *reasons, *found])
     scope = _scope(subject, budget) | {"seconds": round(time.perf_counter() - began, 1)}
     return AuditReport(
         verdict=verdict,
@@ -165,7 +164,7 @@ def _candidates(given: Any, observation: Observation) -> Tensor:
 
 def _leading(attacks: list[Tried]) -> Tried | None:
     """Return the attack with the worst verdict, of several the one whose pictures explain the update best."""
-    ran = [tried for tried in attacks if tried.reconstruction is not None]
+    ran = [tried for tried in counted(attacks) if tried.reconstruction is not None]
     if not ran:
         return None
     verdict = worst([tried.finding for tried in ran])
@@ -238,7 +237,8 @@ def _told(found: list[Finding]) -> str:
 def _helped(defences: list[Finding]) -> str:
     names = ("Defences in place", "The training's noise")
     bounded = [f for f in defences if f.verdict == "bounded" and f.name in names]
-    yes = [finding.name for finding in defences if finding.verdict == "would help"]
+    tried = [finding for finding in defences if finding.kind == "found by an attack"]
+    yes = [finding.name for finding in tried if finding.verdict == "would help"]
     no = [finding.name for finding in defences if finding.verdict == "would not help"]
     said = [bounded[0].text.partition(". ")[0] + "."] if bounded else []
     if yes:

@@ -110,10 +110,13 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
     """Attack until a time of `time.perf_counter`, and yield what each attack gave.
 
     It ends where one attack has proved all that there is.
+
+    Raises:
+        KeyboardInterrupt: somebody stopped an attack; what it had is yielded before.
     """
     observation = subject.observation
     if observation.is_text:
-        yield _ran(subject, "Token and position tables", token_embedding(), until)
+        yield from _unless_stopped(_ran(subject, "Token and position tables", token_embedding(), until))
         return
     began = time.perf_counter()
     each = _seconds_each(subject)
@@ -123,8 +126,8 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
         batch = exact_batch(seconds=seconds, search=None)
     for name, attack in (("Whole batch, exactly", batch), ("Patch embedding", patch_embedding())):
         tried = _ran(subject, name, attack, until)
-        yield tried
-        if tried.stopped or tried.finding.verdict == "recovered and certified":
+        yield from _unless_stopped(tried)
+        if tried.finding.verdict == "recovered and certified":
             return
     for k in range(subject.seeds):
         left = until - time.perf_counter()
@@ -132,10 +135,26 @@ def attempts(subject: Subject, until: float) -> Iterator[Tried]:
         if k and left < (time.perf_counter() - began) / 2:
             return
         tried = _ran(subject, f"Search, seed {subject.seed + k}", best(evaluations=evaluations), until, k)
-        yield tried
+        yield from _unless_stopped(tried)
         # A closed form and an update of zero are the same with any seed.
-        if tried.stopped or tried.reconstruction is None or tried.reconstruction.status == "closed_form":
+        if tried.reconstruction is None or tried.reconstruction.status == "closed_form":
             return
+
+
+def _unless_stopped(tried: Tried) -> Iterator[Tried]:
+    yield tried
+    if tried.stopped:
+        raise KeyboardInterrupt
+
+
+def counted(attacks: list[Tried]) -> list[Tried]:
+    """Leave out all searches but the one that an attacker would keep, whose pictures explain the update best.
+
+    Of several seeds the truth must not choose.
+    """
+    searches = [tried for tried in attacks if tried.evaluations and not math.isnan(tried.distance)]
+    kept = min(searches, key=lambda tried: tried.distance, default=None)
+    return [tried for tried in attacks if tried not in searches or tried is kept]
 
 
 def _within(evaluations: float) -> int:

@@ -593,3 +593,16 @@ def test_labels_sought_as_probabilities_are_doubtful_where_the_loss_takes_other_
     )
     [said] = [w for w in iv.deep_leakage(steps=1)(tiny, seen).warnings if "sought" in w]
     assert said.endswith("mse_loss takes others too")
+
+
+def test_labels_of_a_batch_are_guessed_where_the_client_tells_of_noise():
+    tiny = build_tiny()
+    x, y = random_batch(4)
+    seen = iv.observe(tiny, x, y, iv.FedSGD(), normalization=iv.CIFAR10)
+    noise = [iv.defenses.GaussianNoise(0.05 * float(seen.update["3.bias"].norm()))]
+    noisy = replace(iv.defenses.defend(seen, noise), labels=None)
+    found = infer(tiny, noisy)
+    assert found.guess
+    assert found.labels.sort().values.tolist() == y.sort().values.tolist()
+    with pytest.raises(RecoveryError, match="no 4 labels make"):
+        infer(tiny, replace(noisy, protocol=iv.FedSGD()))
