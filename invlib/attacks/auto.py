@@ -20,9 +20,10 @@ from invlib.attacks.base import (
     with_labels,
     with_loss,
 )
-from invlib.attacks.batches import Additive, Batching, additive
+from invlib.attacks.batches import Additive, Batching, additive, hidden_images
 from invlib.attacks.buffers import with_statistics
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
+from invlib.attacks.labels import told_features
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset
@@ -46,6 +47,7 @@ from invlib.settings import Count, FromZero, NotNegative, checked, checks
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
+_TOLD = 1.0  # initial weight of the last layer's inputs that it tells, likewise
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
@@ -263,6 +265,8 @@ class Best(Settings):
         if closed is not None and closed.determined and closed.share <= _NEAR and plain:
             found = self._polished(closed.result, model, observation, self.evaluations, parts)
             return doubted(found, tried.doubts)
+        if self.matching.labels == "auto":
+            observation = with_labels(model, observation)
         try:
             result = self._matched(model, observation, parts)
         except KeyboardInterrupt:  # before the first step
@@ -276,7 +280,9 @@ class Best(Settings):
         result = result if closed is None else self._nearer(closed, result, model, observation)
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
-        return doubted(replace(result, note=note), [*tried.doubts, *length])
+        step = self._additive(model, observation)
+        hidden = [] if step is None else hidden_images(step, result)
+        return doubted(replace(result, note=note), [*tried.doubts, *length, *hidden])
 
     def _matched(
         self, model: nn.Module, observation: Observation, parts: Parts, told: int = 0
@@ -402,6 +408,7 @@ class Best(Settings):
                 (natural, _coordinates(matching).prior(observation.normalization)),
                 (tv, priors.rounded_total_variation),
                 *_statistics(model, observation, unit),
+                *self._features(model, observation, unit),
             ),
             fading=fading,
             init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
@@ -492,6 +499,19 @@ class Best(Settings):
         score = self.matching.scorer(model, observation, found.labels)(images)
         note = f"{found.note}; colours and contrast by the statistics that were sent"
         return replace(found, images=images, score=score, evaluations=found.evaluations + 1, note=note)
+
+    def _features(
+        self, model: nn.Module, observation: Observation, unit: float
+    ) -> tuple[tuple[float, priors.Unbound], ...]:
+        """Return the prior of what is known of each image's features; none where nothing is.
+
+        An image of which the network is sure hardly shows in the sum, and its slot would take on what others
+        leave of the update. Its features show nonetheless.
+        """
+        if observation.num_images == 1 or not self._plain(observation):
+            return ()
+        known = told_features(model, observation, known_labels(model, observation))
+        return () if known is None else ((_TOLD * unit, priors.LastLayerInputs(known)),)
 
     def _additive(self, model: nn.Module, observation: Observation) -> Additive | None:
         """Return the client's step where images of a batch are sought by themselves."""

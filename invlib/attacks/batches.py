@@ -20,6 +20,7 @@ from invlib.core.network import in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError, RecoveryError
+from invlib.optim.priors import LastLayerInputs
 from invlib.search.engines import memory
 from invlib.search.problem import Problem
 from invlib.settings import Checked, Count, FromZero
@@ -305,8 +306,13 @@ class Batching(Checked):
                 near = F.cosine_similarity(step.rows(others, label.expand(len(others))), rest[None])
                 starts = torch.cat([starts, others[near.topk(min(self.copies, len(others))).indices]])
                 singles += len(others)
+            priors = tuple(
+                (weight, prior.alone(k) if isinstance(prior, LastLayerInputs) else prior)
+                for weight, prior in self.search.priors
+            )
             part = replace(
                 part_of(self.search, *sharpness),
+                priors=priors,
                 steps=2 * self.stage,
                 init=starts[:, None],
                 restarts=len(starts),
@@ -356,6 +362,28 @@ def selected(
     gram = products(torch.cat([rows, step.target[None]]))
     chosen, distance = choose(gram, slots, begun, torch.Generator().manual_seed(0))
     return images[chosen], rows[chosen], distance
+
+
+def hidden_images(step: Additive, found: Reconstruction) -> list[str]:
+    """Return the doubt about images whose own updates are shorter than what the whole batch leaves over.
+
+    Args:
+        step: the client's.
+        found: images of the batch, and their labels.
+    """
+    assert found.labels is not None
+    rows, target = step.rows(found.images, found.labels).double(), step.target.double()
+    total = rows.sum(0)
+    factor = total @ target / (total @ total)
+    rest, sizes = float((target - factor * total).norm()), factor * rows.norm(dim=1)
+    hidden = [str(k) for k, size in enumerate(sizes.tolist()) if size < rest]
+    if not hidden:
+        return []
+    return [
+        f"of the update's length {rest / float(target.norm()):.0%} is unexplained, which is more than all "
+        f"that image{'s' * (len(hidden) > 1)} {', '.join(hidden)} of the {len(sizes)} would add to it: "
+        "nothing shows that their pictures are right"
+    ]
 
 
 @torch.inference_mode(mode=False)

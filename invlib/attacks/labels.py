@@ -326,7 +326,7 @@ def _probable(
     counts = weighed(logs, _MOST)
     labels, confidence = likeliest(counts.probabilities)
     known = alike is FRESH and float(confidence.min()) > _SURE
-    if not known and factor == 1 and type(observation.protocol) is FedSGD:
+    if not known and type(observation.protocol) is FedSGD:
         fitted = _demixed(typical, observation, logits, features, counts.labels, generator)
         if fitted is not None and fitted.certified:
             return replace(
@@ -335,7 +335,7 @@ def _probable(
                 candidates=fitted.labels[:1],
                 weights=torch.ones(1, dtype=torch.float64),
             )
-        if fitted is not None:
+        if fitted is not None and factor == 1:
             method += " and the fit of features to the last layer"
             counts = _together(counts, fitted)
             labels, confidence = likeliest(counts.probabilities)
@@ -383,6 +383,37 @@ def _demixed(
     whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
     starts = guesses[torch.arange(_MOST) % len(guesses)]
     return demix(weight, bias, whole, features, starts, generator=generator)
+
+
+def told_features(model: nn.Module, observation: Observation, labels: Tensor) -> Tensor | None:
+    """Return the last layer's input for each image of a batch, as one gradient of that layer tells it.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw.
+        labels: of the images, int64 ``(N,)``.
+
+    Returns:
+        Float64 ``(N, D)``, in the order of the labels; None where the layer tells no features to rounding:
+        of as many images as classes or more, after local steps, under noise.
+    """
+    loss = observation.loss or F.cross_entropy
+    if labels.ndim != 1 or loss is not F.cross_entropy or type(observation.protocol) is not FedSGD:
+        return None
+    try:
+        head = Head.of(model, observation)
+        if head.names[1] != classifier(model)[0]:
+            return None
+        typical = Typical(model, observation, head, 32, trains=False)
+        logits, inputs = typical.seen()
+        wanted, order = labels.cpu().sort(stable=True)
+        generator = torch.Generator().manual_seed(0)
+        found = _demixed(typical, observation, logits, inputs, wanted[None], generator)
+    except RecoveryError:
+        return None
+    if found is None or found.features is None or not torch.equal(found.labels[0], wanted):
+        return None
+    return found.features[order.argsort()]
 
 
 def _together(counts: Counts, fitted: Demixed) -> Counts:
