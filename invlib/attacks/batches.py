@@ -29,6 +29,7 @@ _EXACT = 1e-3  # of its length: what may separate the update of a batch from the
 _TOGETHER = 32  # images whose gradients are taken at a time, and no more than are in the batch
 _COLUMNS = 1 << 16  # of the gradients, in double precision at a time
 _STARTS = 8  # random ones of a choice
+_GROUP = 3  # restarts, from which on what they agree on is a candidate too
 # Parts of the budget for all images together: before the rounds of turns, after each, and at the end.
 _SEARCH, _BETWEEN, _LAST = 1 / 6, 1 / 10, 1 / 4
 
@@ -294,6 +295,8 @@ class Batching(Checked):
         """
         labels, count = known.labels, known.num_images
         assert labels is not None
+        if len(pool) >= _GROUP:
+            pool = torch.cat([pool, agreed(pool)[None]])
         copies = [shifted(pool.flatten(0, 1), place).view_as(pool) for place in self.places]
         before, old, _ = selected(step, torch.cat([pool, *copies]), labels, whole=len(pool))
         images, new, asked = before.clone(), old.clone(), len(pool) * (1 + len(copies))
@@ -362,6 +365,29 @@ def selected(
     gram = products(torch.cat([rows, step.target[None]]))
     chosen, distance = choose(gram, slots, begun, torch.Generator().manual_seed(0))
     return images[chosen], rows[chosen], distance
+
+
+def agreed(pool: Tensor) -> Tensor:
+    """Return what restarts agree on: of each slot the median of their images, moved to lie on the first's.
+
+    By how much an image is moved is read off its circular correlation with the first one.
+
+    Args:
+        pool: batches ``(R, N, C, H, W)``.
+
+    Returns:
+        Images ``(N, C, H, W)``.
+
+    Source: group consistency, Yin et al. 2021, arXiv 2104.07586, here as a candidate and not as a prior.
+    """
+    spectrum = torch.fft.rfft2((pool - pool.mean((-1, -2), keepdim=True)).sum(2))
+    likeness = torch.fft.irfft2(spectrum[:1] * spectrum.conj(), s=pool.shape[-2:]).flatten(2)
+    places = likeness.argmax(2)
+    moved = torch.empty_like(pool)
+    for r, k in itertools.product(*map(range, pool.shape[:2])):
+        place = divmod(int(places[r, k]), pool.shape[-1])
+        moved[r, k] = pool[r, k].roll(place, (-2, -1))
+    return moved.median(0).values
 
 
 def hidden_images(step: Additive, found: Reconstruction) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import invlib as iv
-from invlib.attacks.batches import additive, choose, crossover, hidden_images, products, selected
+from invlib.attacks.batches import additive, agreed, choose, crossover, hidden_images, products, selected
 from invlib.attacks.labels import told_features
 from invlib.attacks.shifts import moves, shifted
 from invlib.errors import ConfigError, RecoveryError
@@ -182,6 +182,17 @@ def test_features_are_told_by_one_gradient_of_few_images_alone():
     assert told_features(model, seen, labels[1:3]) is None  # other labels than the client's
     assert len(iv.best()._features(model, seen, 2.0)) == 1
     assert iv.best()._features(model, see(model, x[:1], y[:1]), 2.0) == ()
+
+
+def test_what_restarts_agree_on_is_nearer_than_each_of_them():
+    x, draw = batch(2), torch.Generator().manual_seed(0)
+    places = [(0, 0), (4, 0), (0, 12), (8, 4), (0, 0)]
+    noisy = [x + 0.1 * torch.randn(x.shape, generator=draw, dtype=x.dtype) for _ in places]
+    pool = torch.stack([one.roll(place, (-2, -1)) for one, place in zip(noisy, places, strict=True)])
+    far = (torch.stack(noisy) - x).square().mean((2, 3, 4)).amin(0)
+    near = (agreed(pool) - x).square().mean((1, 2, 3))
+    assert (near < 0.6 * far).all()
+    assert torch.equal(agreed(x.expand(3, *x.shape)), x)
 
 
 def test_images_that_hardly_show_in_the_update_are_named():
