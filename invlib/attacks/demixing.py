@@ -41,6 +41,7 @@ def demix(
     guesses: Tensor,
     *,
     rounds: int = 5,
+    smoothing: float = 0.0,
     generator: torch.Generator,
 ) -> Demixed | None:
     r"""Fit the features and the label of every image to the gradient of the last layer.
@@ -58,6 +59,7 @@ def demix(
         features: inputs of the layer for other images, ``(J, D)``.
         guesses: int64 ``(K, N)``, label multisets to begin with, each of which has a start.
         rounds: how often labels are exchanged.
+        smoothing: of the labels, by the client's loss.
         generator: draws starts and exchanges.
 
     Returns:
@@ -87,10 +89,12 @@ def demix(
             ],
             1,
         ),
+        smoothing=smoothing,
         generator=generator,
     )
     exact = min(_EXACT, float(values[rank - 1] / values[0]) / 30) if rank == count else 0.0
-    labels, points, features = guesses[:0], torch.zeros(0, count, rank, dtype=span.dtype), None
+    labels, points = guesses[:0], torch.zeros(0, count, rank, dtype=span.dtype)
+    features: Tensor | None = None
     more, begun = guesses[:_FIRST], layer.starts(guesses[:_FIRST])
     for turn in range(rounds + 2):
         levels = (3e-2, 1e-3) if turn < 2 else (1e-2, 1e-3)
@@ -140,6 +144,7 @@ class _Layer:
     Args:
         weight: ``(C, r)``; bias: ``(C,)``; center: ``(r,)``, of natural images.
         target: the gradient, ``(C, r + 1)``.
+        smoothing: of the labels.
         generator: draws starts.
     """
 
@@ -147,6 +152,7 @@ class _Layer:
     bias: Tensor
     center: Tensor
     target: Tensor
+    smoothing: float
     generator: torch.Generator
 
     def starts(self, labels: Tensor) -> Tensor:
@@ -161,7 +167,8 @@ class _Layer:
     def parts(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return log-probabilities, errors, features with a one, and the misfit ``(K, C, r + 1)``."""
         logs = (self.bias + points @ self.weight.T).log_softmax(-1)
-        errors = logs.exp() - F.one_hot(labels, len(self.bias))
+        classes, s = len(self.bias), self.smoothing
+        errors = logs.exp() - (1 - s) * F.one_hot(labels, classes) - s / classes
         inputs = torch.cat([points, torch.ones_like(points[..., :1])], -1)
         made = errors.mT @ inputs / labels.shape[1]
         return logs, errors, inputs, (made - self.target) / self.target.norm()
@@ -214,12 +221,14 @@ class _Layer:
         own = _PRIOR * (curved + torch.eye(rank, dtype=points.dtype))
         images = torch.arange(count)
         normal.view(many, count, rank, count, rank)[:, images, :, images, :] += own.transpose(0, 1)
-        return normal, slope + _PRIOR * (points - self.center + errors @ self.weight).reshape(many, -1)
+        wrong = logs.exp() - F.one_hot(labels, classes)
+        return normal, slope + _PRIOR * (points - self.center + wrong @ self.weight).reshape(many, -1)
 
     def exchanged(self, points: Tensor, labels: Tensor, noise: float) -> Tensor:
         """Give one image another label where that lowers the cost, features kept."""
         logs, _, inputs, misfit = self.parts(points, labels)
         scale = labels.shape[1] * float(self.target.norm())
+        scale = scale / (1 - self.smoothing)
         along = 2 * inputs @ misfit.mT / scale
         own = labels[..., None]
         change = along.gather(2, own) - along + 2 * inputs.square().sum(-1, keepdim=True) / scale**2

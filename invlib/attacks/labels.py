@@ -23,7 +23,7 @@ from invlib.attacks.counts import (
 )
 from invlib.attacks.demixing import Demixed, demix
 from invlib.attacks.lastlayer import Head, Simulated, Typical
-from invlib.attacks.losses import LAST_PLACE, balanced, binary_labels, kind_of
+from invlib.attacks.losses import LAST_PLACE, balanced, binary_labels, kind_of, smoothing_of
 from invlib.core.network import classifier as classifier
 from invlib.core.network import like, num_classes, unwrapped
 from invlib.core.observation import Loss, Observation, words_of
@@ -184,8 +184,7 @@ def _inferred(model: nn.Module, observation: Observation, loss: Loss, samples: i
         found = _labels(label, classes, "nearest of the labels tried in the client's step", doubt)
     elif count == 1:
         whole = head.name not in observation.sent and balanced(loss, some.new_zeros(1, classes))
-        soft = _soft(gradient, observation, typical) if loss is F.cross_entropy else None
-        found = soft or _one(gradient, typical, whole)
+        found = _by_features(gradient, observation, typical, loss) or _one(gradient, typical, whole)
     else:
         parallel = client is None or client.linear
         found = _batch(loss, gradient, typical, observation, parallel=parallel, exact=client is None)
@@ -287,14 +286,20 @@ def _batch(
     source = "bias gradient" if gradient.ndim == 1 else "row sums of the weight gradient"
     per_class = (gradient if gradient.ndim == 1 else gradient.sum(1)) / typical.scale()
     logits = typical.logits()
+    noisy = bool(getattr(observation.protocol, "noise", 0))  # which makes what is impossible without it
     if loss is F.cross_entropy:
         rest = float(per_class.sum().abs() / per_class.abs().sum())
         predictions = logits.softmax(-1).mean(0).double().cpu()
         fit = nearest(count * predictions, -count * per_class, per_class < 0, count)
     else:
         fit, rest = fit_of(loss, per_class, logits, observation)
+        smoothing = smoothing_of(loss, classes, like(typical.model))
+        if smoothing and exact and not noisy and type(observation.protocol) is FedSGD:
+            begun = torch.repeat_interleave(torch.arange(classes), fit.counts)[None]
+            fitted = _demixed(typical, observation, begun, torch.Generator().manual_seed(0), smoothing)
+            if fitted is not None and fitted.certified:
+                return _certain(fitted, classes)
     scaled = fit.factor != 1 or gradient.ndim == 2
-    noisy = bool(getattr(observation.protocol, "noise", 0))  # which makes what is impossible without it
     if parallel and not noisy and (why := impossible(loss, per_class, rest, count, scaled=scaled)):
         raise RecoveryError(f"no {count} labels make the gradient of {typical.head.name!r}: {why}")
     if loss is F.cross_entropy and exact and not noisy and countable(classes, count):
@@ -327,14 +332,9 @@ def _probable(
     labels, confidence = likeliest(counts.probabilities)
     known = alike is FRESH and float(confidence.min()) > _SURE
     if not known and type(observation.protocol) is FedSGD:
-        fitted = _demixed(typical, observation, logits, features, counts.labels, generator)
+        fitted = _demixed(typical, observation, counts.labels, generator)
         if fitted is not None and fitted.certified:
-            return replace(
-                _labels(fitted.labels[0], classes, "features and labels that alone fit the last layer", 0.0),
-                confidence=torch.ones(count, dtype=torch.float64),
-                candidates=fitted.labels[:1],
-                weights=torch.ones(1, dtype=torch.float64),
-            )
+            return _certain(fitted, classes)
         if fitted is not None and factor == 1:
             method += " and the fit of features to the last layer"
             counts = _together(counts, fitted)
@@ -362,19 +362,29 @@ def _told_apart(predictions: Tensor) -> float:
     return float(torch.special.entr(mean).sum() - each) / math.log(len(mean))
 
 
+def _certain(fitted: Demixed, classes: int) -> LabelInference:
+    """Return the labels that alone fit the last layer."""
+    labels = fitted.labels[0]
+    return replace(
+        _labels(labels, classes, "features and labels that alone fit the last layer", 0.0),
+        confidence=torch.ones(len(labels), dtype=torch.float64),
+        candidates=labels[None],
+        weights=torch.ones(1, dtype=torch.float64),
+    )
+
+
 def _demixed(
     typical: Typical,
     observation: Observation,
-    logits: Tensor,
-    features: Tensor,
     guesses: Tensor,
     generator: torch.Generator,
+    smoothing: float = 0.0,
 ) -> Demixed | None:
     """Fit the last layer; None where its weight or bias is not there, or the logits are not what it makes."""
     head, gradient = typical.head, typical.head.weight_of(observation, typical.model)
     if not head.bias or gradient is None:
         return None
-    params = typical.ends[0]
+    (logits, features), params = typical.seen(), typical.ends[0]
     bias, weight = params[head.name].double().cpu().flatten(), head.rows(params[head.names[1]])
     if gradient.shape[1] != features.shape[1] or not torch.allclose(
         features @ weight.T + bias, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
@@ -382,7 +392,7 @@ def _demixed(
         return None
     whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
     starts = guesses[torch.arange(_MOST) % len(guesses)]
-    return demix(weight, bias, whole, features, starts, generator=generator)
+    return demix(weight, bias, whole, features, starts, smoothing=smoothing, generator=generator)
 
 
 def told_features(model: nn.Module, observation: Observation, labels: Tensor) -> Tensor | None:
@@ -397,18 +407,19 @@ def told_features(model: nn.Module, observation: Observation, labels: Tensor) ->
         Float64 ``(N, D)``, in the order of the labels; None where the layer tells no features to rounding:
         of as many images as classes or more, after local steps, under noise.
     """
-    loss = observation.loss or F.cross_entropy
-    if labels.ndim != 1 or loss is not F.cross_entropy or type(observation.protocol) is not FedSGD:
+    if labels.ndim != 1 or observation.is_text or type(observation.protocol) is not FedSGD:
         return None
     try:
         head = Head.of(model, observation)
         if head.names[1] != classifier(model)[0]:
             return None
         typical = Typical(model, observation, head, 32, trains=False)
-        logits, inputs = typical.seen()
+        loss, classes = observation.loss or F.cross_entropy, num_classes(model, observation.image_shape)
+        smoothing = smoothing_of(loss, classes, like(model))
+        if smoothing is None:
+            return None
         wanted, order = labels.cpu().sort(stable=True)
-        generator = torch.Generator().manual_seed(0)
-        found = _demixed(typical, observation, logits, inputs, wanted[None], generator)
+        found = _demixed(typical, observation, wanted[None], torch.Generator().manual_seed(0), smoothing)
     except RecoveryError:
         return None
     if found is None or found.features is None or not torch.equal(found.labels[0], wanted):
@@ -430,10 +441,18 @@ def _together(counts: Counts, fitted: Demixed) -> Counts:
     )
 
 
-def _soft(gradient: Tensor, observation: Observation, typical: Typical) -> LabelInference | None:
-    """Return the soft label of one image; None where its label is hard, or the last layer does not tell."""
+def _by_features(
+    gradient: Tensor, observation: Observation, typical: Typical, loss: Loss
+) -> LabelInference | None:
+    """Return the label of one image that is soft, or smoothed by the loss; None where it is neither.
+
+    It is None, too, where the last layer does not tell.
+    """
     head, rows = typical.head, typical.head.weight_of(observation, typical.model)
     if not head.bias or rows is None or type(observation.protocol) is not FedSGD:
+        return None
+    classes = len(gradient)
+    if (smoothing := smoothing_of(loss, classes, like(typical.model))) is None:
         return None
     params = typical.ends[0]
     weight = head.rows(params[head.names[1]])
@@ -448,9 +467,13 @@ def _soft(gradient: Tensor, observation: Observation, typical: Typical) -> Label
         return None
     predicted = (features @ weight.T + bias).softmax(0)
     label = predicted - gradient
-    hard = predicted - F.one_hot(gradient.argmin(), len(gradient))  # which a factor may have made shorter
+    hard = predicted - F.one_hot(gradient.argmin(), classes)  # which a factor may have made shorter
     if gradient.sum().abs() > 1e-3 * gradient.abs().sum() or label.min() < -1e-3:
         return None  # no label of cross-entropy
+    if smoothing:
+        own = (1 - smoothing) * F.one_hot(label.argmax(), classes) + smoothing / classes
+        found = _labels(label.argmax()[None], classes, "prediction of the features in the gradient", 0.0)
+        return found if (label - own).abs().max() < 1e-3 else None
     if F.cosine_similarity(hard, gradient, dim=0) > 1 - 1e-6:
         return None
     return LabelInference(

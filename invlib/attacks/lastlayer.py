@@ -93,6 +93,7 @@ class Typical:
         self, model: nn.Module, observation: Observation, head: Head, samples: int, *, trains: bool
     ) -> None:
         self.model, self.observation, self.head = model, observation, head
+        self._seen: tuple[Tensor, Tensor] | None = None
         self.inputs = self.encoded(_noise_images(samples, observation.image_shape))
         params = trainable_parameters(model)
         self.ends = [params]
@@ -111,6 +112,8 @@ class Typical:
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Return logits ``(J, classes)`` and features ``(J, D)`` of photographs and, fewer, of noise."""
+        if self._seen is not None:
+            return self._seen
         photos = self.encoded(_photographs(len(self.inputs), self.observation.image_shape))
         training, parts = self.observation.training_mode, []
         for inputs in (photos, self.inputs):  # apart, since batch norm sees a batch
@@ -118,7 +121,8 @@ class Typical:
                 made = logits_layer_inputs(self.model, inputs, params=end, training=training)
                 parts.append([part[:: 1 if inputs is photos else 3].double().cpu() for part in made])
         logits, features = (torch.cat(some) for some in zip(*parts, strict=True))
-        return logits, features
+        self._seen = logits, features
+        return self._seen
 
     def logits(self) -> Tensor:
         """Return the logits of noise, at both ends of the client's training."""

@@ -91,6 +91,30 @@ def class_slopes(loss: Loss, logits: Tensor) -> Tensor:
     return total / len(logits)
 
 
+def smoothing_of(loss: Loss, classes: int, like: Tensor) -> float | None:
+    r"""Return the label smoothing of a mean cross-entropy, 0 where it has none; None of another loss.
+
+    Its slope is :math:`p - (1 - s)\, e_y - s / C` at any logits.
+
+    Args:
+        loss: the client's.
+        classes: how many logits there are.
+        like: a tensor of the model's type, on its device.
+    """
+    if loss is F.cross_entropy:
+        return 0.0
+    own = torch.arange(classes, device=like.device)
+    logits = 3 * torch.randn(classes, classes, generator=torch.Generator().manual_seed(0)).to(like)
+    part = slope(loss, logits, own)
+    if part is None or classes < 2:
+        return None
+    targets = (logits.softmax(1) - classes * part).double()
+    smoothing = 1 - float(targets.diagonal().mean() - targets[own, own.roll(1)].mean())
+    wanted = (1 - smoothing) * torch.eye(classes).to(targets) + smoothing / classes
+    close = -1e-4 < smoothing < 0.99 and torch.allclose(targets, wanted, rtol=0, atol=1e-4)
+    return max(0.0, smoothing) if close else None
+
+
 def balanced(loss: Loss, logits: Tensor) -> bool:
     """Say whether the gradients of a loss of classes add up to zero over the classes, at some logits."""
     if loss is F.cross_entropy:

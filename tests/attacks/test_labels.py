@@ -1,6 +1,7 @@
 """Label inference: exact for one image, counts for batches; gradients or updates, with or without bias."""
 
 import contextlib
+import functools
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import invlib as iv
 from invlib.attacks.base import loss_of, with_loss
 from invlib.attacks.counts import whole_counts
 from invlib.attacks.labels import contradiction, infer
+from invlib.attacks.losses import smoothing_of
 from invlib.core.network import classifier
 from invlib.errors import ConfigError, RecoveryError
 from tests.conftest import build_tiny, random_batch
@@ -606,3 +608,25 @@ def test_labels_of_a_batch_are_guessed_where_the_client_tells_of_noise():
     assert found.labels.sort().values.tolist() == y.sort().values.tolist()
     with pytest.raises(RecoveryError, match="no 4 labels make"):
         infer(tiny, replace(noisy, protocol=iv.FedSGD()))
+
+
+@pytest.mark.parametrize("labels", [[3], [7, 0, 3], [4, 4]])
+def test_smoothed_labels_of_a_network_that_is_sure_of_them_are_exact(labels):
+    model, (x, _) = build_tiny(torch.float64, 10), random_batch(len(labels), dtype=torch.float64)
+    y = torch.tensor(labels)
+    with torch.no_grad():  # the label's entry of the bias gradient becomes positive
+        list(model.parameters())[-1][y] += 5
+    loss = functools.partial(F.cross_entropy, label_smoothing=0.2)
+    seen = iv.observe(model, x, y, iv.FedSGD(), normalization=iv.UNIT, reveal_labels=False, loss=loss)
+    found = iv.labels.infer(model, seen)
+    assert found.labels.tolist() == sorted(labels)
+    assert found.doubt < 0.01
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_the_smoothing_of_a_loss_is_read_off_its_slope(smoothing):
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    assert smoothing_of(loss, 7, torch.zeros(1)) == pytest.approx(smoothing, abs=1e-5)
+    assert smoothing_of(nn.CrossEntropyLoss(reduction="sum"), 7, torch.zeros(1)) is None
+    assert smoothing_of(nn.MultiMarginLoss(), 7, torch.zeros(1)) is None
+    assert smoothing_of(nn.CrossEntropyLoss(weight=torch.arange(1.0, 8.0)), 7, torch.zeros(1)) is None
