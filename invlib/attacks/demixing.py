@@ -94,7 +94,7 @@ def demix(
     )
     exact = min(_EXACT, float(values[rank - 1] / values[0]) / 30) if rank == count else 0.0
     labels, points = guesses[:0], torch.zeros(0, count, rank, dtype=span.dtype)
-    features: Tensor | None = None
+    known: Tensor | None = None
     more, begun = guesses[:_FIRST], layer.starts(guesses[:_FIRST])
     for turn in range(rounds + 2):
         levels = (3e-2, 1e-3) if turn < 2 else (1e-2, 1e-3)
@@ -107,7 +107,7 @@ def demix(
         misfit[:4] = layer.cost(close, labels[:4], 1e-7)[1]
         if certified := bool(misfit[:4].min() < exact):
             best = int(misfit[:4].argmin())
-            features = (close[best] @ (span @ root).T)[labels[best].argsort(stable=True)]
+            known = (close[best] @ (span @ root).T)[labels[best].argsort(stable=True)]
             break
         if turn == 0 and len(guesses) > _FIRST:
             more, begun = guesses[_FIRST:], layer.starts(guesses[_FIRST:])
@@ -123,7 +123,7 @@ def demix(
         labels=labels[order].sort(1).values,
         misfit=misfit[order],
         certified=certified,
-        features=features,
+        features=known,
     )
 
 
