@@ -97,7 +97,7 @@ def infer(
     add up to :math:`N`, and the labels of which most are right on average are taken. Of fewer images than
     classes, one gradient step holds more: the features of every image are fitted to the gradient of the last
     layer together with its label (`invlib.attacks.demixing.demix`), and where that succeeds to rounding, the
-    labels are certain. Other losses of classes are asked for
+    labels are certain; those that a loss smooths, too. Other losses of classes are asked for
     their gradients at the same predictions, :math:`\bar g_c` for label :math:`c`, and the counts are those
     for which :math:`\sum_c n_c\, \bar g_c` is nearest to the gradient. A weight update is turned into a mean
     gradient first, which also mends its opposite sign; a client's step that cannot say how is run on random
@@ -111,9 +111,9 @@ def infer(
     right for features that cannot be negative (or positive), and a guess for others. For a batch, row sums
     take the place of the bias gradient, divided by the mean sum of such features.
 
-    Where the gradient of one image shows that its label is soft (smoothed, or of a mixture of two images),
-    the bias and weight gradients give its features, the features its predictions, and these the label,
-    exactly.
+    Where the gradient of one image shows that its label is soft (of a mixture of two images, or smoothed by
+    a loss that is not told), the bias and weight gradients give its features, the features its predictions,
+    and these the label, exactly. Of a loss that is told to smooth labels, they give the class.
 
     Where each logit has a label of its own (binary cross-entropy), the signs of one image's bias gradient
     are its labels.
