@@ -103,10 +103,10 @@ def best(
       copies of it shifted by up to two such strides, each improved for a while, and again as long as a copy
       has the lower score. For a single image, and from 500 evaluations on;
     - of a batch, with turns. Where the updates of single images add up to that of the batch, as in evaluation
-      mode, images of all restarts and their shifted copies are chosen by what each adds
-      (`invlib.crossover`), and of three restarts and more what they agree on. Then one after another is searched alone in what the others leave, from shifted
-      copies too, and all go on together; from 500 evaluations on, and as often as three quarters of them
-      allow. N gradients of single images count as one evaluation;
+      mode, images of all restarts, their shifted copies, and what three restarts and more agree on, are
+      chosen by what each adds (`invlib.crossover`). Then one after another is searched alone in what the
+      others leave, from shifted copies too, and all go on together; from 500 evaluations on, and as often as
+      three quarters of them allow. N gradients of single images count as one evaluation;
     - of a batch of fewer images than classes, with the features of each image beside the gradient: the last
       layer's gradient tells them (`invlib.optim.priors.LastLayerInputs`), those of images too of which the
       network is so sure that they hardly show in the sum. Images that do not show in what was reached are
