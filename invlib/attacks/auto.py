@@ -257,7 +257,7 @@ class Best(Settings):
         if closed is not None:
             parts.bar.total += closed.result.evaluations
             parts.bar.update(closed.result.evaluations)
-        if closed is not None and closed.determined and closed.share <= EXACT:
+        if closed is not None and closed.determined and (closed.share <= EXACT or closed.weighed):
             return doubted(closed.result, doubts_of(model, observation))
         plain = only_direction(self.matching.objective, observation)
         if closed is not None and closed.determined and closed.share <= _NEAR and plain:

@@ -20,8 +20,8 @@ from invlib.experiments.cases import Case, Experiment, Setup, Size
 from invlib.federated import FedSGD, observe
 from invlib.metrics import identification
 
-_NETWORKS = {"LeNetZhu": True, "ViT": False, "ConvNet8": True}  # whether its weights are trained
-_HEADS = {"LeNetZhu": "fc", "ConvNet8": "linear", "ViT": "head"}
+_NETWORKS = {"LeNetZhu": True, "ViT": False, "TwoLP": False}  # whether its weights are trained
+_HEADS = {"LeNetZhu": "fc", "ViT": "head", "TwoLP": "linear1"}
 _CLIENTS, _BATCH, _ROUNDS, _RATE, _FOLDS = 4, 5, 60, 5e-3, 2  # of the training that measures utility
 KNOWS, NAIVE, EITHER, TRAINS = "knows it", "does not know", "needs not know", "nobody: training"
 
@@ -248,7 +248,7 @@ def cases(setup: Setup) -> list[Case]:
                     images=images,
                     reveal_labels=defence != "mixup of 2",
                     measure=Attacked(),
-                    clients=2 if network == "ConvNet8" or images > 1 else None,
+                    clients=2 if images > 1 else None,
                 )
                 for attacker, protocol in sides.items()
             ]
