@@ -319,7 +319,7 @@ def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> R
 
 
 def _weighed(model: nn.Module, observation: Observation, distance: Distance) -> Reconstruction | None:
-    """Return the mean of the images that noise leaves possible, its one open number found by the client's step.
+    """Return the mean of the images that noise leaves possible, its scale found by the client's step.
 
     Returns:
         None where no noise is known, or the first layer does not show through it.
