@@ -316,8 +316,10 @@ EXPERIMENT = Experiment(
     reduced=Size(images=4, steps=150),
     notes=(
         "Identified: by SSIM, among all images of the sample. Strength: the clip's norm; the standard "
-        "deviation of the noise in each number; the share of the numbers that are sent. The search is this "
-        "project's best; the ViT is read by its patch embedding. Test images right: after 60 rounds of four "
+        "deviation of the noise in each number; the share of the numbers that are sent; the width of a fresh "
+        "stochastic bottleneck in front of the last layer, whose draws nobody else knows. LeNetZhu is "
+        "trained, ViT and TwoLP are not. The attack is this project's best; the ViT is read by its patch "
+        "embedding. Test images right: after 60 rounds of four "
         "clients with five images each, half of the sample trained on and the other tested, and the reverse.",
     ),
 )
