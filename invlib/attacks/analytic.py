@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -339,7 +340,7 @@ class FullyConnected(Settings):
         model = observation.validate(model)
         more: dict[str, Tensor] = {}
         noise = float(getattr(observation.protocol, "noise", 0.0))
-        told = _of_noise(model, observation, noise) if noise and observation.num_images == 1 else None
+        told = of_noise(model, observation, noise) if noise and observation.num_images == 1 else None
         doubts = doubts_of(model, observation, closed=told is None)
         if told is not None:
             flat, residual = told.inputs.flatten(), told.residual
@@ -387,8 +388,16 @@ class FullyConnected(Settings):
         return doubted(result, doubts)
 
 
-def _of_noise(model: nn.Module, observation: Observation, noise: float) -> NoisyInput | None:
-    """Return the likeliest image; None where the first layer has no bias, or is given something else."""
+def of_noise(
+    model: nn.Module,
+    observation: Observation,
+    noise: float,
+    unlikely: Callable[[Tensor], float] | None = None,
+) -> NoisyInput | None:
+    """Return `noisy_layer_input` of a network's first layer, or None.
+
+    It is None where that layer has no bias, or is given something else than the image.
+    """
     found = _stages(model, observation)
     first, shape = found.stages[0], observation.image_shape
     like = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
@@ -397,7 +406,12 @@ def _of_noise(model: nn.Module, observation: Observation, noise: float) -> Noisy
         return None
     weight, bias = (sent(observation, name, model) for name in (first.weight_name, first.bias_name))
     return noisy_layer_input(
-        first.gradient(weight), bias.flatten(), noise, like=like, normalization=observation.normalization
+        first.gradient(weight),
+        bias.flatten(),
+        noise,
+        like=like,
+        normalization=observation.normalization,
+        unlikely=unlikely,
     )
 
 

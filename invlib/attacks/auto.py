@@ -134,6 +134,10 @@ def best(
     With fewer than 100 evaluations, or other settings than those above, the likelihood takes the place of the
     cosine from the start.
 
+    Where noise is known and a fully connected layer is given the image itself, whose gradient shows through
+    the noise, there is no search: the image is the mean of those that the noise leaves possible
+    (`invlib.attacks.noisy.noisy_layer_input`), and its scale that with which the client's step is likeliest.
+
     Of a closed form and a search the one whose update is nearer is returned. Its ``note`` says what it was,
     which closed forms were tried and how near they came, or why none applies. What a network computes counts
     for them, not how its code is spelled: modules, functions and operators come to the same.
@@ -263,7 +267,7 @@ class Best(Settings):
         if closed is not None:
             parts.bar.total += closed.result.evaluations
             parts.bar.update(closed.result.evaluations)
-        if closed is not None and closed.determined and closed.share <= EXACT:
+        if closed is not None and closed.determined and (closed.share <= EXACT or closed.weighed):
             return doubted(closed.result, doubts_of(model, observation))
         plain = only_direction(self.matching.objective, observation)
         if closed is not None and closed.determined and closed.share <= _NEAR and plain:

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment, minimize_scalar
 from torch import Tensor, nn
 
-from invlib.attacks.analytic import fully_connected, input_direction
+from invlib.attacks.analytic import fully_connected, input_direction, of_noise
 from invlib.attacks.base import closed_form, compared_by, known_labels, of_classes, only_direction
 from invlib.attacks.chain import Chain, chain, outside
 from invlib.attacks.layout import patch_step
@@ -31,6 +31,8 @@ from invlib.optim import objectives
 EXACT = 1e-6
 _ENTRIES = 20_000_000  # of a matrix: some gigabytes while it is made
 _SCALES = 24  # of the images in one direction that are tried, a factor of 2 ** (1 / 4) apart
+_SIGNAL = 0.5  # of the strongest direction under noise: with less, what it points to is mostly noise
+_WEIGHED = "from the first layer's gradient, its noise weighed"
 _CLASSES = 32  # up to so many, a hidden label that is inferred wrong is looked for among all
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -44,11 +46,15 @@ class Verified:
         result: its score is the distance that `distance_of` measures.
         share: the score as a share of that of a noise image.
         determined: whether there are equations enough for no other image to agree as well.
+        weighed: whether it is the mean of the images that known noise leaves possible, mostly signal. Images
+            that a search finds may be likelier, but are farther away: density is highest where images are
+            faint, and there are few of these.
     """
 
     result: Reconstruction
     share: float
     determined: bool
+    weighed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,7 @@ def closest_closed_form(
         shares[note] = min(share, shares.get(note, math.inf))
         if observation.num_images > 1 and share > EXACT:
             continue  # mixtures
-        if nearest is None or score < nearest.result.score:
+        if nearest is None or score < nearest.result.score or note == _WEIGHED:
             plain = only_direction(objectives.cosine, observation)
             how = "in direction" if plain else f"by {compared_by(objectives.cosine, observation)}"
             said = f"closed form, {note}: its update is {score:.1e} from the observed one {how}"
@@ -156,8 +162,9 @@ def closest_closed_form(
                 result=checked,
                 share=share,
                 determined=_determined(model, observation, form.images),
+                weighed=note == _WEIGHED,
             )
-        if share <= EXACT:
+        if share <= EXACT or note == _WEIGHED:
             break
     tried = [f"{note}, at {share:.0e} of a noise image's distance" for note, share in shares.items()]
     if tried:
@@ -198,6 +205,12 @@ def _candidates(
         refusals.append(found.why)
         return
     if found.stages[0].window is None:
+        if observation.num_images == 1 and not only_direction(objectives.cosine, observation):
+            form = None
+            with tried():
+                form = _weighed(model, observation, distance)
+            if form is not None:
+                yield form, _WEIGHED
         with suppress(RecoveryError):
             for guess in _guesses(model, observation):
                 form = None
@@ -303,6 +316,32 @@ def _scaled(model: nn.Module, observation: Observation, distance: Distance) -> R
     cut = outside(images(number), fits=found.fun <= EXACT)
     form = closed_form(images(number).clamp(0, 1), labels, found.fun, objective="", note="", began=began)
     return replace(form, evaluations=asked, warnings=(cut,) if cut else ())
+
+
+def _weighed(model: nn.Module, observation: Observation, distance: Distance) -> Reconstruction | None:
+    """Return the mean of the images that noise leaves possible, its scale found by the client's step.
+
+    Returns:
+        None where no noise is known, or the first layer does not show through it.
+    """
+    began, asked = time.perf_counter(), 0
+    if not (noise := float(getattr(observation.protocol, "noise", 0.0))):
+        return None
+    shape, labels = (1, *observation.image_shape), known_labels(model, observation)
+
+    def images(inputs: Tensor) -> Tensor:
+        return observation.normalization.decode(inputs.view(shape)).clamp(0, 1)
+
+    def cost(inputs: Tensor) -> float:
+        nonlocal asked
+        asked += 1
+        return distance(images(inputs), labels)
+
+    told = of_noise(model, observation, noise, cost)
+    if told is None or told.signal < _SIGNAL:
+        return None
+    form = closed_form(images(told.inputs), labels, told.residual, objective="", note="", began=began)
+    return replace(form, evaluations=asked, expected_psnr=torch.tensor([told.expected_psnr]))
 
 
 def _paired(model: nn.Module, observation: Observation, found: Reconstruction) -> Reconstruction:

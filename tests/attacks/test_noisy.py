@@ -147,3 +147,48 @@ def test_what_photographs_have_in_common_counts_under_heavy_noise(photo):
         without = psnr(along[:-1] / along[-1], photo)
         gains.append(psnr(found(weight, bias, 2.0).inputs, photo) - without)
     assert sorted(gains)[4] > 1
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
+def test_it_knows_how_much_of_its_direction_is_signal(photo, noise):
+    shares, cosines = [], []
+    clean = torch.cat([iv.CIFAR10.encode(photo).flatten().double(), torch.ones(1)])
+    for seed in range(5):
+        weight, bias = of_layer(photo, noise, seed=seed)
+        along = torch.linalg.svd(torch.cat([weight, bias[:, None]], 1))[2][0]
+        shares.append(found(weight, bias, noise).signal)
+        cosines.append(float(along @ clean / clean.norm()) ** 2)
+    assert sum(shares) / 5 == pytest.approx(sum(cosines) / 5, abs=0.05)
+    assert found(*of_layer(photo, 100.0), 100.0).signal < 0.4
+
+
+def test_the_rest_of_an_update_says_the_scale(photo):
+    inputs, gains = iv.CIFAR10.encode(photo)[0], []
+    for seed in range(5):
+        weight, bias = of_layer(photo, 1.0, seed=seed)
+        told = noisy_layer_input(
+            weight,
+            bias,
+            1.0,
+            like=inputs,
+            normalization=iv.CIFAR10,
+            unlikely=lambda guess: float((guess - inputs).square().sum()),
+        )
+        gains.append(psnr(told.inputs, photo) - psnr(found(weight, bias, 1.0).inputs, photo))
+    assert min(gains) > -0.1
+    assert max(gains) > 1
+
+
+def test_best_weighs_noise_before_any_search(photo):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 5))
+    results = {}
+    for sigma in (0.01, 10.0):
+        client = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(sigma)])
+        seen = iv.observe(model, photo, torch.tensor([2]), client, normalization=iv.CIFAR10)
+        results[sigma] = iv.best(evaluations=20)(model, seen)
+    assert "from the first layer's gradient, its noise weighed" in results[0.01].note
+    assert results[0.01].status == "closed_form"
+    assert abs(psnr(iv.CIFAR10.encode(results[0.01].images), photo) - results[0.01].expected_psnr) < 8
+    assert "its noise weighed" not in results[10.0].note
