@@ -124,6 +124,7 @@ def test_a_stated_privacy_is_bounded_with_its_rate():
     expected = iv.defenses.subsampled_bound(0.01, 1.0, rate=0.01, rounds=10, neighbours="add or remove one")
     assert found.numbers["most successes at kappa 0.01"] == pytest.approx(expected)
     assert found.numbers["unit"] == "one example"
+    assert run._helped([found]).count("..") == 0
 
 
 @pytest.mark.parametrize(
