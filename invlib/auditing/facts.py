@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -142,10 +142,19 @@ def _grid(used: Tensor, dtype: torch.dtype) -> Grid | None:
     return next((name for name in held if torch.finfo(getattr(torch, name)).bits < widest), None)
 
 
+def innermost(observation: Observation) -> tuple[Any, int]:
+    """Return the step that takes gradients, inside defences and sums, and how many images it is given."""
+    client, count = undefended(observation.protocol), observation.num_images
+    while hasattr(client, "client") and hasattr(client, "images"):
+        client, count = client.client, client.images(count)
+    return client, count
+
+
 def steps_of(observation: Observation) -> int:
     """Return how many local steps the client's protocol has; one where it does not say."""
-    batches = getattr(undefended(observation.protocol), "batches", None)
-    return len(batches(observation.num_images)) if batches else 1
+    client, count = innermost(observation)
+    batches = getattr(client, "batches", None)
+    return len(batches(count)) if batches else 1
 
 
 def precision(observation: Observation, numbers: Numbers) -> float:
@@ -301,7 +310,7 @@ def _rounding(model: nn.Module, observation: Observation, name: str, eps: float)
     """Return the standard deviation of rounding: of a gradient, or of weights before and after."""
     value = observation.update[name].double()
     size = float(value.square().mean().sqrt())
-    if not isinstance(undefended(observation.protocol), FedSGD):
+    if not isinstance(innermost(observation)[0], FedSGD):
         weight = trainable_parameters(model)[name].detach()
         size = max(size, float(weight.double().square().mean().sqrt()) * torch.finfo(weight.dtype).eps / eps)
     return eps * size

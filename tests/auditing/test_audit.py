@@ -114,6 +114,9 @@ def test_a_bound_is_that_of_the_stated_defences():
     unclipped = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(2.0)])
     [none] = bounds(replace(subject, observation=replace(seen, protocol=unclipped)), None)
     assert none.verdict == "nothing found"
+    summed = replace(seen, protocol=iv.defenses.SecureAggregation(clients=1))
+    said = {f.name: f.verdict for f in bounds(replace(subject, observation=summed), None)}
+    assert said == {"Secure aggregation": "nothing found", "Defences in place": "nothing found"}
 
 
 def test_a_stated_privacy_is_bounded_with_its_rate():
