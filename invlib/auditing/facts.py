@@ -104,8 +104,7 @@ def numbers_of(model: nn.Module, observation: Observation) -> Numbers:
         else 0.0,
         levels=max(levels, default=0),
         quantised=bool(levels)
-        and linear
-        and all(n <= min(_LEVELS, len(v) // 4) for n, v in zip(levels, many, strict=True)),
+        and all(n <= (min(_LEVELS, len(v) // 4) if linear else 1) for n, v in zip(levels, many, strict=True)),
         grid=_grid(used, next(iter(update.values())).dtype),
         empty=tuple(name for name, value in flat.items() if not value.any()),
         norm=norm,

@@ -46,6 +46,7 @@ _ROUNDED = 1e-6  # distance of an update and the client's step on its own images
 _FAR = 1e-3  # share of a signal that the softmax leaves unexplained, from which on it is another model's
 _EXPLAINS = 0.1  # of the distance as stated: what another client or mode has to leave to explain an update
 _DOUBT = 0.3  # of a label, or of the update that labels have to explain, from which on they are unknown
+_CLEAR = 8.0  # standard errors by which a cosine stands out from that of independent numbers
 _NOISE = 0.01  # share of the squared length, from which on noise decides what a search finds
 
 
@@ -189,6 +190,7 @@ def _no_update(case: _Case) -> Iterator[Finding]:
         case.foreign
         and not (stated or numbers.sparse or numbers.quantised)
         and all(f.all_of_it for f in case.foreign)
+        and not _of_the_truth(case)
     ):
         first = case.foreign[0]
         yield _finding(
@@ -204,6 +206,15 @@ def _no_update(case: _Case) -> Iterator[Finding]:
             sigma=first.sigma,
             clear=[f.clear for f in case.foreign],
         )
+
+
+def _of_the_truth(case: _Case) -> bool:
+    """Say whether the update has more to do with the true images' than independent numbers would."""
+    if case.truth is None:
+        return False
+    observation = replace(case.observation, protocol=undefended(case.observation.protocol))
+    distance = _distance(case.model, observation, *case.truth)
+    return distance is not None and 1 - distance > _CLEAR / math.sqrt(case.numbers.count)
 
 
 def _saturation(case: _Case) -> Iterator[Finding]:
@@ -471,7 +482,7 @@ def _at_the_truth(case: _Case, explained: set[str]) -> Iterator[Finding]:
     inputs = _inputs(observation)
     text = f"The true {inputs} are at a distance of {in_digits(stated)} (1 - cosine) from the update"
     text += f", and what was found at {in_digits(reached)}. " if reached is not None else ". "
-    coarse = case.numbers.sparse or case.numbers.quantised or bool(observation.sent)
+    coarse = case.numbers.sparse or case.numbers.quantised or distorted(case.observation)
     if stated <= 2 * expected or coarse:
         lost = reached is not None and reached > 2 * stated + _ROUNDED
         alike = reached is not None and not lost and bool(explained)
@@ -506,9 +517,10 @@ def _at_the_truth(case: _Case, explained: set[str]) -> Iterator[Finding]:
     elif "Model" not in explained:
         yield _at(
             "Client",
-            "does not fit",
+            "does not fit" if case.foreign else "explains the failure",
             f"{text}{words_of(observation.protocol)} makes another update of the true {inputs}, and so do "
-            f"{', '.join(variants) or 'no variants'}: the model, the labels or the client are others.",
+            f"{', '.join(variants) or 'no variants'}: the model, the labels or the client are others"
+            + ("." if case.foreign else ", or there is noise, of which no layer tells."),
             "Take the weights of that round, and the client's own settings.",
             **shared,
         )

@@ -349,3 +349,22 @@ def test_a_stated_defence_other_than_a_clip_distorts():
         seen, _ = observed(model, protocol=iv.Defended(iv.FedSGD(), transforms))
         assert distorted(seen) == expected
     assert not distorted(observed(model)[0])
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_no_distorted_update_of_adam_is_said_not_to_fit(client):
+    transforms, public = CLIENTS[client]
+    model = lenet()
+    adam = iv.FedAvg(lr=0.001, local_steps=2, optimizer="adam")
+    seen, truth = observed(model, (0,), protocol=iv.Defended(adam, transforms, public=public))
+    assert not [finding for finding in why(model, seen, [], truth) if finding.verdict == "does not fit"]
+
+
+def test_the_true_image_tells_noise_over_an_update_from_no_update():
+    model = lenet()
+    client = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(1.0)], public=False)
+    seen, truth = observed(model, (0,), protocol=client)
+    alone, beside = ({f.name for f in why(model, seen, [], known)} for known in (None, truth))
+    assert "No update" in alone
+    assert "No update" not in beside
+    assert "Noise" in beside
