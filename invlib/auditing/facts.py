@@ -224,12 +224,14 @@ def foreign(model: nn.Module, observation: Observation, eps: float) -> list[Fore
             continue
         largest, left = _without_products(gradient, most)
         variance = left / (rows * columns)
+        # where noise covers the products, its own largest directions were left out in their place
+        shrunk = most * (2 * math.sqrt(gradient.numel()) + most) / (2 * rows * columns)
         found.append(
             Foreign(
                 layer=name,
                 how=f"its rank is {most} at most",
                 sigma=math.sqrt(variance),
-                error=1 / math.sqrt(2 * rows * columns) + 1 / min(rows, columns),
+                error=1 / math.sqrt(2 * rows * columns) + 1 / min(rows, columns) + shrunk,
                 share=min(1.0, variance * gradient.numel() / float(gradient.square().sum())),
                 rounding=_rounding(model, observation, name, eps),
                 clear=_above_edge(largest / max(variance, 1e-300), gradient.shape),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import invlib as iv
-from invlib.auditing.facts import steps_of
+from invlib.auditing.facts import foreign, noise_of, steps_of
 from invlib.auditing.leaks import leaks
 from invlib.auditing.why import _assigned, why
 from invlib.auditing.words import Finding
@@ -299,3 +299,13 @@ def test_a_sum_of_trainings_has_the_rank_of_all_their_steps():
     for known in (None, truth):
         assert not [f for f in why(model, seen, [], known) if f.verdict == "does not fit"]
     assert not [f for f in leaks(model, seen) if f.verdict == "does not fit"]
+
+
+def test_noise_over_many_products_is_within_its_stated_error():
+    model = seeded(lambda: FullyConnected(hidden=(80, 60), image_size=8))
+    images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    client = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(0.5)], public=False)
+    seen = iv.observe(model, images, torch.arange(30) % 10, client, normalization=iv.CIFAR10)
+    for one in foreign(model, seen, 1e-7):
+        assert abs(one.sigma / 0.5 - 1) < 4 * one.error
+    assert abs(noise_of(foreign(model, seen, 1e-7)).sigma / 0.5 - 1) < 0.1
