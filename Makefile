@@ -22,7 +22,7 @@ help:
 	@echo "make read        serve the built book on http://127.0.0.1:$(PORT)"
 	@echo "make lab         open the chapters in JupyterLab"
 	@echo "make check-dist  build the archives of a release, look at their files and use the wheel alone"
-	@echo "make check-flower record two clients of the real Flower, installed for it into a folder that goes again"
+	@echo "make check-flower record clients of the real Flower, Opacus and FLARE, installed for it into a folder that goes again"
 	@echo "make check-site  open every built page in Chromium and look for faults"
 	@echo "make check-runs  run every chapter again elsewhere and compare its pictures with the book's"
 	@echo "make coverage    the tests, and which lines of the library they run"
@@ -84,9 +84,9 @@ lab: $(STAMP)
 check-dist: $(STAMP)
 	@$(BIN)/python -m tests.check_dist
 
-# Not a part of the tests: it downloads Flower.
+# Not a part of the tests: it downloads Flower, Opacus and FLARE.
 check-flower: $(STAMP)
-	@$(BIN)/python -m tests.check_flower
+	@$(BIN)/python -m tests.check_frameworks
 
 hostile: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.doors.hostile

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +104,7 @@ def numbers_of(model: nn.Module, observation: Observation) -> Numbers:
         else 0.0,
         levels=max(levels, default=0),
         quantised=bool(levels)
-        and linear
-        and all(n <= min(_LEVELS, len(v) // 4) for n, v in zip(levels, many, strict=True)),
+        and all(n <= (min(_LEVELS, len(v) // 4) if linear else 1) for n, v in zip(levels, many, strict=True)),
         grid=_grid(used, next(iter(update.values())).dtype),
         empty=tuple(name for name, value in flat.items() if not value.any()),
         norm=norm,
@@ -142,10 +141,19 @@ def _grid(used: Tensor, dtype: torch.dtype) -> Grid | None:
     return next((name for name in held if torch.finfo(getattr(torch, name)).bits < widest), None)
 
 
+def innermost(observation: Observation) -> tuple[Any, int]:
+    """Return the step that takes gradients, inside defences and sums, and how many images it is given."""
+    client, count = undefended(observation.protocol), observation.num_images
+    while hasattr(client, "client") and hasattr(client, "images"):
+        client, count = client.client, client.images(count)
+    return client, count
+
+
 def steps_of(observation: Observation) -> int:
     """Return how many local steps the client's protocol has; one where it does not say."""
-    batches = getattr(undefended(observation.protocol), "batches", None)
-    return len(batches(observation.num_images)) if batches else 1
+    client, count = innermost(observation)
+    batches = getattr(client, "batches", None)
+    return len(batches(count)) if batches else 1
 
 
 def precision(observation: Observation, numbers: Numbers) -> float:
@@ -216,12 +224,14 @@ def foreign(model: nn.Module, observation: Observation, eps: float) -> list[Fore
             continue
         largest, left = _without_products(gradient, most)
         variance = left / (rows * columns)
+        # where noise covers the products, its own largest directions were left out in their place
+        shrunk = most * (2 * math.sqrt(gradient.numel()) + most) / (2 * rows * columns)
         found.append(
             Foreign(
                 layer=name,
                 how=f"its rank is {most} at most",
                 sigma=math.sqrt(variance),
-                error=1 / math.sqrt(2 * rows * columns) + 1 / min(rows, columns),
+                error=1 / math.sqrt(2 * rows * columns) + 1 / min(rows, columns) + shrunk,
                 share=min(1.0, variance * gradient.numel() / float(gradient.square().sum())),
                 rounding=_rounding(model, observation, name, eps),
                 clear=_above_edge(largest / max(variance, 1e-300), gradient.shape),
@@ -301,7 +311,7 @@ def _rounding(model: nn.Module, observation: Observation, name: str, eps: float)
     """Return the standard deviation of rounding: of a gradient, or of weights before and after."""
     value = observation.update[name].double()
     size = float(value.square().mean().sqrt())
-    if not isinstance(undefended(observation.protocol), FedSGD):
+    if not isinstance(innermost(observation)[0], FedSGD):
         weight = trainable_parameters(model)[name].detach()
         size = max(size, float(weight.double().square().mean().sqrt()) * torch.finfo(weight.dtype).eps / eps)
     return eps * size

@@ -88,7 +88,8 @@ def _labels(model: nn.Module, observation: Observation) -> Iterator[Finding]:
     agrees = None
     if hard and told is not None and told.ndim == 1 and not told.is_floating_point():
         agrees = bool(torch.equal(told.cpu().sort().values, found.labels.cpu().sort().values))
-    text = f"The update says which classes the client's images have: {said} ({certain}). By {found.method}."
+    inputs = "token sequences" if observation.is_text else "images"
+    text = f"The update says which classes the client's {inputs} have: {said} ({certain}). By {found.method}."
     if agrees is not None:
         text += " They are those that were told." if agrees else " Others were told."
     if found.guess and found.doubt > _DOUBTFUL:

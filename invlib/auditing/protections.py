@@ -95,6 +95,15 @@ def bounds(subject: Subject, privacy: Noise | None) -> Iterator[Finding]:
     """Yield what the defences that are there bound, for every attacker."""
     client, count = subject.observation.protocol, subject.observation.num_images
     transforms = getattr(client, "transforms", ())
+    clients = getattr(undefended(client), "clients", None)
+    if clients is not None:
+        yield Finding(
+            name="Secure aggregation",
+            kind="bounded for everybody",
+            verdict="nothing found",
+            text=f"The update is the mean of {clients} clients', of {count} inputs in all. That hides which "
+            "client one is of, and bounds nothing: what recovers a batch recovers those of all clients.",
+        )
     if privacy is None and not transforms:
         yield Finding(
             name="Defences in place",

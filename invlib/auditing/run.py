@@ -240,7 +240,7 @@ def _helped(defences: list[Finding]) -> str:
     tried = [finding for finding in defences if finding.kind == "found by an attack"]
     yes = [finding.name for finding in tried if finding.verdict == "would help"]
     no = [finding.name for finding in defences if finding.verdict == "would not help"]
-    said = [bounded[0].text.partition(". ")[0] + "."] if bounded else []
+    said = [bounded[0].text.partition(". ")[0].rstrip(".") + "."] if bounded else []
     if yes:
         said.append(f"Against these attacks would help: {', '.join(yes).lower()}.")
     if part := [finding.name for finding in defences if finding.verdict == "partly"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,8 +37,8 @@ from invlib.core.convert import as_images
 from invlib.core.network import in_mode, like, tracks_statistics
 from invlib.core.observation import Observation, undefended, words_of
 from invlib.core.reconstruction import Reconstruction, in_digits
-from invlib.errors import InvlibError, RecoveryError
-from invlib.federated import FedAvg, FedSGD
+from invlib.errors import DoubtWarning, InvlibError, RecoveryError
+from invlib.federated import FedAvg, FedSGD, observe
 
 _SUCCESS = ("recovered and certified", "identified", "probably recovered")
 _WEIGHTS = 0.9  # cosine of an update and the weights, from which on it is those
@@ -45,6 +46,7 @@ _ROUNDED = 1e-6  # distance of an update and the client's step on its own images
 _FAR = 1e-3  # share of a signal that the softmax leaves unexplained, from which on it is another model's
 _EXPLAINS = 0.1  # of the distance as stated: what another client or mode has to leave to explain an update
 _DOUBT = 0.3  # of a label, or of the update that labels have to explain, from which on they are unknown
+_CLEAR = 8.0  # standard errors by which a cosine stands out from that of independent numbers
 _NOISE = 0.01  # share of the squared length, from which on noise decides what a search finds
 
 
@@ -98,8 +100,8 @@ def why(
         observation: what the server saw.
         tried: the attacks' results: each a `Reconstruction`, or something with the attributes ``finding`` and
             ``reconstruction``. Of a success nothing is explained, and only what does not fit is said.
-        truth: the client's images ``(N, C, H, W)`` in [0, 1], or a pair of them and the labels. The distance
-            of what they make from the update is the most telling number.
+        truth: the client's images ``(N, C, H, W)`` in [0, 1] or tokens ``(N, T)``, or a pair of them and the
+            labels. The distance of what they make from the update is the most telling number.
     """
     try:
         if faults := observation.faults(model):
@@ -188,6 +190,7 @@ def _no_update(case: _Case) -> Iterator[Finding]:
         case.foreign
         and not (stated or numbers.sparse or numbers.quantised)
         and all(f.all_of_it for f in case.foreign)
+        and not _of_the_truth(case)
     ):
         first = case.foreign[0]
         yield _finding(
@@ -203,6 +206,15 @@ def _no_update(case: _Case) -> Iterator[Finding]:
             sigma=first.sigma,
             clear=[f.clear for f in case.foreign],
         )
+
+
+def _of_the_truth(case: _Case) -> bool:
+    """Say whether the update has more to do with the true images' than independent numbers would."""
+    if case.truth is None:
+        return False
+    observation = replace(case.observation, protocol=undefended(case.observation.protocol))
+    distance = _distance(case.model, observation, *case.truth)
+    return distance is not None and 1 - distance > _CLEAR / math.sqrt(case.numbers.count)
 
 
 def _saturation(case: _Case) -> Iterator[Finding]:
@@ -376,7 +388,8 @@ def _noise(case: _Case) -> Iterator[Finding]:
     stated = float(getattr(case.observation.protocol, "noise", 0) or 0)
     yield _finding(
         "Noise",
-        "explains the failure" if share > _NOISE else "read off",
+        # tables of words are read off exactly or not at all
+        "explains the failure" if share > _NOISE or case.observation.is_text else "read off",
         f"Noise with a standard deviation of {found.sigma:.2g}, give or take {found.error:.1%}, is in each "
         f"number, by {found.layer!r}: {found.how}. If it is the same everywhere, {share:.1%} of the update's "
         f"squared length is noise. " + (f"{stated:.2g} was stated." if stated else "None was stated."),
@@ -466,14 +479,15 @@ def _at_the_truth(case: _Case, explained: set[str]) -> Iterator[Finding]:
     share = max(case.noise_share, (case.eps / 2) ** 2 / 3)
     expected = max(_ROUNDED, 1 - math.sqrt(max(0.0, 1 - share)))
     shared: dict[str, Number] = {"truth": stated, "found": reached, "expected": expected}
-    text = f"The true image(s) are at a distance of {in_digits(stated)} (1 - cosine) from the update"
+    inputs = _inputs(observation)
+    text = f"The true {inputs} are at a distance of {in_digits(stated)} (1 - cosine) from the update"
     text += f", and what was found at {in_digits(reached)}. " if reached is not None else ". "
-    coarse = case.numbers.sparse or case.numbers.quantised or bool(observation.sent)
+    coarse = case.numbers.sparse or case.numbers.quantised or distorted(case.observation)
     if stated <= 2 * expected or coarse:
         lost = reached is not None and reached > 2 * stated + _ROUNDED
         alike = reached is not None and not lost and bool(explained)
         yield _at(
-            "Search" if lost else "True image",
+            "Search" if lost else "True text" if observation.is_text else "True image",
             "explains the failure" if lost else "read off",
             text
             + (
@@ -503,9 +517,10 @@ def _at_the_truth(case: _Case, explained: set[str]) -> Iterator[Finding]:
     elif "Model" not in explained:
         yield _at(
             "Client",
-            "does not fit",
-            f"{text}{words_of(observation.protocol)} makes another update of the true images, and so do "
-            f"{', '.join(variants) or 'no variants'}: the model, the labels or the client are others.",
+            "does not fit" if case.foreign else "explains the failure",
+            f"{text}{words_of(observation.protocol)} makes another update of the true {inputs}, and so do "
+            f"{', '.join(variants) or 'no variants'}: the model, the labels or the client are others"
+            + ("." if case.foreign else ", or there is noise, of which no layer tells."),
             "Take the weights of that round, and the client's own settings.",
             **shared,
         )
@@ -520,11 +535,36 @@ def _at(name: str, verdict: Verdict, text: str, advice: str, **numbers: Number) 
 def _distance(model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float | None:
     """Return 1 - cosine of the update and what a client makes of images; None where it does not run."""
     try:
+        if observation.is_text:
+            return _of_tokens(model, observation, images, labels)
         known = replace(observation, labels=labels)
         distance = distance_of(model, known, observation.loss or F.cross_entropy)(images, labels)
     except (InvlibError, RuntimeError, ValueError):
         return None
     return distance if math.isfinite(distance) else None
+
+
+def _of_tokens(model: nn.Module, observation: Observation, tokens: Tensor, labels: Tensor) -> float | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoubtWarning)
+        made = observe(
+            model,
+            tokens,
+            labels,
+            observation.protocol,
+            loss=observation.loss or F.cross_entropy,
+            training_mode=observation.training_mode,
+        )
+    one, other = (
+        torch.cat([update[name].detach().flatten().double().cpu() for name in observation.update])
+        for update in (observation.update, made.update)
+    )
+    gap = float((one / one.norm() - other / other.norm()).square().sum() / 2)
+    return gap if math.isfinite(gap) else None
+
+
+def _inputs(observation: Observation) -> str:
+    return "token sequence(s)" if observation.is_text else "image(s)"
 
 
 def _variants(
@@ -573,12 +613,13 @@ def _variants(
 def _with_labels(
     model: nn.Module, observation: Observation, truth: Tensor | tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the true images with their labels; None where there are none, or they are unknown."""
-    if truth is None or observation.is_text:
+    """Return the true images or tokens with their labels; None where there are none, or they are unknown."""
+    if truth is None:
         return None
+    given = truth[0] if isinstance(truth, tuple) else truth
+    images = given.to(like(model).device) if observation.is_text else as_images(given, like(model))
     if isinstance(truth, tuple):
-        return as_images(truth[0], like(model)), truth[1]
-    images = as_images(truth, like(model))
+        return images, truth[1]
     if tuple(images.shape) != (observation.num_images, *observation.image_shape):
         return None
     if observation.labels is not None:
@@ -587,7 +628,7 @@ def _with_labels(
         if len(images) == 1:
             found = infer(model, observation)
             return None if found.guess and found.doubt > _DOUBT else (images, found.labels)
-        return images, _assigned(model, observation, images)
+        return None if observation.is_text else (images, _assigned(model, observation, images))
     return None
 
 
@@ -611,19 +652,25 @@ def _assigned(model: nn.Module, observation: Observation, images: Tensor) -> Ten
 
 def _nothing(case: _Case) -> Finding:
     """Say what was looked for in vain."""
-    observation = case.observation
-    identities = [f"of {f.layer!r} {f.how}" for f in case.foreign]
+    observation, inputs = case.observation, _inputs(case.observation)
+    identities = [f"of {f.layer!r} {f.how}" for f in case.foreign if not f.there]
     best = min((r for r in case.tried if math.isfinite(r.score)), key=lambda r: r.score, default=None)
     reached = f" The best result has a score of {in_digits(best.score)} ({best.objective})." if best else ""
     return _finding(
         "Causes",
         "nothing found",
-        "Nothing in the update contradicts the stated client, and nothing hides the images: "
-        + (f"{' and '.join(identities)} to rounding, " if identities else "no layer tells of noise, ")
+        f"Nothing in the update contradicts the stated client, and nothing hides the {inputs}: "
+        + (
+            f"{' and '.join(identities)} to rounding, "
+            if identities
+            else "there is little noise, "
+            if case.best_estimate is not None
+            else "no layer tells of noise, "
+        )
         + f"and {case.numbers.zeros:.1%} of its numbers are zero. What remains is the search itself, and "
-        f"{observation.num_images} image(s) in one update." + reached,
-        "Give the search a larger budget; give the true images, whose own distance tells whether the "
-        "client's settings are right.",
+        f"{observation.num_images} {inputs} in one update." + reached,
+        f"Give the search a larger budget; give the true {inputs}, whose own distance tells whether "
+        "the client's settings are right.",
         images=observation.num_images,
         score=best.score if best else None,
     )

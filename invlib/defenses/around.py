@@ -16,8 +16,8 @@ ONE_GRADIENT = FedSGD()
 Inner = Annotated[
     Any,
     Rule(
-        "a client's step that takes an argument mode, as FedSGD()",
-        lambda c: callable(c) and not isinstance(c, type) and takes_mode(c),
+        "a client's step that takes an argument mode, as FedSGD(), without defences, which go outside",
+        lambda c: callable(c) and not isinstance(c, type) and takes_mode(c) and not hasattr(c, "release"),
     ),
 ]
 

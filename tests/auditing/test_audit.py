@@ -114,6 +114,9 @@ def test_a_bound_is_that_of_the_stated_defences():
     unclipped = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(2.0)])
     [none] = bounds(replace(subject, observation=replace(seen, protocol=unclipped)), None)
     assert none.verdict == "nothing found"
+    summed = replace(seen, protocol=iv.defenses.SecureAggregation(clients=1))
+    said = {f.name: f.verdict for f in bounds(replace(subject, observation=summed), None)}
+    assert said == {"Secure aggregation": "nothing found", "Defences in place": "nothing found"}
 
 
 def test_a_stated_privacy_is_bounded_with_its_rate():
@@ -124,6 +127,7 @@ def test_a_stated_privacy_is_bounded_with_its_rate():
     expected = iv.defenses.subsampled_bound(0.01, 1.0, rate=0.01, rounds=10, neighbours="add or remove one")
     assert found.numbers["most successes at kappa 0.01"] == pytest.approx(expected)
     assert found.numbers["unit"] == "one example"
+    assert run._helped([found]).count("..") == 0
 
 
 @pytest.mark.parametrize(
@@ -345,3 +349,22 @@ def test_a_stated_defence_other_than_a_clip_distorts():
         seen, _ = observed(model, protocol=iv.Defended(iv.FedSGD(), transforms))
         assert distorted(seen) == expected
     assert not distorted(observed(model)[0])
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_no_distorted_update_of_adam_is_said_not_to_fit(client):
+    transforms, public = CLIENTS[client]
+    model = lenet()
+    adam = iv.FedAvg(lr=0.001, local_steps=2, optimizer="adam")
+    seen, truth = observed(model, (0,), protocol=iv.Defended(adam, transforms, public=public))
+    assert not [finding for finding in why(model, seen, [], truth) if finding.verdict == "does not fit"]
+
+
+def test_the_true_image_tells_noise_over_an_update_from_no_update():
+    model = lenet()
+    client = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(1.0)], public=False)
+    seen, truth = observed(model, (0,), protocol=client)
+    alone, beside = ({f.name for f in why(model, seen, [], known)} for known in (None, truth))
+    assert "No update" in alone
+    assert "No update" not in beside
+    assert "Noise" in beside

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import invlib as iv
+from invlib.auditing.facts import foreign, noise_of, steps_of
+from invlib.auditing.leaks import leaks
 from invlib.auditing.why import _assigned, why
 from invlib.auditing.words import Finding
 from invlib.core.reconstruction import Reconstruction
@@ -269,3 +271,41 @@ def test_a_soft_label_is_no_other_model():
     seen = iv.observe(model, images, smooth, iv.FedSGD(), normalization=iv.CIFAR10, reveal_labels=False)
     assert proofs(why(model, seen)) == []
     assert "Model" in proofs(why(lenet(1), seen))
+
+
+def test_true_tokens_say_whether_the_stated_client_is_the_right_one():
+    case = updates.noisy_text()
+    clean = iv.observe(case.model, case.truth, torch.tensor([7]), iv.FedSGD())
+    [right] = [f for f in why(case.model, clean, [], case.truth) if f.name == "True text"]
+    assert right.numbers["truth"] < 1e-10
+    assert "token sequence(s)" in right.text
+    [noisy] = [f for f in why(case.model, case.seen, [], case.truth) if f.name == "True text"]
+    assert 1e-6 < noisy.numbers["truth"] < 2 * noisy.numbers["expected"]
+    trained = replace(clean, protocol=iv.FedAvg(lr=0.1, local_steps=5))
+    assert "explains the failure" in said(why(case.model, trained, [], case.truth), "Protocol")
+    assert "does not fit" in said(why(case.model, clean, [], (case.truth, torch.tensor([8]))), "Client")
+
+
+def test_a_sum_of_trainings_has_the_rank_of_all_their_steps():
+    model = seeded(
+        lambda: torch.nn.Sequential(
+            *(torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.Tanh(), torch.nn.Flatten()),
+            *(torch.nn.Linear(196, 60), torch.nn.Tanh(), torch.nn.Linear(60, 40)),
+        )
+    )
+    client = iv.defenses.SecureAggregation(clients=2, client=iv.FedAvg(lr=1.0, local_steps=3))
+    seen, truth = observed(model, (0, 1), protocol=client)
+    assert steps_of(seen) == 3
+    for known in (None, truth):
+        assert not [f for f in why(model, seen, [], known) if f.verdict == "does not fit"]
+    assert not [f for f in leaks(model, seen) if f.verdict == "does not fit"]
+
+
+def test_noise_over_many_products_is_within_its_stated_error():
+    model = seeded(lambda: FullyConnected(hidden=(80, 60), image_size=8))
+    images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    client = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(0.5)], public=False)
+    seen = iv.observe(model, images, torch.arange(30) % 10, client, normalization=iv.CIFAR10)
+    for one in foreign(model, seen, 1e-7):
+        assert abs(one.sigma / 0.5 - 1) < 4 * one.error
+    assert abs(noise_of(foreign(model, seen, 1e-7)).sigma / 0.5 - 1) < 0.1

@@ -115,6 +115,32 @@ def tokens() -> Update:
     return Update(name="tokens", model=model, seen=seen, truth=truth, verdicts=RECOVERED)
 
 
+def sequences() -> Update:
+    """Two sequences of a decoder, by the subspaces of its blocks."""
+    model = seeded(lambda: iv.models.build("TextDecoder", num_classes=40))
+    truth = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    seen = iv.observe(model, truth, torch.tensor([5, 6]), iv.FedSGD())
+    return Update(name="sequences", model=model, seen=seen, truth=truth, verdicts=CERTIFIED)
+
+
+def summed() -> Update:
+    """The mean of two clients of two images each, who take three steps: what is exact of a batch is of it."""
+    model = seeded(lambda: FullyConnected(hidden=(200, 100), image_size=16))
+    client = iv.defenses.SecureAggregation(clients=2, client=iv.FedAvg(lr=0.01, local_steps=3))
+    seen, truth = observed(model, (0, 1, 2, 3), protocol=client)
+    return Update(name="summed", model=model, seen=seen, truth=truth, verdicts=CERTIFIED)
+
+
+def noisy_text() -> Update:
+    """A little noise of which the server was not told, over the tables of words."""
+    model, truth = Net(), distinct(12)
+    client = iv.Defended(iv.FedSGD(), [iv.defenses.GaussianNoise(1e-3)], public=False)
+    seen = iv.observe(model, truth, torch.tensor([7]), client)
+    return Update(
+        name="noisy text", model=model, seen=seen, truth=truth, verdicts=("not tried",), reason="Noise"
+    )
+
+
 def garbage() -> Update:
     """Random numbers of the right shapes."""
     model, generator = lenet(), torch.Generator().manual_seed(0)
@@ -222,6 +248,6 @@ def sparsified() -> Update:
     )
 
 
-ATTACKED = (fully_connected, exact_batch, searched, patches, tokens)
-FAILED = (garbage, other_model, training_mode, noisy, saturated, sparsified)
+ATTACKED = (fully_connected, exact_batch, searched, patches, tokens, sequences, summed)
+FAILED = (garbage, other_model, training_mode, noisy, noisy_text, saturated, sparsified)
 UPDATES = (*ATTACKED, *FAILED)

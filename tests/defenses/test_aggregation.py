@@ -109,7 +109,11 @@ def test_batch_norm_of_batches_is_refused():
         iv.observe(model, x, y, SecureAggregation(clients=2), normalization=iv.CIFAR10, training_mode=True)
 
 
-@pytest.mark.parametrize("client", [None, 3, lambda model, inputs, labels: {}])
+# The noise and the clip of a client inside would be left out without a word.
+INSIDE = iv.Defended(iv.FedSGD(), [iv.defenses.Clip(1.0), iv.defenses.GaussianNoise(0.1)])
+
+
+@pytest.mark.parametrize("client", [None, 3, lambda model, inputs, labels: {}, INSIDE])
 def test_what_is_no_clients_step_is_refused(client):
     with pytest.raises(ConfigError, match=r"SecureAggregation client is .*; expected a client's step"):
         SecureAggregation(clients=2, client=client)
