@@ -47,7 +47,7 @@ from invlib.settings import Count, FromZero, NotNegative, checked, checks
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
 _DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
 _SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
-_TOLD = 1.0  # initial weight of the last layer's inputs that it tells, likewise
+_TOLD = 0.3  # initial weight of the last layer's inputs that it tells, likewise
 _FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
 
 # Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
