@@ -6,6 +6,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import threading
@@ -30,6 +31,7 @@ from invlib.errors import DataError, WorkerError
 from invlib.experiments import plan as _plan
 from invlib.experiments import record as _record
 from invlib.experiments.cases import Case
+from invlib.experiments.networks import Network
 from invlib.experiments.plan import Plan, Request, key
 from invlib.experiments.record import Record
 from invlib.federated import observe
@@ -343,9 +345,20 @@ def _searched(plan: Plan, case: Case, first: int, seed: int) -> dict[str, Any]:
         "labels_right": report.labels_right,
         "accuracy": net.accuracy,
         **{name: [entry[name] for entry in about] for name in about[0]},
+        **({"shares": _shares(case, net, truth, labels)} if case.images > 1 else {}),
         "candidates": len(plan.gallery.candidates(first)[0]),
         "reconstruction": files.png(images),
     }
+
+
+def _shares(case: Case, net: Network, truth: Tensor, labels: Tensor) -> list[float]:
+    """Return how long the update of each image alone is beside that of all, in evaluation mode."""
+    parts = [
+        observe(net.model, truth[some], labels[some], case.protocol, normalization=net.normalization).update
+        for some in (slice(None), *([k] for k in range(len(truth))))
+    ]
+    whole, *own = (math.hypot(*(float(value.double().norm()) for value in part.values())) for part in parts)
+    return [length / (len(truth) * whole) if whole else 0.0 for length in own]
 
 
 def _floors(plan: Plan, row: int) -> dict[str, float | None]:

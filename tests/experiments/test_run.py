@@ -175,6 +175,8 @@ def test_exact_images_in_another_order_are_matched_and_found(tmp_path, monkeypat
     assert row["psnr"] == ["inf", "inf"]
     assert row["reconstruction"] == row["truth"]
     assert row["rank_ssim"] == row["rank_features"] == [1, 1]
+    assert len(row["shares"]) == 2
+    assert min(row["shares"]) <= 1 <= sum(row["shares"]) + 1e-6
     assert row["labels_right"] == 2
     assert "2 exact" in capsys.readouterr().out
 
