@@ -23,7 +23,7 @@ from invlib.attacks.base import (
 from invlib.attacks.batches import Additive, Batching, additive, hidden_images
 from invlib.attacks.buffers import with_statistics
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
-from invlib.attacks.labels import told_features
+from invlib.attacks.lastlayer import told_features
 from invlib.attacks.matching import GradientMatching, checked_starts, identity
 from invlib.attacks.parts import Parts
 from invlib.attacks.published import preset

@@ -21,8 +21,8 @@ from invlib.attacks.counts import (
     nearest,
     weighed,
 )
-from invlib.attacks.demixing import Demixed, demix
-from invlib.attacks.lastlayer import Head, Simulated, Typical
+from invlib.attacks.demixing import Demixed
+from invlib.attacks.lastlayer import MOST, Head, Simulated, Typical, demixed
 from invlib.attacks.losses import LAST_PLACE, balanced, binary_labels, kind_of, smoothing_of
 from invlib.core.network import classifier as classifier
 from invlib.core.network import like, num_classes, unwrapped
@@ -36,7 +36,6 @@ _ROUNDING = 0.1  # the same of its sum over the classes, with room for noise
 _NEGATIVE = 1e-5  # of the largest entry: so far below zero an entry is no rounding
 _TRAINED = 0.15  # of what a network tells of other images: fresh ones have up to 0.06, trained ones over 0.28
 _SURE = 0.99  # probability from which on the last layer is not asked
-_MOST = 64  # label multisets that are ranked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +295,7 @@ def _batch(
         smoothing = smoothing_of(loss, classes, like(typical.model))
         if smoothing and exact and not noisy and type(observation.protocol) is FedSGD:
             begun = torch.repeat_interleave(torch.arange(classes), fit.counts)[None]
-            fitted = _demixed(typical, observation, begun, torch.Generator().manual_seed(0), smoothing)
+            fitted = demixed(typical, observation, begun, torch.Generator().manual_seed(0), smoothing)
             if fitted is not None and fitted.certified:
                 return _certain(fitted, classes)
     scaled = fit.factor != 1 or gradient.ndim == 2
@@ -328,11 +327,11 @@ def _probable(
     generator = torch.Generator().manual_seed(0)
     alike = TRAINED if _told_apart(logits.softmax(1)) > _TRAINED else FRESH
     logs = likelihoods(count * per_class, logits, sizes, low, count, alike=alike, generator=generator)
-    counts = weighed(logs, _MOST)
+    counts = weighed(logs, MOST)
     labels, confidence = likeliest(counts.probabilities)
     known = alike is FRESH and float(confidence.min()) > _SURE
     if not known and type(observation.protocol) is FedSGD:
-        fitted = _demixed(typical, observation, counts.labels, generator)
+        fitted = demixed(typical, observation, counts.labels, generator)
         if fitted is not None and fitted.certified:
             return _certain(fitted, classes)
         if fitted is not None and factor == 1:
@@ -371,60 +370,6 @@ def _certain(fitted: Demixed, classes: int) -> LabelInference:
         candidates=labels[None],
         weights=torch.ones(1, dtype=torch.float64),
     )
-
-
-def _demixed(
-    typical: Typical,
-    observation: Observation,
-    guesses: Tensor,
-    generator: torch.Generator,
-    smoothing: float = 0.0,
-) -> Demixed | None:
-    """Fit the last layer; None where its weight or bias is not there, or the logits are not what it makes."""
-    head, gradient = typical.head, typical.head.weight_of(observation, typical.model)
-    if not head.bias or gradient is None:
-        return None
-    (logits, features), params = typical.seen(), typical.ends[0]
-    bias, weight = params[head.name].double().cpu().flatten(), head.rows(params[head.names[1]])
-    if gradient.shape[1] != features.shape[1] or not torch.allclose(
-        features @ weight.T + bias, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
-    ):
-        return None
-    whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
-    starts = guesses[torch.arange(_MOST) % len(guesses)]
-    return demix(weight, bias, whole, features, starts, smoothing=smoothing, generator=generator)
-
-
-def told_features(model: nn.Module, observation: Observation, labels: Tensor) -> Tensor | None:
-    """Return the last layer's input for each image of a batch, as one gradient of that layer tells it.
-
-    Args:
-        model: the model that the client received.
-        observation: what the server saw.
-        labels: of the images, int64 ``(N,)``.
-
-    Returns:
-        Float64 ``(N, D)``, in the order of the labels; None where the layer tells no features to rounding:
-        of as many images as classes or more, after local steps, under noise.
-    """
-    if labels.ndim != 1 or observation.is_text or type(observation.protocol) is not FedSGD:
-        return None
-    try:
-        head = Head.of(model, observation)
-        if head.names[1] != classifier(model)[0]:
-            return None
-        typical = Typical(model, observation, head, 32, trains=False)
-        loss, classes = observation.loss or F.cross_entropy, num_classes(model, observation.image_shape)
-        smoothing = smoothing_of(loss, classes, like(model))
-        if smoothing is None:
-            return None
-        wanted, order = labels.cpu().sort(stable=True)
-        found = _demixed(typical, observation, wanted[None], torch.Generator().manual_seed(0), smoothing)
-    except RecoveryError:
-        return None
-    if found is None or found.features is None or not torch.equal(found.labels[0], wanted):
-        return None
-    return found.features[order.argsort()]
 
 
 def _together(counts: Counts, fitted: Demixed) -> Counts:

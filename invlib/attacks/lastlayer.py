@@ -9,14 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.losses import binary_labels, kind_of
+from invlib.attacks.demixing import Demixed, demix
+from invlib.attacks.losses import binary_labels, kind_of, smoothing_of
 from invlib.core.calls import logits_layer, logits_layer_inputs
-from invlib.core.network import blank, forward, in_mode, like, placed, trainable_parameters
+from invlib.core.network import (
+    blank,
+    classifier,
+    forward,
+    in_mode,
+    like,
+    num_classes,
+    placed,
+    trainable_parameters,
+)
 from invlib.core.observation import ClientStep, Loss, Observation, words_of
 from invlib.data import samples
 from invlib.errors import RecoveryError
 from invlib.federated import FedAvg, FedSGD
 
+MOST = 64  # label multisets that are ranked, and begun with
 _TRIED = 8  # labels or exchanges that are tried by simulating a client
 
 
@@ -175,6 +186,60 @@ def _noise_images(samples: int, shape: tuple[int, ...]) -> Tensor:
         noise = torch.rand(count, channels, *size, generator=generator)
         parts.append(F.interpolate(noise, (height, width), mode="bilinear"))
     return torch.cat(parts)
+
+
+def demixed(
+    typical: Typical,
+    observation: Observation,
+    guesses: Tensor,
+    generator: torch.Generator,
+    smoothing: float = 0.0,
+) -> Demixed | None:
+    """Fit the last layer; None where its weight or bias is not there, or the logits are not what it makes."""
+    head, gradient = typical.head, typical.head.weight_of(observation, typical.model)
+    if not head.bias or gradient is None:
+        return None
+    (logits, features), params = typical.seen(), typical.ends[0]
+    bias, weight = params[head.name].double().cpu().flatten(), head.rows(params[head.names[1]])
+    if gradient.shape[1] != features.shape[1] or not torch.allclose(
+        features @ weight.T + bias, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
+    ):
+        return None
+    whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
+    starts = guesses[torch.arange(MOST) % len(guesses)]
+    return demix(weight, bias, whole, features, starts, smoothing=smoothing, generator=generator)
+
+
+def told_features(model: nn.Module, observation: Observation, labels: Tensor) -> Tensor | None:
+    """Return the last layer's input for each image of a batch, as one gradient of that layer tells it.
+
+    Args:
+        model: the model that the client received.
+        observation: what the server saw.
+        labels: of the images, int64 ``(N,)``.
+
+    Returns:
+        Float64 ``(N, D)``, in the order of the labels; None where the layer tells no features to rounding:
+        of as many images as classes or more, after local steps, under noise.
+    """
+    if labels.ndim != 1 or observation.is_text or type(observation.protocol) is not FedSGD:
+        return None
+    try:
+        head = Head.of(model, observation)
+        if head.names[1] != classifier(model)[0]:
+            return None
+        typical = Typical(model, observation, head, 32, trains=False)
+        loss, classes = observation.loss or F.cross_entropy, num_classes(model, observation.image_shape)
+        smoothing = smoothing_of(loss, classes, like(model))
+        if smoothing is None:
+            return None
+        wanted, order = labels.cpu().sort(stable=True)
+        found = demixed(typical, observation, wanted[None], torch.Generator().manual_seed(0), smoothing)
+    except RecoveryError:
+        return None
+    if found is None or found.features is None or not torch.equal(found.labels[0], wanted):
+        return None
+    return found.features[order.argsort()]
 
 
 class Simulated:

@@ -355,7 +355,7 @@ def _shares(case: Case, net: Network, truth: Tensor, labels: Tensor) -> list[flo
     """Return how long the update of each image alone is beside that of all, in evaluation mode."""
     parts = [
         observe(net.model, truth[some], labels[some], case.protocol, normalization=net.normalization).update
-        for some in (slice(None), *([k] for k in range(len(truth))))
+        for some in (list(range(len(truth))), *([k] for k in range(len(truth))))
     ]
     whole, *own = (math.hypot(*(float(value.double().norm()) for value in part.values())) for part in parts)
     return [length / (len(truth) * whole) if whole else 0.0 for length in own]

@@ -9,7 +9,7 @@ from torch import nn
 
 import invlib as iv
 from invlib.attacks.batches import additive, agreed, choose, crossover, hidden_images, products, selected
-from invlib.attacks.labels import told_features
+from invlib.attacks.lastlayer import told_features
 from invlib.attacks.shifts import moves, shifted
 from invlib.errors import ConfigError, RecoveryError
 from invlib.optim import priors
