@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--steps", type=int, help="network evaluations of each restart")
     size.add_argument("--restarts", type=int)
     size.add_argument(
-        "--only", action="append", default=[], metavar="CASE", help="cases with these words in their name"
+        "--only",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help="the case of this name, or else cases with these words in theirs",
     )
     what = parser.add_argument_group("on what")
     what.add_argument("--dataset", help="auto, or a name such as CIFAR10, CIFAR100 or patches32")

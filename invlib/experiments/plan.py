@@ -186,7 +186,12 @@ def _chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
     for words in only:
         if not any(words in name for name in names):
             raise ConfigError(f"--only is {words!r}; expected a part of one of: {'; '.join(names)}")
-    return [case for case in cases if not only or any(words in case.name for words in only)]
+    exact = set(only) & set(names)  # "..., 4, 1" is no "..., 4, 16"
+    return [
+        case
+        for case in cases
+        if not only or case.name in exact or any(words in case.name for words in {*only} - exact)
+    ]
 
 
 def current(row: dict[str, Any]) -> dict[str, Any]:

@@ -181,6 +181,13 @@ def test_exact_images_in_another_order_are_matched_and_found(tmp_path, monkeypat
     assert "2 exact" in capsys.readouterr().out
 
 
+def test_a_case_that_is_named_whole_is_meant_alone():
+    asked = {"name": "dispute", "images": 1, "reduced": True, "dataset": "patches32"}
+    name = "ResNet20, fresh, evaluation, 1, 1"  # and not "..., 1, 16"
+    assert [case.name for case in plan.plan(plan.Request(**asked, only=(name,))).cases] == [name]
+    assert len(plan.plan(plan.Request(**asked, only=("ResNet20, fresh, evaluation, 1,",))).cases) == 3
+
+
 def test_labels_of_many_images_are_inferred(here):
     argv = ["experiment", "multi", "--only", "ConvNet8, 4", "--steps", "1", "--images", "1"]
     assert cli.main(argv) == 0
