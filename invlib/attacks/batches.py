@@ -20,7 +20,6 @@ from invlib.core.network import in_mode, like, trainable_parameters
 from invlib.core.observation import Observation
 from invlib.core.reconstruction import Reconstruction
 from invlib.errors import ConfigError, RecoveryError
-from invlib.optim.priors import LastLayerInputs
 from invlib.search.engines import memory
 from invlib.search.problem import Problem
 from invlib.settings import Checked, Count, FromZero
@@ -309,13 +308,8 @@ class Batching(Checked):
                 near = F.cosine_similarity(step.rows(others, label.expand(len(others))), rest[None])
                 starts = torch.cat([starts, others[near.topk(min(self.copies, len(others))).indices]])
                 singles += len(others)
-            priors = tuple(
-                (weight, prior.alone(k) if isinstance(prior, LastLayerInputs) else prior)
-                for weight, prior in self.search.priors
-            )
             part = replace(
                 part_of(self.search, *sharpness),
-                priors=priors,
                 steps=2 * self.stage,
                 init=starts[:, None],
                 restarts=len(starts),

@@ -294,10 +294,6 @@ class LastLayerInputs(Unbound):
 
     inputs: Tensor
 
-    def alone(self, k: int) -> LastLayerInputs:
-        """Return the prior of one image by itself."""
-        return LastLayerInputs(self.inputs[k : k + 1])
-
     def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
         """Return the prior of a model, which runs in the client's mode."""
         known, params = self.inputs.to(like(model)), trainable_parameters(model)
