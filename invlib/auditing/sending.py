@@ -19,13 +19,7 @@ from invlib.attacks.patches import patch_embedding
 from invlib.attacks.recursive import recursive_inversion
 from invlib.auditing.rows import Call, Found, Way, parallel_rows, ratio_to_mean, read_rows, scaled_class
 from invlib.core.convert import as_images, as_tokens
-from invlib.core.network import (
-    forward,
-    in_mode,
-    like,
-    trainable_parameters,
-    unwrapped,
-)
+from invlib.core.network import forward, in_mode, like, trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, InvlibError, ObservationError, RecoveryError
