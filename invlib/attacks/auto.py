@@ -5,64 +5,54 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from invlib.attacks.base import (
-    Settings,
-    index_of_best,
-    known_labels,
-    likelihood_of,
-    only_direction,
-    with_labels,
-    with_loss,
-)
+from invlib.attacks.base import Settings, known_labels, likelihood_of, only_direction, with_labels, with_loss
 from invlib.attacks.batches import Additive, Batching, additive, hidden_images
 from invlib.attacks.buffers import with_statistics
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
 from invlib.attacks.lastlayer import told_features
-from invlib.attacks.matching import GradientMatching, checked_starts, identity
+from invlib.attacks.likelier import likelier
+from invlib.attacks.matching import GradientMatching, identity
 from invlib.attacks.parts import Parts
+from invlib.attacks.polish import polished
 from invlib.attacks.published import preset
-from invlib.attacks.shifts import Shifting, joined, moved, moves
-from invlib.attacks.verified import EXACT, Verified, closest_closed_form, distance_of
-from invlib.autodiff.smoothing import Smoothing, rounded
-from invlib.core.network import in_mode, like
+from invlib.attacks.shifts import Shifting, joined, moves
+from invlib.attacks.starts import (
+    DECAY,
+    STAGE,
+    coordinates,
+    faint,
+    mean_restarts,
+    noise_image,
+    quasi_newton,
+    statistics,
+)
+from invlib.attacks.verified import EXACT, closest_closed_form, nearer_of
+from invlib.autodiff.smoothing import Smoothing
+from invlib.core.network import like
 from invlib.core.observation import Observation, undefended
-from invlib.core.reconstruction import Callback, History, Reconstruction
+from invlib.core.reconstruction import Callback, Reconstruction
 from invlib.errors import ConfigError, RecoveryError
-from invlib.federated import observe
 from invlib.optim import objectives, priors
 from invlib.optim.coordinates import NaturalImages
-from invlib.optim.objectives import Layers, Objective
+from invlib.optim.objectives import Layers
 from invlib.optim.optimizers import LBFGS
-from invlib.optim.statistics import batch_statistics
 from invlib.search.checkpoint import Checkpoint, try_writing
-from invlib.search.halving import rungs
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
-_DECAY = 0.03  # factor of both priors' weights at the last step, where the objective can be trusted
-_SENT = 10.0  # initial weight of the batch statistics that were sent, in the same unit as both priors
-_TOLD = 0.3  # initial weight of the last layer's inputs that it tells, likewise
-_FAINT = 0.1  # standard deviation of the noise around grey, so that images and restarts start apart
-
-# Distances of directions, as shares of a noise image's: up to the first a closed form is polished, above it a
-# search from noise ends nearer; above the second a search found nothing.
-_NEAR, _ASTRAY = 1e-3, 0.1
-_GAIN = 0.99  # a round of the polish that leaves more than this of the distance was the last
-_TINY = 1e-300
-_BLURRED = 1e-5  # a cosine below is mostly rounding in single precision
+_TOLD = 0.3  # initial weight of the last layer's inputs that it tells, in the same unit as both priors
+# Distance of directions, as a share of a noise image's: up to it a closed form is polished, above it a search
+# from noise ends nearer.
+_NEAR = 1e-3
 _PLAIN = (objectives.cosine, Layers(), "auto")  # objective, layers and labels of a search that is finished
-_SHARPENINGS = 16  # at most: a factor of two each
-_STAGE = 50  # evaluations at one sharpness: with fewer, line searches use them up
 _SHIFTING = 500  # evaluations from which on shifted copies are compared
 _SHORT = 200  # evaluations of the schedule that a longer one is compared with where that stalls
 _MUCH = 0.1  # of the distance: what the squared distance leaves of it where it is worth going on with
-_POLISH = 20  # iterations of the polish between two projections to the box
 
 
 @checks
@@ -176,14 +166,14 @@ def best(
         )
     budget = next((given for given in (evaluations, steps) if given is not None), STEPS)
     # An optimiser that evaluates once a step can have another sharpness at each.
-    stages = max(1, budget if "optimizer" in settings else budget // _STAGE)
+    stages = max(1, budget if "optimizer" in settings else budget // STAGE)
     matching = GradientMatching(
-        optimizer=_quasi_newton(max(1, budget // stages)),
+        optimizer=quasi_newton(max(1, budget // stages)),
         steps=stages,
         decay=None,
         restarts=restarts,
         smoothing=Smoothing(),
-        fading=_DECAY,
+        fading=DECAY,
         coordinates=NaturalImages(),
         record_every=1,
     )
@@ -271,7 +261,7 @@ class Best(Settings):
             return doubted(closed.result, doubts_of(model, observation))
         plain = only_direction(self.matching.objective, observation)
         if closed is not None and closed.determined and closed.share <= _NEAR and plain:
-            found = self._polished(closed.result, model, observation, self.evaluations, parts)
+            found = polished(self.matching, closed.result, model, observation, self.evaluations, parts)
             return doubted(found, tried.doubts)
         if self.matching.labels == "auto":
             observation = with_labels(model, observation)
@@ -282,10 +272,14 @@ class Best(Settings):
                 raise
             return replace(closed.result, status="interrupted")
         if (shuffled := self.matching.in_likely_order(model, observation, result)) is not None:
-            again = self._polished(result, model, shuffled, self.evaluations // 2, parts, self.matching.steps)
+            again = polished(
+                self.matching, result, model, shuffled, self.evaluations // 2, parts, self.matching.steps
+            )
             result = replace(again, note=f"{again.note}, in a likely order of the client's minibatches")
         result = self._coloured(result, model, observation)
-        result = result if closed is None else self._nearer(closed, result, model, observation)
+        result = (
+            result if closed is None else nearer_of(closed, result, model, observation, self.matching.loss)
+        )
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
         step = self._additive(model, observation)
@@ -300,19 +294,19 @@ class Best(Settings):
             return self._likelier(model, observation, parts)
         result, spare, short = self._searched(model, observation, parts, told)
         told += self.matching.steps
-        if not self._plain(observation) or spare < _STAGE or result.status != "max_steps":
+        if not self._plain(observation) or spare < STAGE or result.status != "max_steps":
             return result
-        reserve = math.ceil(_SHORT * _restarts(self.matching))
-        if short is None or spare < reserve + _STAGE:
-            return self._polished(result, model, observation, spare, parts, told)
+        reserve = math.ceil(_SHORT * mean_restarts(self.matching))
+        if short is None or spare < reserve + STAGE:
+            return polished(self.matching, result, model, observation, spare, parts, told)
         stalled, asked = result.score, result.evaluations
-        result = self._polished(result, model, observation, spare - reserve, parts, told)
+        result = polished(self.matching, result, model, observation, spare - reserve, parts, told)
         told, worth = max([told, *result.history.steps]), result.score < _MUCH * stalled
         if result.status == "interrupted" or (worth and result.status == "converged"):
             return result
         if worth:
             spare -= result.evaluations - asked
-            return self._polished(result, model, observation, spare, parts, told)
+            return polished(self.matching, result, model, observation, spare, parts, told)
         try:
             other = short._matched(model, observation, parts, told)
         except KeyboardInterrupt:
@@ -340,61 +334,18 @@ class Best(Settings):
         observation = with_labels(model, observation)
         client = undefended(observation.protocol)
         naive = first._matched(model, replace(observation, protocol=client), parts)
-        assert naive.labels is not None
         weight = self._least(observation) if self.natural else 0.0
-        search = replace(
+        return likelier(
             self.matching,
-            priors=(
-                *self.matching.priors,
-                (weight, _coordinates(self.matching).prior(observation.normalization)),
-                (self.tv * weight / (self.natural or 1), priors.rounded_total_variation),
-                *_statistics(model, observation, weight or _DECAY),
-            ),
-            optimizer=_quasi_newton(later // max(1, later // _STAGE)),
-            steps=max(1, later // _STAGE),
-            decay=None,
-            restarts=1,
-            prune=False,
-            smoothing=None,
-            fading=1.0,
-            log_odds=False,
+            naive,
+            model,
+            observation,
+            parts,
+            evaluations=later,
+            natural=weight,
+            tv=self.tv * weight / (self.natural or 1),
+            told=first.matching.steps,
         )
-        problem = search.problem(model, observation)
-        likelihood = search.scorer(model, observation, naive.labels)
-
-        def cost(images: Tensor) -> float:
-            inputs = problem.encode(images.to(problem.like))
-            with in_mode(model, training=observation.training_mode, seed=0):
-                prior = sum(weight * float(prior(inputs)) for weight, prior in problem.priors)
-            return likelihood(images) + prior
-
-        try:
-            tried = zip(naive.trials, naive.trial_scores.tolist(), strict=True)
-            scores = [likelihood(images) if math.isfinite(score) else math.nan for images, score in tried]
-            trial_scores = torch.tensor(scores, dtype=torch.float64, device=naive.trial_scores.device)
-            best, unit = index_of_best(trial_scores), known.unit(list(observation.update.values()))
-            found = replace(
-                naive,
-                images=naive.trials[best],
-                score=scores[best],
-                trial_scores=trial_scores,
-                objective=known.words,
-                evaluations=naive.evaluations + len(scores),
-                history=_scaled(naive.history, unit),
-                warnings=problem.notes,
-                note=f"{naive.note}; then by {known.words}",
-            )
-            if naive.status in ("interrupted", "non_finite"):
-                return found
-            told = max([first.matching.steps, *naive.history.steps])
-            search, steps = replace(search, init=found.images), told + search.steps
-            refined = parts.run(search, observation, spent=told, steps=steps, name="likelihood")
-            result = joined(found, replace(refined, score=math.inf), told, 0)
-            if cost(refined.images) < cost(found.images):
-                return moved(result, refined.images, refined.score)
-        except KeyboardInterrupt:
-            return replace(naive, status="interrupted")
-        return replace(result, note=f"{result.note}, which came to nothing likelier")
 
     def _searched(
         self, model: nn.Module, observation: Observation, parts: Parts, told: int
@@ -406,7 +357,7 @@ class Best(Settings):
             schedule from the same start, where this one's is longer.
         """
         matching = self.matching
-        unit, smoothing, asked = _noise(matching, model, observation)
+        unit, smoothing, asked = noise_image(matching, model, observation)
         natural, fading = self._weighed(observation, unit)
         step = self._additive(model, observation)
         tv = self.tv * unit * (natural / (self.natural * unit) if natural else 1)
@@ -414,28 +365,28 @@ class Best(Settings):
             matching,
             priors=(
                 *matching.priors,
-                (natural, _coordinates(matching).prior(observation.normalization)),
+                (natural, coordinates(matching).prior(observation.normalization)),
                 (tv, priors.rounded_total_variation),
-                *_statistics(model, observation, unit),
+                *statistics(model, observation, unit),
                 *(self._features(model, observation, unit) if step is None else ()),
             ),
             fading=fading,
-            init=_faint(matching, observation, parts.generator) if self.near_grey else matching.init,
+            init=faint(matching, observation, parts.generator) if self.near_grey else matching.init,
             smoothing=smoothing if self.measured_smoothing else matching.smoothing,
         )
         # A short search has evaluations for few copies, or for none.
-        copies = min(self.shifts, self.evaluations // _STAGE // (2 if step is None else 4) - 2)
+        copies = min(self.shifts, self.evaluations // STAGE // (2 if step is None else 4) - 2)
         asked += 0 if step is None else 2
         shifting = self.evaluations >= _SHIFTING and copies > 0 and (step or observation.num_images == 1)
         places = moves(model, observation) if shifting else []
         if step is not None:
             fitting = step.room() // (observation.num_images * matching.restarts)
             places = sorted(places, key=lambda move: abs(move[0]) + abs(move[1]))[: max(0, fitting - 2)]
-        share = _restarts(search)
+        share = mean_restarts(search)
         planned = self.evaluations * ((share + 5) / 6 if places or step else share)
         parts.bar.total += round(planned) - self.evaluations
         parts.bar.update(asked)
-        stage = max(1, _STAGE * search.steps // self.evaluations)
+        stage = max(1, STAGE * search.steps // self.evaluations)
         per_step = max(1, self.evaluations // search.steps)
         if step is not None:
             result = Batching(
@@ -476,7 +427,7 @@ class Best(Settings):
         """Say whether a defence leaves more to compare than a direction, with evaluations for both."""
         search = self.matching
         plain = (search.objective, search.layers, search.labels) == _PLAIN
-        return plain and not only_direction(search.objective, observation) and self.evaluations >= 2 * _STAGE
+        return plain and not only_direction(search.objective, observation) and self.evaluations >= 2 * STAGE
 
     def _weighed(self, observation: Observation, unit: float) -> tuple[float, float]:
         """Return the initial weight of the natural prior, and the part of it that is left at the last step.
@@ -531,208 +482,3 @@ class Best(Settings):
             return additive(model, observation, known_labels(model, observation), search)
         except RecoveryError:
             return None
-
-    def _polished(
-        self,
-        start: Reconstruction,
-        model: nn.Module,
-        observation: Observation,
-        spare: int,
-        parts: Parts,
-        told: int = 0,
-    ) -> Reconstruction:
-        """Lower the squared distance from a result on, until so many evaluations are spent or none helps.
-
-        Each round begins with no memory of curvature, for a line search that failed would fail again. Its
-        cost is 1 at its start: torch forgets curvature that is small in absolute terms.
-        """
-        assert start.labels is not None
-        labels, closed = start.labels, start.status == "closed_form"
-        distance = distance_of(model, observation, self.matching.loss)
-        length = float(sum(part.double().square().sum() for part in observation.update.values()))
-        # Of log-odds, which stand for a loss that is saturated, the length means nothing.
-        turned = self.matching.problem(model, observation, labels).alpha is not None
-        result, status = start, start.status
-        try:
-            if not closed:
-                start = result = self._remeasured(start, model, observation)
-            nearest, spent = distance(start.images, labels), 1
-            while (steps := round((spare - spent) / _POLISH)) >= 1 and nearest > 0:
-                polish = GradientMatching(
-                    objective=_relative(objectives.chordal, nearest)
-                    if turned
-                    else _relative(objectives.l2, 2 * nearest * length),
-                    optimizer=_quasi_newton(min(_POLISH, spare)),
-                    decay=None,
-                    init=result.images,
-                    steps=steps,
-                    loss=self.matching.loss,
-                    log_odds=self.matching.log_odds,
-                    coordinates=_coordinates(self.matching),
-                    recompute=self.matching.recompute,
-                    record_every=1,
-                )
-                part = parts.run(
-                    polish,
-                    replace(observation, labels=labels),
-                    spent=told,
-                    steps=told + steps,
-                    name="squared distance",
-                )
-                score = distance(part.images, labels)
-                spent, told = spent + part.evaluations + 1, told + steps
-                if not result.engine:
-                    result = replace(result, engine=part.engine, engine_reason=part.engine_reason)
-                result = joined(result, _scored(part, score, nearest), told - steps, 1)
-                status = part.status
-                if status == "max_steps" and not score < _GAIN * nearest and spare - spent >= _POLISH:
-                    status = "converged"
-                if status != "max_steps":
-                    break
-                nearest = min(nearest, score)
-        except KeyboardInterrupt:
-            status = "interrupted"
-        gained = result.images is not start.images
-        if closed and not gained and status != "interrupted":
-            status = "closed_form"
-        how = ", polished by L-BFGS" if closed else ", then by squared distance"
-        how = how if gained and not start.note.endswith(how) else ""
-        return replace(result, status=status, note=start.note + how)
-
-    def _remeasured(
-        self, found: Reconstruction, model: nn.Module, observation: Observation
-    ) -> Reconstruction:
-        """Measure those restarts anew that single precision cannot tell apart, and choose among all again."""
-        assert found.labels is not None
-        distance, labels = distance_of(model, observation, self.matching.loss), found.labels
-        scores = [
-            distance(images, labels) if score < _BLURRED else score
-            for score, images in zip(found.trial_scores.tolist(), found.trials, strict=True)
-        ]
-        trial_scores = torch.tensor(scores, dtype=torch.float64, device=found.trial_scores.device)
-        best = index_of_best(trial_scores)
-        return replace(found, images=found.trials[best], score=scores[best], trial_scores=trial_scores)
-
-    def _nearer(
-        self, closed: Verified, found: Reconstruction, model: nn.Module, observation: Observation
-    ) -> Reconstruction:
-        """Return a closed form or what a search found, whichever agrees better with the observed update.
-
-        Where equations are missing many images agree, and the search's is the most natural of them: there the
-        closed form is for a search that went astray.
-        """
-        form = closed.result
-        least = form.score * (1 if closed.determined else max(1.0, _ASTRAY / max(closed.share, _TINY)))
-        evaluations = form.evaluations + found.evaluations + 1
-        spent: dict[str, Any] = {"evaluations": evaluations, "seconds": form.seconds + found.seconds}
-        try:
-            distance = distance_of(model, observation, self.matching.loss)
-            assert found.labels is not None
-            if distance(found.images, found.labels) <= least:
-                return replace(found, **spent)
-        except KeyboardInterrupt:
-            return replace(found, **spent, status="interrupted")
-        stopped = found.status == "interrupted"
-        return replace(
-            form,
-            **spent,
-            status="interrupted" if stopped else "closed_form",
-            note=form.note + "; a search came less near",
-        )
-
-
-def _statistics(
-    model: nn.Module, observation: Observation, unit: float
-) -> tuple[tuple[float, priors.Unbound], ...]:
-    """Return the equations that sent buffers are, with their weight; none where there are none."""
-    if not observation.training_mode:
-        return ()
-    try:
-        batch_statistics(model, observation)
-    except RecoveryError:
-        return ()
-    return ((_SENT * unit, priors.BatchStatistics()),)
-
-
-def _restarts(matching: GradientMatching) -> float:
-    """Return how many restarts run on average over the steps."""
-    plan = rungs(matching.steps, matching.restarts, matching.prune)
-    before = (0, *(rung for rung, _ in plan))
-    steps = sum((rung - start) * left for (rung, left), start in zip(plan, before, strict=False))
-    return steps / matching.steps
-
-
-def _relative(objective: Objective, scale: float) -> Objective:
-    """Return an objective over a number."""
-    return lambda candidate, target, weights=None: objective(candidate, target, weights) / scale
-
-
-def _scored(part: Reconstruction, score: float, unit: float) -> Reconstruction:
-    """Return a round of the polish, measured as a search is; infinite where nothing was gained."""
-    return replace(part, score=score if score < unit else math.inf, history=_scaled(part.history, unit))
-
-
-def _scaled(history: History, unit: float) -> History:
-    return replace(history, cost=unit * history.cost, objective=unit * history.objective)
-
-
-def _coordinates(matching: GradientMatching) -> NaturalImages:
-    return matching.coordinates or NaturalImages()
-
-
-def _faint(matching: GradientMatching, observation: Observation, generator: torch.Generator) -> Tensor:
-    """Draw starts near plain grey."""
-    generator = checked("generator", generator, torch.Generator)
-    noise = torch.randn(checked_starts(matching.restarts, observation), generator=generator)
-    return _coordinates(matching).images(_FAINT * noise).clamp(0, 1)
-
-
-def _noise(
-    matching: GradientMatching, model: nn.Module, observation: Observation
-) -> tuple[float, Smoothing, int]:
-    """Return the objective of a noise image, the smoothing to begin with, and how many evaluations that took.
-
-    Smoothing that changes an update more than another image does would hide the image altogether: a fresh
-    network whose activations shrink from layer to layer needs a far sharper softplus than a trained one.
-    """
-    shape = (observation.num_images, *observation.image_shape)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    some = like(model)
-    images = observation.normalization.decode(noise.to(some)).clamp(0, 1)
-    labels = known_labels(model, observation)
-    known = likelihood_of(matching.objective, observation)
-    if known is None or not known.sigma:
-        unit = matching.scorer(model, observation, labels)(images)
-    of_noise = observe(
-        model,
-        images,
-        labels,
-        undefended(observation.protocol),
-        normalization=observation.normalization,
-        training_mode=observation.training_mode,
-        loss=observation.loss or matching.loss,
-    )
-    smoothing, asked, score = Smoothing(), 2, matching.scorer(model, of_noise, labels)
-    if known is not None and known.sigma:  # the client's noise would count as a distance
-        unit = score(images.flip(-1, -2))
-    for _ in range(_SHARPENINGS):
-        asked += 1
-        with rounded(smoothing.start):
-            changed = score(images)
-        if changed <= unit:
-            break
-        smoothing = Smoothing(start=2 * smoothing.start, end=2 * smoothing.end)
-    return unit, smoothing, asked
-
-
-def _quasi_newton(evaluations: int) -> LBFGS:
-    # The curvature is kept from one sharpness to the next: it changes little, and learning it anew costs.
-    # No tolerance: on a fresh ConvNet8 torch's own would end the search where it begins.
-    return LBFGS(
-        max_iter=evaluations,
-        max_eval=evaluations,
-        history_size=50,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-        line_search="strong_wolfe",
-    )

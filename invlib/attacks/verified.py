@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment, minimize_scalar
@@ -33,6 +34,8 @@ _ENTRIES = 20_000_000  # of a matrix: some gigabytes while it is made
 _SCALES = 24  # of the images in one direction that are tried, a factor of 2 ** (1 / 4) apart
 _SIGNAL = 0.5  # of the strongest direction under noise: with less, what it points to is mostly noise
 _WEIGHED = "from the first layer's gradient, its noise weighed"
+_ASTRAY = 0.1  # distance of directions, as a share of a noise image's: above it a search found nothing
+_TINY = 1e-300
 _CLASSES = 32  # up to so many, a hidden label that is inferred wrong is looked for among all
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -176,6 +179,34 @@ def closest_closed_form(
         return None, tale
     seconds = time.perf_counter() - began
     return replace(nearest, result=replace(nearest.result, seconds=seconds, evaluations=asked)), tale
+
+
+def nearer_of(
+    closed: Verified, found: Reconstruction, model: nn.Module, observation: Observation, loss: Loss
+) -> Reconstruction:
+    """Return a closed form or what a search found, whichever agrees better with the observed update.
+
+    Where equations are missing many images agree, and the search's is the most natural of them: there the
+    closed form is for a search that went astray.
+    """
+    form = closed.result
+    least = form.score * (1 if closed.determined else max(1.0, _ASTRAY / max(closed.share, _TINY)))
+    evaluations = form.evaluations + found.evaluations + 1
+    spent: dict[str, Any] = {"evaluations": evaluations, "seconds": form.seconds + found.seconds}
+    try:
+        distance = distance_of(model, observation, loss)
+        assert found.labels is not None
+        if distance(found.images, found.labels) <= least:
+            return replace(found, **spent)
+    except KeyboardInterrupt:
+        return replace(found, **spent, status="interrupted")
+    stopped = found.status == "interrupted"
+    return replace(
+        form,
+        **spent,
+        status="interrupted" if stopped else "closed_form",
+        note=form.note + "; a search came less near",
+    )
 
 
 def _candidates(

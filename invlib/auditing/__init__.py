@@ -1,8 +1,9 @@
 """What one update gives away, as a report: leaks, attacks, reasons, defences."""
 
 from invlib.auditing.report import AuditReport
+from invlib.auditing.rows import Way
 from invlib.auditing.run import audit
-from invlib.auditing.sending import Presend, Way, presend
+from invlib.auditing.sending import Presend, presend
 from invlib.auditing.words import KINDS, RANKING, VERDICTS, Finding, Kind, Verdict
 
 __all__ = [

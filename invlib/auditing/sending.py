@@ -13,19 +13,13 @@ from torch import Tensor, nn
 
 from invlib.attacks.analytic import fully_connected
 from invlib.attacks.base import Attack
-from invlib.attacks.certificate import Layer, layer_of
+from invlib.attacks.certificate import layer_of
 from invlib.attacks.exact import exact_batch
 from invlib.attacks.patches import patch_embedding
 from invlib.attacks.recursive import recursive_inversion
+from invlib.auditing.rows import Call, Found, Way, parallel_rows, ratio_to_mean, read_rows, scaled_class
 from invlib.core.convert import as_images, as_tokens
-from invlib.core.network import (
-    classifier,
-    forward,
-    in_mode,
-    like,
-    trainable_parameters,
-    unwrapped,
-)
+from invlib.core.network import forward, in_mode, like, trainable_parameters, unwrapped
 from invlib.core.normalization import Normalization
 from invlib.core.observation import ClientStep, Loss, Observation
 from invlib.errors import ConfigError, InvlibError, ObservationError, RecoveryError
@@ -33,33 +27,6 @@ from invlib.federated import FedSGD, observe
 from invlib.metrics import psnr
 
 Action = Literal["send", "drop", "refuse"]
-_PARALLEL = 0.999  # cosine from which rows are parallel
-_ROWS = 4  # parallel rows with biases of their own that no training makes
-_COMPARED = 4096  # rows of a layer that are compared with one another
-_SCALED = 4.0  # times the median length of the class weights
-_EXACT = 60.0  # dB from which an attacker can prove what is read, and take it out of the update
-_AT_ONCE = 1024  # rows that are compared with the images
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way in which an update gives something away.
-
-    Args:
-        name: of the way, short.
-        leak: what is given away: the ``"image"`` itself; its ``"features"`` behind other layers; its
-            ``"gradient"``, all but alone in the update, so that a search faces a batch of one. Or
-            ``"network"``: no image, but weights that no training makes, and that single images out.
-        images: which, counted from 0.
-        text: what was seen, with numbers.
-        numbers: the same, by name.
-    """
-
-    name: str
-    leak: Literal["image", "features", "gradient", "network"]
-    images: tuple[int, ...]
-    text: str
-    numbers: Mapping[str, float | int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +149,7 @@ def presend(
         expected = (seen.num_images, *seen.image_shape)
         raise ObservationError(f"images have shape {tuple(own.shape)}; expected {expected}, the update's")
     step = _step(model, seen, own)
-    found = [_alone(model, seen, step, readable), _classes(model)]
+    found = [_alone(model, seen, step, readable), scaled_class(model)]
     best = own.new_full((len(own),), -torch.inf, dtype=torch.float64)
     notes = []
     if seen.training_mode and len(own) > 1:
@@ -195,7 +162,7 @@ def presend(
         except (RecoveryError, torch.linalg.LinAlgError) as error:
             notes.append(f"{name!r} was not read: {error}")
             continue
-        found += [_rows(seen, own, layer, call, readable, best), _imprint(layer, call)]
+        found += [read_rows(seen, own, layer, call, readable, best), parallel_rows(layer, call)]
     if any(way.leak == "network" for some, _ in found for way in some):
         notes.append("the closed forms were not run, for the network is to be refused anyhow")
     else:
@@ -222,24 +189,6 @@ def presend(
     return replace(result, action="drop") if result.drop else result
 
 
-Found = tuple[list[Way], dict[str, float | int]]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Call:
-    """A fully connected layer that ran once an image.
-
-    Args:
-        layer: the module.
-        inputs: ``(N, d)`` float64.
-        signals: ``(N, m)`` float64, the gradient of the whole loss at its output.
-    """
-
-    layer: nn.Linear
-    inputs: Tensor
-    signals: Tensor
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Step:
     """The client's first step, taken apart: what each image adds to the gradient, by its own loss.
@@ -250,7 +199,7 @@ class _Step:
         whole: their sum, as the mean over the batch that the client computes.
     """
 
-    calls: dict[str, _Call]
+    calls: dict[str, Call]
     parts: Callable[[], Iterator[dict[str, Tensor]]]
     whole: dict[str, Tensor]
 
@@ -297,7 +246,7 @@ def _step(model: nn.Module, seen: Observation, own: Tensor) -> _Step:
             yield dict(zip(params, grads, strict=True))
 
     calls = {
-        name: _Call(layer=modules[name], inputs=given.detach().double(), signals=signal.double())
+        name: Call(layer=modules[name], inputs=given.detach().double(), signals=signal.double())
         for (name, (given, _)), signal in zip(once.items(), got[len(params) :], strict=True)
     }
     return _Step(calls=calls, parts=parts, whole=dict(zip(params, got, strict=False)))
@@ -338,137 +287,6 @@ def _alone(model: nn.Module, seen: Observation, step: _Step, readable: float) ->
     ], numbers
 
 
-def _classes(model: nn.Module) -> Found:
-    """Compare the weights of the classes: fishing scales those of one of them."""
-    try:
-        rows = dict(model.named_parameters())[classifier(model)[0]].detach().flatten(1).norm(dim=1)
-    except RecoveryError:
-        return [], {}
-    if len(rows) < 3:
-        return [], {}
-    scale = float(rows.max() / rows.median().clamp_min(1e-30))
-    numbers: dict[str, float | int] = {"class_scale": scale}
-    if scale < _SCALED:
-        return [], numbers
-    text = (
-        f"the weights of class {int(rows.argmax())} are {scale:.3g} times as long as those of the others: an "
-        "image of it drowns all others (fishing)"
-    )
-    return [Way(name="scaled class", leak="network", images=(), text=text, numbers=numbers)], numbers
-
-
-def _neighbours(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Return pairs of parallel rows ``(K,)``, ``(K,)`` of which the second is the next to begin to fire."""
-    weight, none = layer.weight.detach(), torch.zeros(0, dtype=torch.int64, device=layer.weight.device)
-    size = weight.norm(dim=1)
-    rows = (size > 1e-12).nonzero().flatten()[:_COMPARED]
-    if layer.bias is None or not len(rows):
-        return none, none
-    unit = weight[rows] / size[rows, None]
-    group = (unit @ unit.T > _PARALLEL).to(torch.uint8).argmax(1)  # the first row that each is parallel to
-    begins = -layer.bias.detach()[rows] / size[rows]
-    order = begins.argsort(stable=True)
-    order = order[group[order].argsort(stable=True)]
-    lower, upper = order[:-1], order[1:]
-    pair = (group[lower] == group[upper]) & (begins[upper] > begins[lower])
-    return rows[lower[pair]], rows[upper[pair]]
-
-
-def _imprint(layer: Layer, call: _Call) -> Found:
-    count = int(torch.cat(_neighbours(call.layer)).unique().numel())
-    numbers: dict[str, float | int] = {"parallel_rows": count}
-    if count < _ROWS or call.inputs.shape[1] < _ROWS:
-        return [], numbers
-    text = (
-        f"{count} of {len(call.layer.weight)} rows of {layer.name!r} are parallel, with biases of their own: "
-        "the differences of neighbours single images out (imprint)"
-    )
-    return [Way(name="parallel rows", leak="network", images=(), text=text, numbers=numbers)], numbers
-
-
-def _rows(seen: Observation, own: Tensor, layer: Layer, call: _Call, readable: float, best: Tensor) -> Found:
-    """Read single rows, and differences of parallel ones; then again without what came out exactly.
-
-    What is read of images is entered in ``best`` ``(N,)``, in dB.
-    """
-    weight, bias = layer.weight_gradient, layer.bias_gradient
-    pairs = _neighbours(call.layer)
-    simulated = call.signals.T @ call.inputs
-    factor = float((weight * simulated).sum() / simulated.square().sum().clamp_min(1e-300))
-    shown = torch.full_like(best, -torch.inf)
-    least = 0.0 if bias is None else 1e-6 * float(bias.abs().max())
-    taken = torch.zeros_like(best, dtype=torch.bool)
-    alone, exact = taken, ~taken
-    while exact.any() and not taken.all():
-        read = _read(weight, bias, pairs, call.inputs, least)
-        score = _decibels(seen, own, layer, call, read)
-        shown = torch.where(taken, shown, torch.maximum(shown, score))
-        alone = alone if taken.any() else shown >= readable
-        exact = (score >= _EXACT) & ~taken
-        taken |= exact
-        columns = factor * call.signals[exact].T
-        weight = weight - columns @ read[exact]
-        bias = None if bias is None else bias - columns.sum(1)
-    known = shown >= readable
-    singles = int(((call.signals != 0).sum(0) == 1).sum())
-    numbers: dict[str, float | int] = {"singletons": singles}
-    if layer.image_of is not None:
-        best.copy_(torch.maximum(best, shown))
-    if not known.any():
-        return [], numbers
-    images = tuple(known.nonzero().flatten().tolist())
-    peeled = int((known & ~alone).sum())
-    leak: Literal["image", "features"] = "features" if layer.image_of is None else "image"
-    what = "images" if leak == "image" else "images' features"
-    text = (
-        f"{len(images)} of {len(own)} {what} are read off rows of {layer.name!r} at "
-        f"{float(shown[known].min()):.0f} dB and more, {peeled} of them once others are subtracted; "
-        f"{singles} of its {len(weight)} rows are of one image alone"
-    )
-    numbers |= {"read": len(images), "peeled": peeled, "rows": len(weight)}
-    return [Way(name=f"rows of {layer.name}", leak=leak, images=images, text=text, numbers=numbers)], numbers
-
-
-def _read(
-    weight: Tensor, bias: Tensor | None, pairs: tuple[Tensor, Tensor], inputs: Tensor, least: float
-) -> Tensor:
-    """Return what rows and differences of pairs of them say, the nearest to each of the inputs ``(N, d)``.
-
-    Without a bias a row says an input up to a factor, which is the best one; ``least`` is rounding.
-    """
-    nearest = inputs.new_full((len(inputs),), torch.inf)
-    read, square = torch.zeros_like(inputs), inputs.square().sum(1)
-    one, other = pairs
-    rows = torch.cat([weight, weight[one] - weight[other]])
-    shift = None if bias is None else torch.cat([bias, bias[one] - bias[other]])
-    kept = (rows.any(1) if shift is None else shift.abs() > least).nonzero().flatten()
-    for k in kept.split(_AT_ONCE) if len(kept) else ():
-        some = rows[k] if shift is None else rows[k] / shift[k, None]
-        along, size = inputs @ some.T, some.square().sum(1)
-        times = along / size if shift is None else torch.ones_like(along)
-        gaps = (times.square() * size - 2 * times * along + square[:, None]).min(1)
-        closer = gaps.values < nearest
-        at = gaps.indices[closer]
-        read[closer] = times[closer, at][:, None] * some[at]
-        nearest = torch.minimum(nearest, gaps.values)
-    return read
-
-
-def _decibels(seen: Observation, own: Tensor, layer: Layer, call: _Call, read: Tensor) -> Tensor:
-    """Return of inputs ``(N, d)`` that were read how near they are to the client's, in dB."""
-    if layer.image_of is None:
-        return _ratio(call.inputs, read)
-    rows = torch.stack([layer.image_of(row) for row in read]).view(own.shape)
-    return psnr(seen.normalization.decode(rows).clamp(0, 1), own)
-
-
-def _ratio(inputs: Tensor, read: Tensor) -> Tensor:
-    """Return how far inputs are from their mean, over how far from them is what was read, in dB."""
-    wide = (inputs - inputs.mean(0) if len(inputs) > 1 else inputs).norm(dim=1)
-    times: Tensor = wide.clamp_min(1e-300) / (read - inputs).norm(dim=1).clamp_min(1e-300)
-    return 20 * times.log10()
-
-
 def _closed_forms(
     model: nn.Module,
     seen: Observation,
@@ -500,7 +318,7 @@ def _closed_forms(
             for layer, call in step.calls.items():
                 if call.inputs.shape[1] == got.features.shape[1]:
                     near = torch.cdist(call.inputs, got.features.double()).argmin(1)
-                    shown = _ratio(call.inputs, got.features.double()[near])
+                    shown = ratio_to_mean(call.inputs, got.features.double()[near])
                     found.append(_by(name, "features", shown, readable, f" of {layer!r}"))
         elif len(got.images):
             images = got.images.to(own)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from invlib.attacks.labels import contradiction, infer
-from invlib.attacks.lastlayer import Head
+from invlib.attacks.labels import contradiction
 from invlib.attacks.saturation import SATURATED, head_slopes, unsure
-from invlib.attacks.verified import distance_of
+from invlib.auditing.case import Case
 from invlib.auditing.facts import (
-    Foreign,
-    Numbers,
-    distorted,
     foreign,
-    noise_of,
     numbers_of,
     precision,
     ranks,
@@ -31,56 +24,17 @@ from invlib.auditing.facts import (
     steps_of,
 )
 from invlib.auditing.leaks import counted_steps
+from invlib.auditing.truth import at_the_truth, inputs_of, of_the_truth, truth_with_labels
 from invlib.auditing.words import Finding, Number, Verdict
-from invlib.core.calls import logits_layer_inputs
-from invlib.core.convert import as_images
-from invlib.core.network import in_mode, like, tracks_statistics
-from invlib.core.observation import Observation, undefended, words_of
-from invlib.core.reconstruction import Reconstruction, in_digits
-from invlib.errors import DoubtWarning, InvlibError, RecoveryError
-from invlib.federated import FedAvg, FedSGD, observe
+from invlib.core.observation import Observation, undefended
+from invlib.core.reconstruction import in_digits
+from invlib.errors import InvlibError
+from invlib.federated import FedSGD
 
 _SUCCESS = ("recovered and certified", "identified", "probably recovered")
 _WEIGHTS = 0.9  # cosine of an update and the weights, from which on it is those
-_ROUNDED = 1e-6  # distance of an update and the client's step on its own images that is rounding
 _FAR = 1e-3  # share of a signal that the softmax leaves unexplained, from which on it is another model's
-_EXPLAINS = 0.1  # of the distance as stated: what another client or mode has to leave to explain an update
-_DOUBT = 0.3  # of a label, or of the update that labels have to explain, from which on they are unknown
-_CLEAR = 8.0  # standard errors by which a cosine stands out from that of independent numbers
 _NOISE = 0.01  # share of the squared length, from which on noise decides what a search finds
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Case:
-    """What all checks look at."""
-
-    model: nn.Module
-    observation: Observation
-    numbers: Numbers
-    foreign: list[Foreign]
-    eps: float
-    tried: Sequence[Reconstruction]
-    truth: tuple[Tensor, Tensor] | None
-
-    @property
-    def best_estimate(self) -> Foreign | None:
-        """The most exact estimate of noise, where there is more than rounding, and it can be noise."""
-        if self.numbers.sparse or self.numbers.quantised:
-            return None
-        return noise_of(self.foreign)
-
-    def proves(self, finding: Finding) -> bool:
-        """Say whether what a finding rests on is the client's, and not noise, rounding or what is missing."""
-        if distorted(self.observation):
-            return finding.name == "Local steps"
-        rounded = self.numbers.sparse or self.numbers.quantised or self.best_estimate is not None
-        return not rounded or finding.name not in ("Batch size", "Mode")
-
-    @property
-    def noise_share(self) -> float:
-        """The share of the update's squared length that is noise, if each number has the same."""
-        found, norm = self.best_estimate, self.numbers.norm
-        return min(1.0, self.numbers.count * (found.sigma / norm) ** 2) if found and norm else 0.0
 
 
 def why(
@@ -113,14 +67,14 @@ def why(
         return [_finding("Observation", "does not fit", f"{error}.", _CAPTURE)]
     numbers = numbers_of(model, observation)
     eps = precision(observation, numbers)
-    case = _Case(
+    case = Case(
         model=model,
         observation=observation,
         numbers=numbers,
         foreign=foreign(model, observation, eps) if numbers.norm else [],
         eps=eps,
         tried=[one for item in tried if (one := getattr(item, "reconstruction", item)) is not None],
-        truth=_with_labels(model, observation, truth),
+        truth=truth_with_labels(model, observation, truth),
     )
     found: list[Finding] = []
     for check in (_no_update, _saturation):  # what is left is about an update that says something
@@ -134,7 +88,7 @@ def why(
         found = [finding for finding in found if finding.verdict != "does not fit" or case.proves(finding)]
     if case.truth is not None and numbers.norm:
         with suppress(InvlibError):
-            found += _at_the_truth(case, explained={finding.name for finding in found})
+            found += at_the_truth(case, explained={finding.name for finding in found})
     if _succeeded(tried):
         found = [finding for finding in found if finding.verdict == "does not fit"]
     elif not any(finding.verdict in ("does not fit", "explains the failure") for finding in found):
@@ -165,7 +119,7 @@ def _succeeded(tried: Sequence[Any]) -> bool:
     return False
 
 
-def _no_update(case: _Case) -> Iterator[Finding]:
+def _no_update(case: Case) -> Iterator[Finding]:
     """Find what is no update at all: one number everywhere, weights, random numbers."""
     numbers, stated = case.numbers, getattr(case.observation.protocol, "noise", 0)
     if numbers.equal:
@@ -190,7 +144,7 @@ def _no_update(case: _Case) -> Iterator[Finding]:
         case.foreign
         and not (stated or numbers.sparse or numbers.quantised)
         and all(f.all_of_it for f in case.foreign)
-        and not _of_the_truth(case)
+        and not of_the_truth(case)
     ):
         first = case.foreign[0]
         yield _finding(
@@ -208,16 +162,7 @@ def _no_update(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _of_the_truth(case: _Case) -> bool:
-    """Say whether the update has more to do with the true images' than independent numbers would."""
-    if case.truth is None:
-        return False
-    observation = replace(case.observation, protocol=undefended(case.observation.protocol))
-    distance = _distance(case.model, observation, *case.truth)
-    return distance is not None and 1 - distance > _CLEAR / math.sqrt(case.numbers.count)
-
-
-def _saturation(case: _Case) -> Iterator[Finding]:
+def _saturation(case: Case) -> Iterator[Finding]:
     """Find a loss so small that its gradient is zero, or rounding."""
     observation = case.observation
     kind = next(iter(observation.update.values())).dtype
@@ -249,7 +194,7 @@ def _saturation(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _signs(case: _Case) -> Iterator[Finding]:
+def _signs(case: Case) -> Iterator[Finding]:
     """Hold the signs and the length of the logits' gradient against what cross-entropy can make."""
     observation = case.observation
     if case.best_estimate is not None or observation.loss not in (None, F.cross_entropy):
@@ -298,12 +243,12 @@ def _signs(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _labels(case: _Case) -> Iterator[Finding]:
+def _labels(case: Case) -> Iterator[Finding]:
     if case.best_estimate is None and (said := contradiction(case.model, case.observation)):
         yield _finding("Labels", "does not fit", f"{said[0].upper()}{said[1:]}.", "Infer the labels.")
 
 
-def _batch_size(case: _Case) -> Iterator[Finding]:
+def _batch_size(case: Case) -> Iterator[Finding]:
     for one in ranks(case.model, case.observation):
         if one.most < one.rank < one.limit:
             yield _finding(
@@ -321,7 +266,7 @@ def _batch_size(case: _Case) -> Iterator[Finding]:
             return
 
 
-def _steps(case: _Case) -> Iterator[Finding]:
+def _steps(case: Case) -> Iterator[Finding]:
     counted, stated = counted_steps(case.model, case.observation), steps_of(case.observation)
     if counted and counted != stated:
         yield _finding(
@@ -334,7 +279,7 @@ def _steps(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _mode(case: _Case) -> Iterator[Finding]:
+def _mode(case: Case) -> Iterator[Finding]:
     """Compare the stated mode with the one that weights before batch norm tell."""
     observation = case.observation
     if observation.is_text or (found := scale_free(case.model, observation)) is None:
@@ -357,7 +302,7 @@ def _mode(case: _Case) -> Iterator[Finding]:
     )
 
 
-def _model(case: _Case) -> Iterator[Finding]:
+def _model(case: Case) -> Iterator[Finding]:
     """Hold one image's update of the last layer against the model's own last layer."""
     if case.best_estimate is not None or case.numbers.sparse or case.numbers.quantised:
         return
@@ -381,7 +326,7 @@ def _model(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _noise(case: _Case) -> Iterator[Finding]:
+def _noise(case: Case) -> Iterator[Finding]:
     found, share = case.best_estimate, case.noise_share
     if found is None:
         return
@@ -404,7 +349,7 @@ def _noise(case: _Case) -> Iterator[Finding]:
     )
 
 
-def _coarse(case: _Case) -> Iterator[Finding]:
+def _coarse(case: Case) -> Iterator[Finding]:
     """Find what was left out of the update, or rounded."""
     numbers, observation = case.numbers, case.observation
     stated = hasattr(observation.protocol, "release") or bool(observation.sent)
@@ -443,7 +388,7 @@ def _coarse(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _batch(case: _Case) -> Iterator[Finding]:
+def _batch(case: Case) -> Iterator[Finding]:
     """Count equations and unknowns."""
     observation, used = case.observation, case.numbers.used
     size = observation.num_images * math.prod(observation.image_shape)
@@ -460,199 +405,9 @@ def _batch(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _at_the_truth(case: _Case, explained: set[str]) -> Iterator[Finding]:
-    """Compare the update with what the true images make, as stated, in variants, and with the results."""
-    assert case.truth is not None
-    observation = replace(case.observation, protocol=undefended(case.observation.protocol))
-    images, labels = case.truth
-    stated = _distance(case.model, observation, images, labels)
-    if stated is None:
-        return
-    found = [
-        (distance, result)
-        for result in case.tried
-        if result.images.shape == images.shape and result.labels is not None
-        if (distance := _distance(case.model, observation, result.images, result.labels)) is not None
-    ]
-    reached = min((distance for distance, _ in found), default=None)
-    # Noise is perpendicular to the gradient, so that 1 - cos is what its share of the length makes.
-    share = max(case.noise_share, (case.eps / 2) ** 2 / 3)
-    expected = max(_ROUNDED, 1 - math.sqrt(max(0.0, 1 - share)))
-    shared: dict[str, Number] = {"truth": stated, "found": reached, "expected": expected}
-    inputs = _inputs(observation)
-    text = f"The true {inputs} are at a distance of {in_digits(stated)} (1 - cosine) from the update"
-    text += f", and what was found at {in_digits(reached)}. " if reached is not None else ". "
-    coarse = case.numbers.sparse or case.numbers.quantised or distorted(case.observation)
-    if stated <= 2 * expected or coarse:
-        lost = reached is not None and reached > 2 * stated + _ROUNDED
-        alike = reached is not None and not lost and bool(explained)
-        yield _at(
-            "Search" if lost else "True text" if observation.is_text else "True image",
-            "explains the failure" if lost else "read off",
-            text
-            + (
-                "The search has not come to them."
-                if lost
-                else "Other images agree with the update as well as they do."
-                if alike
-                else "The stated client is the right one."
-            ),
-            "Give it more evaluations and restarts, or a start of another kind." if lost else "",
-            **shared,
-        )
-        return
-    variants = dict(_variants(case.model, observation, images, labels))
-    shared |= {name: distance for name, (distance, _) in variants.items()}
-    best = min(variants, key=lambda name: variants[name][0], default=None)
-    if best is not None and variants[best][0] <= max(_EXPLAINS * stated, 2 * expected):
-        distance, advice = variants[best]
-        name = "Mode" if best.endswith("mode") else "Sign" if best.startswith("the opposite") else "Protocol"
-        yield _at(
-            name,
-            "does not fit" if name == "Sign" else "explains the failure",
-            f"{text}With {best} it is {in_digits(distance)}.",
-            advice,
-            **shared,
-        )
-    elif "Model" not in explained:
-        yield _at(
-            "Client",
-            "does not fit" if case.foreign else "explains the failure",
-            f"{text}{words_of(observation.protocol)} makes another update of the true {inputs}, and so do "
-            f"{', '.join(variants) or 'no variants'}: the model, the labels or the client are others"
-            + ("." if case.foreign else ", or there is noise, of which no layer tells."),
-            "Take the weights of that round, and the client's own settings.",
-            **shared,
-        )
-
-
-def _at(name: str, verdict: Verdict, text: str, advice: str, **numbers: Number) -> Finding:
-    return Finding(
-        name=name, kind="local diagnostic", verdict=verdict, text=text, advice=advice, numbers=numbers
-    )
-
-
-def _distance(model: nn.Module, observation: Observation, images: Tensor, labels: Tensor) -> float | None:
-    """Return 1 - cosine of the update and what a client makes of images; None where it does not run."""
-    try:
-        if observation.is_text:
-            return _of_tokens(model, observation, images, labels)
-        known = replace(observation, labels=labels)
-        distance = distance_of(model, known, observation.loss or F.cross_entropy)(images, labels)
-    except (InvlibError, RuntimeError, ValueError):
-        return None
-    return distance if math.isfinite(distance) else None
-
-
-def _of_tokens(model: nn.Module, observation: Observation, tokens: Tensor, labels: Tensor) -> float | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DoubtWarning)
-        made = observe(
-            model,
-            tokens,
-            labels,
-            observation.protocol,
-            loss=observation.loss or F.cross_entropy,
-            training_mode=observation.training_mode,
-        )
-    one, other = (
-        torch.cat([update[name].detach().flatten().double().cpu() for name in observation.update])
-        for update in (observation.update, made.update)
-    )
-    gap = float((one / one.norm() - other / other.norm()).square().sum() / 2)
-    return gap if math.isfinite(gap) else None
-
-
-def _inputs(observation: Observation) -> str:
-    return "token sequence(s)" if observation.is_text else "image(s)"
-
-
-def _variants(
-    model: nn.Module, observation: Observation, images: Tensor, labels: Tensor
-) -> Iterator[tuple[str, tuple[float, str]]]:
-    """Yield what else the client may have been, its distance at the truth, and what to state then."""
-    others: list[tuple[str, Observation, str]] = []
-    if tracks_statistics(model):
-        other = not observation.training_mode
-        others.append(
-            (
-                f"{'training' if other else 'evaluation'} mode",
-                replace(observation, training_mode=other),
-                f"Attack again with training_mode={other}.",
-            )
-        )
-    client = observation.protocol
-    if isinstance(client, FedSGD):
-        for steps, lr in ((2, 0.01), (5, 0.01), (10, 0.01), (5, 0.1)):
-            other_client = FedAvg(lr=lr, local_steps=steps)
-            others.append((f"{other_client}", replace(observation, protocol=other_client), ""))
-    elif isinstance(client, FedAvg):
-        others.append(("FedSGD()", replace(observation, protocol=FedSGD()), ""))
-        if not isinstance(client.lr, tuple):
-            for factor in (0.1, 10.0):
-                others.append(
-                    (
-                        f"lr={client.lr * factor:g}",
-                        replace(observation, protocol=replace(client, lr=client.lr * factor)),
-                        "",
-                    )
-                )
-        taken = len(client.batches(observation.num_images))
-        for steps in sorted({1, 2, 5, 10, taken // 2, 2 * taken} - {0, taken}):
-            other_client = replace(client, epochs=None, local_steps=steps)
-            others.append((f"{steps} local step(s)", replace(observation, protocol=other_client), ""))
-    turned = replace(observation, update={name: -value for name, value in observation.update.items()})
-    others.append(
-        ("the opposite sign", turned, "Send after minus before, or the gradient, and not its negative.")
-    )
-    for name, variant, advice in others:
-        if (distance := _distance(model, variant, images, labels)) is not None:
-            yield name, (distance, advice or f"State {name}.")
-
-
-def _with_labels(
-    model: nn.Module, observation: Observation, truth: Tensor | tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | None:
-    """Return the true images or tokens with their labels; None where there are none, or they are unknown."""
-    if truth is None:
-        return None
-    given = truth[0] if isinstance(truth, tuple) else truth
-    images = given.to(like(model).device) if observation.is_text else as_images(given, like(model))
-    if isinstance(truth, tuple):
-        return images, truth[1]
-    if tuple(images.shape) != (observation.num_images, *observation.image_shape):
-        return None
-    if observation.labels is not None:
-        return images, observation.labels
-    with suppress(InvlibError):
-        if len(images) == 1:
-            found = infer(model, observation)
-            return None if found.guess and found.doubt > _DOUBT else (images, found.labels)
-        return None if observation.is_text else (images, _assigned(model, observation, images))
-    return None
-
-
-def _assigned(model: nn.Module, observation: Observation, images: Tensor) -> Tensor:
-    r"""Return the labels of several images by their features: :math:`P^\top A - N G = Y^\top A`."""
-    head = Head.of(model, observation)
-    rows = head.weight_of(observation, model)
-    if rows is None:
-        raise RecoveryError("the last layer's weight was not sent")
-    with torch.no_grad(), in_mode(model, training=False):
-        encoded = observation.normalization.encode(images)
-        logits, features = logits_layer_inputs(model, encoded, training=observation.training_mode)
-    features = features.double().cpu()
-    wanted = logits.double().cpu().softmax(1).T @ features - len(images) * rows
-    labels: Tensor = (wanted @ torch.linalg.pinv(features)).argmax(0)
-    left = wanted - F.one_hot(labels, len(wanted)).to(wanted).T @ features
-    if left.norm() > _DOUBT * len(images) * rows.norm():
-        raise RecoveryError("the images' features do not explain the last layer's update with any labels")
-    return labels.to(images.device)
-
-
-def _nothing(case: _Case) -> Finding:
+def _nothing(case: Case) -> Finding:
     """Say what was looked for in vain."""
-    observation, inputs = case.observation, _inputs(case.observation)
+    observation, inputs = case.observation, inputs_of(case.observation)
     identities = [f"of {f.layer!r} {f.how}" for f in case.foreign if not f.there]
     best = min((r for r in case.tried if math.isfinite(r.score)), key=lambda r: r.score, default=None)
     reached = f" The best result has a score of {in_digits(best.score)} ({best.objective})." if best else ""

@@ -9,7 +9,8 @@ from torch import nn
 import invlib as iv
 from invlib.auditing.facts import foreign, noise_of, steps_of
 from invlib.auditing.leaks import leaks
-from invlib.auditing.why import _assigned, why
+from invlib.auditing.truth import _assigned
+from invlib.auditing.why import why
 from invlib.auditing.words import Finding
 from invlib.core.reconstruction import Reconstruction
 from invlib.models.mlp import FullyConnected

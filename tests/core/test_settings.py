@@ -19,7 +19,7 @@ from torch import nn
 
 import invlib as iv
 from invlib import training
-from invlib.attacks import auto
+from invlib.attacks import starts
 from invlib.attacks.analytic import FullyConnected
 from invlib.attacks.auto import Best
 from invlib.attacks.batches import Batching
@@ -447,7 +447,7 @@ def test_starting_points_that_no_memory_holds_are_refused_before_they_are_drawn(
     attack = iv.inverting_gradients(restarts=10**12, steps=1)
     for draw in (
         lambda: attack(tiny, seen),
-        lambda: auto._faint(attack, seen, torch.Generator()),
+        lambda: starts.faint(attack, seen, torch.Generator()),
     ):
         with pytest.raises(ConfigError, match=f"GradientMatching restarts is {10**12}; expected fewer"):
             draw()
