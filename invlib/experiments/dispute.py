@@ -20,10 +20,10 @@ _RATE = 1e-3
 def cases(setup: Setup) -> list[Case]:
     """Return a case for each network, its weights, the client's mode, its images and local steps.
 
-    The full form has a network of pre-activation blocks too, and four images with several local steps.
+    The full form has a network of pre-activation blocks too, eight images, and four with several local steps.
     """
     networks = _REDUCED if setup.reduced else _FULL
-    clients = _CLIENTS if setup.reduced else (*_CLIENTS, (4, 4), (4, 16))
+    clients = _CLIENTS if setup.reduced else (*_CLIENTS, (8, 1), (4, 4), (4, 16))
     made = []
     for network, trained, mode, (images, steps) in product(networks, (False, True), _MODES, clients):
         if network == "ViT" and mode != "evaluation":
