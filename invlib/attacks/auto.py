@@ -14,7 +14,6 @@ from invlib.attacks.base import Settings, known_labels, likelihood_of, only_dire
 from invlib.attacks.batches import Additive, Batching, additive, hidden_images
 from invlib.attacks.buffers import with_statistics
 from invlib.attacks.doubts import doubted, doubts_of, length_doubts, says_nothing
-from invlib.attacks.lastlayer import told_features
 from invlib.attacks.likelier import likelier
 from invlib.attacks.matching import GradientMatching, identity
 from invlib.attacks.parts import Parts
@@ -45,7 +44,6 @@ from invlib.search.checkpoint import Checkpoint, try_writing
 from invlib.settings import Count, FromZero, NotNegative, checked, checks
 
 STEPS, TV, NATURAL, SHIFTS = 1200, 0.1, 1.0, 4  # what `best` takes where nothing else is said
-_TOLD = 0.3  # initial weight of the last layer's inputs that it tells, in the same unit as both priors
 # Distance of directions, as a share of a noise image's: up to it a closed form is polished, above it a search
 # from noise ends nearer.
 _NEAR = 1e-3
@@ -98,9 +96,6 @@ def best(
       others leave, from shifted copies too, and all go on together; from 500 evaluations on, and as often as
       three quarters of them allow. N gradients of single images count as one evaluation. Images that do
       not show in what was reached are named among the result's warnings;
-    - of a batch in training mode, of fewer images than classes, with the features of each image beside the
-      gradient: the last layer's gradient tells them (`invlib.optim.priors.LastLayerInputs`), those of images
-      too of which the network is so sure that they hardly show in the sum;
     - with the batch-norm statistics of the batch beside the gradient, as equations, where the client ran in
       training mode and sent its buffers (`invlib.optim.priors.BatchStatistics`). In the end the images get
       the one brightness and contrast of each colour with which they hold best at the first layer.
@@ -368,7 +363,6 @@ class Best(Settings):
                 (natural, coordinates(matching).prior(observation.normalization)),
                 (tv, priors.rounded_total_variation),
                 *statistics(model, observation, unit),
-                *(self._features(model, observation, unit) if step is None else ()),
             ),
             fading=fading,
             init=faint(matching, observation, parts.generator) if self.near_grey else matching.init,
@@ -458,20 +452,6 @@ class Best(Settings):
         score = self.matching.scorer(model, observation, found.labels)(images)
         note = f"{found.note}; colours and contrast by the statistics that were sent"
         return replace(found, images=images, score=score, evaluations=found.evaluations + 1, note=note)
-
-    def _features(
-        self, model: nn.Module, observation: Observation, unit: float
-    ) -> tuple[tuple[float, priors.Unbound], ...]:
-        """Return the prior of what is known of each image's features; none where nothing is.
-
-        An image of which the network is sure hardly shows in the sum, and its slot would take on what others
-        leave of the update. Its features show nonetheless. In evaluation mode slots are kept apart by turns,
-        and large images are found more slowly with this prior than without.
-        """
-        if observation.num_images == 1 or not observation.training_mode or not self._plain(observation):
-            return ()
-        known = told_features(model, observation, known_labels(model, observation))
-        return () if known is None else ((_TOLD * unit, priors.LastLayerInputs(known)),)
 
     def _additive(self, model: nn.Module, observation: Observation) -> Additive | None:
         """Return the client's step where images of a batch are sought by themselves."""

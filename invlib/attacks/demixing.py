@@ -24,13 +24,11 @@ class Demixed:
         misfit: float64 ``(k,)``, share of the gradient's norm that is left.
         certified: whether the first row is the only one that can be: it fits to rounding, with more
             equations than unknowns.
-        features: of each image of the first row, float64 ``(N, D)``; None where it is not certified.
     """
 
     labels: Tensor
     misfit: Tensor
     certified: bool
-    features: Tensor | None = None
 
 
 def demix(
@@ -94,7 +92,6 @@ def demix(
     )
     exact = min(_EXACT, float(values[rank - 1] / values[0]) / 30) if rank == count else 0.0
     labels, points = guesses[:0], torch.zeros(0, count, rank, dtype=span.dtype)
-    known: Tensor | None = None
     more, begun = guesses[:_FIRST], layer.starts(guesses[:_FIRST])
     for turn in range(rounds + 2):
         levels = (3e-2, 1e-3) if turn < 2 else (1e-2, 1e-3)
@@ -106,8 +103,6 @@ def demix(
         _, close = layer.fitted(labels[:4], points[:4], (1e-4, 1e-7), 12)
         misfit[:4] = layer.cost(close, labels[:4], 1e-7)[1]
         if certified := bool(misfit[:4].min() < exact):
-            best = int(misfit[:4].argmin())
-            known = (close[best] @ (span @ root).T)[labels[best].argsort(stable=True)]
             break
         if turn == 0 and len(guesses) > _FIRST:
             more, begun = guesses[_FIRST:], layer.starts(guesses[_FIRST:])
@@ -123,7 +118,6 @@ def demix(
         labels=labels[order].sort(1).values,
         misfit=misfit[order],
         certified=certified,
-        features=known,
     )
 
 

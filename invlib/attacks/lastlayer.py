@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invlib.attacks.demixing import Demixed, demix
-from invlib.attacks.losses import binary_labels, kind_of, smoothing_of
+from invlib.attacks.losses import binary_labels, kind_of
 from invlib.core.calls import logits_layer, logits_layer_inputs
 from invlib.core.network import (
     blank,
-    classifier,
     forward,
     in_mode,
     like,
-    num_classes,
     placed,
     trainable_parameters,
 )
@@ -208,38 +206,6 @@ def demixed(
     whole = torch.cat([gradient, head.mean(observation, typical.model)[:, None]], 1)
     starts = guesses[torch.arange(MOST) % len(guesses)]
     return demix(weight, bias, whole, features, starts, smoothing=smoothing, generator=generator)
-
-
-def told_features(model: nn.Module, observation: Observation, labels: Tensor) -> Tensor | None:
-    """Return the last layer's input for each image of a batch, as one gradient of that layer tells it.
-
-    Args:
-        model: the model that the client received.
-        observation: what the server saw.
-        labels: of the images, int64 ``(N,)``.
-
-    Returns:
-        Float64 ``(N, D)``, in the order of the labels; None where the layer tells no features to rounding:
-        of as many images as classes or more, after local steps, under noise.
-    """
-    if labels.ndim != 1 or observation.is_text or type(observation.protocol) is not FedSGD:
-        return None
-    try:
-        head = Head.of(model, observation)
-        if head.names[1] != classifier(model)[0]:
-            return None
-        typical = Typical(model, observation, head, 32, trains=False)
-        loss, classes = observation.loss or F.cross_entropy, num_classes(model, observation.image_shape)
-        smoothing = smoothing_of(loss, classes, like(model))
-        if smoothing is None:
-            return None
-        wanted, order = labels.cpu().sort(stable=True)
-        found = demixed(typical, observation, wanted[None], torch.Generator().manual_seed(0), smoothing)
-    except RecoveryError:
-        return None
-    if found is None or found.features is None or not torch.equal(found.labels[0], wanted):
-        return None
-    return found.features[order.argsort()]
 
 
 class Simulated:

@@ -273,57 +273,19 @@ class LastLayerInput(Unbound):
             raise ConfigError(f"LastLayerInput needs a bias in the last layer; {weight!r} has none beside it")
         rows, sizes = (observation.update[name].to(params[name])[known] for name in (weight, bias))
         told = torch.where(sizes[:, None] != 0, rows / sizes[:, None], 0)
-        entering = _entering(model, params, weight, training=False)
-        return lambda inputs: (entering(inputs) - told).square().mean()
-
-
-@dataclass(frozen=True, eq=False)
-class LastLayerInputs(Unbound):
-    r"""How far what enters the last layer is from what is known of it, for each image of a batch.
-
-    .. math:: \frac1N \sum_i \|h(x_i) - h_i\|^2 / \|h_i\|^2
-
-    Of fewer images than classes the last layer's gradient tells all :math:`h_i`, however small an image's
-    part of the update is. Places of a sequence count by their mean.
-
-    Args:
-        inputs: what is known, ``(N, D)``, in the order of the images.
-
-    Source: this project's.
-    """
-
-    inputs: Tensor
-
-    def of(self, model: nn.Module, observation: Observation, labels: Tensor | None) -> Prior:
-        """Return the prior of a model, which runs in the client's mode."""
-        known, params = self.inputs.to(like(model)), trainable_parameters(model)
-        entering = _entering(model, params, classifier(model)[0], training=observation.training_mode)
+        layer = model.get_submodule(weight.removesuffix("weight").removesuffix("."))
 
         def prior(inputs: Tensor) -> Tensor:
-            seen = entering(inputs).reshape(len(known), -1, known.shape[1]).mean(1)
-            least = torch.finfo(known.dtype).tiny
-            return ((seen - known).square().sum(1) / known.square().sum(1).clamp_min(least)).mean()
+            seen: list[Tensor] = []
+            handle = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+            try:
+                with in_mode(model, training=False):
+                    forward(model, params, None, inputs)
+            finally:
+                handle.remove()
+            return (seen[-1] - told).square().mean()
 
         return prior
-
-
-def _entering(
-    model: nn.Module, params: Mapping[str, Tensor], weight: str, *, training: bool
-) -> Callable[[Tensor], Tensor]:
-    """Return what gives, for images, the input of the layer of a weight."""
-    layer = model.get_submodule(weight.removesuffix("weight").removesuffix("."))
-
-    def entering(inputs: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-        try:
-            with in_mode(model, training=training, seed=0):
-                forward(model, params, None, inputs)
-        finally:
-            handle.remove()
-        return seen[-1]
-
-    return entering
 
 
 def _given(labels: Tensor | None, prior: object) -> Tensor:

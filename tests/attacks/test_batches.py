@@ -9,10 +9,8 @@ from torch import nn
 
 import invlib as iv
 from invlib.attacks.batches import additive, agreed, choose, crossover, hidden_images, products, selected
-from invlib.attacks.lastlayer import told_features
 from invlib.attacks.shifts import moves, shifted
 from invlib.errors import ConfigError, RecoveryError
-from invlib.optim import priors
 
 
 def net():
@@ -152,33 +150,6 @@ def test_batches_of_another_shape_are_refused():
         ConfigError, match=r"batches is \(3, 3, 16, 16\); expected a tensor \(R, 3, 3, 16, 16\)"
     ):
         crossover(model, see(model, x, [0, 1, 2]), x)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_last_layer_tells_the_features_of_each_image(training):
-    model, x, y = net().train(training), batch(2), [3, 0]
-    seen = see(model, x, y, training_mode=training)
-    known = told_features(model, seen, torch.tensor(y))
-    hook = model[7].register_forward_pre_hook(lambda _, given: entered.append(given[0].detach()))
-    entered = []
-    model(iv.CIFAR10.encode(x))
-    hook.remove()
-    torch.testing.assert_close(known, entered[0], rtol=1e-4, atol=1e-6)
-    prior = priors.LastLayerInputs(known).of(model, seen, None)
-    assert prior(iv.CIFAR10.encode(x)).item() < 1e-9
-    assert prior(iv.CIFAR10.encode(x.flip(0))).item() > 1e-3
-
-
-def test_features_are_told_by_one_gradient_of_few_images_alone():
-    model, x, y = net(), batch(5), [3, 0, 1, 1, 4]
-    labels = torch.tensor(y)
-    assert told_features(model, see(model, x, y), labels) is None  # as many as classes
-    steps = iv.observe(model, x[:2], labels[:2], iv.FedAvg(lr=0.1, local_steps=2), normalization=iv.CIFAR10)
-    assert told_features(model, steps, labels[:2]) is None
-    seen = see(model, x[:2], y[:2])
-    assert told_features(model, seen, labels[1:3]) is None  # other labels than the client's
-    assert iv.best()._features(model, seen, 2.0) == ()  # where images are sought by turns
-    assert len(iv.best()._features(model, see(model, x[:2], y[:2], training_mode=True), 2.0)) == 1
 
 
 def test_what_restarts_agree_on_is_nearer_than_each_of_them():

@@ -198,7 +198,7 @@ NO_SETTINGS = {  # what flows, and classes without fields
     *(iv.Observation, iv.Reconstruction, iv.Progress, iv.Report, iv.Identified, iv.FedSGD),
     *(iv.optimizers.Variable, iv.analytic.LayerInput, iv.labels.LabelInference),
     *(iv.priors.Prediction, iv.priors.LastLayerInput, iv.priors.BatchNormStatistics),
-    *(iv.priors.BatchStatistics, iv.priors.LastLayerInputs),
+    iv.priors.BatchStatistics,
 }
 
 
