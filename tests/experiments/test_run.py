@@ -497,7 +497,7 @@ def test_the_disputed_clients_have_names_of_their_own():
     setups = [experiments.cases.Setup(steps=3, restarts=1, reduced=r, slug="cifar10") for r in (True, False)]
     short, full = (experiments.EXPERIMENTS["dispute"].cases(setup) for setup in setups)
     assert {case.name for case in short} < {case.name for case in full}
-    assert len({case.name for case in full}) == len(full) == 3 * 2 * 3 * 6 + 2 * 6
+    assert len({case.name for case in full}) == len(full) == 3 * 2 * 3 * 7 + 2 * 7
 
 
 def test_a_record_can_be_kept_without_pictures(here, monkeypatch):
