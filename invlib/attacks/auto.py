@@ -277,9 +277,11 @@ class Best(Settings):
         )
         note = result.note if result.note.startswith("closed") else f"{result.note}; {tried.why}"
         length = length_doubts(model, observation, self.matching.problem(model, observation))
-        step = self._additive(model, observation)
-        hidden = [] if step is None else hidden_images(step, result)
-        return doubted(replace(result, note=note), [*tried.doubts, *length, *hidden])
+        result, hidden = replace(result, note=note), list[str]()
+        if (step := self._additive(model, observation)) is not None:
+            hidden = hidden_images(step, result)
+            result = replace(result, evaluations=result.evaluations + 3)  # two for the step, one for images
+        return doubted(result, [*tried.doubts, *length, *hidden])
 
     def _matched(
         self, model: nn.Module, observation: Observation, parts: Parts, told: int = 0
@@ -326,7 +328,6 @@ class Best(Settings):
             steps = max(1, int(share * steps))
         matching = replace(self.matching, optimizer=optimizer, steps=steps, fading=fading)
         first, later = replace(self, evaluations=early, matching=matching), self.evaluations - early
-        observation = with_labels(model, observation)
         client = undefended(observation.protocol)
         naive = first._matched(model, replace(observation, protocol=client), parts)
         weight = self._least(observation) if self.natural else 0.0

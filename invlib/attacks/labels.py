@@ -343,7 +343,8 @@ def _probable(
     candidates, weights = counts.labels[order], counts.weights[order]
     if not own.any():
         candidates, weights = torch.cat([labels[None], candidates]), torch.cat([weights[:1], weights])
-    doubt = 1 - float(confidence.min())
+    # A factor that the loss does not explain is a guess as well.
+    doubt = max(1 - float(confidence.min()), 0.5 if factor != 1 else 0.0)
     return replace(
         _labels(labels, classes, method, max(doubt, 1e-6), factor),
         confidence=confidence,

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from invlib.attacks.demixing import Demixed, demix
 from invlib.attacks.losses import binary_labels, kind_of
 from invlib.core.calls import logits_layer, logits_layer_inputs
-from invlib.core.network import (
-    blank,
-    forward,
-    in_mode,
-    like,
-    placed,
-    trainable_parameters,
-)
+from invlib.core.network import blank, forward, in_mode, like, placed, trainable_parameters
 from invlib.core.observation import ClientStep, Loss, Observation, words_of
 from invlib.data import samples
 from invlib.errors import RecoveryError

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import invlib as iv
 from invlib.attacks.counts import likeliest, weighed
-from invlib.attacks.demixing import demix
+from invlib.attacks.demixing import _Layer, demix
 from invlib.attacks.labels import infer, ranked_labels
 from invlib.errors import RecoveryError
 from tests.attacks.test_labels import EIGHT, of_photos, photo_net
@@ -41,22 +41,25 @@ def test_the_likeliest_labels_and_how_sure_they_are():
     assert sure.tolist() == pytest.approx([0.9, 0.6])
 
 
-def planted(labels, sharp=1.0, seed=0):
+def planted(labels, sharp=1.0, seed=0, smoothing=0.0):
     """A last layer of ten classes and what it makes of a batch with given labels."""
     generator = torch.Generator().manual_seed(seed)
     weight = sharp * torch.randn(10, 24, generator=generator, dtype=torch.float64)
     bias = 0.1 * torch.randn(10, generator=generator, dtype=torch.float64)
     features = torch.randn(60, 24, generator=generator, dtype=torch.float64).relu()
     y = torch.tensor(labels)
-    errors = (features[: len(y)] @ weight.T + bias).softmax(1) - F.one_hot(y, 10)
+    errors = (features[: len(y)] @ weight.T + bias).softmax(1)
+    errors = errors - (1 - smoothing) * F.one_hot(y, 10) - smoothing / 10
     inputs = torch.cat([features[: len(y)], torch.ones(len(y), 1, dtype=torch.float64)], 1)
     return weight, bias, errors.T @ inputs / len(y), features[30:]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("labels", [[1, 1, 4], [0, 3, 3, 9]])
-def test_the_last_layer_holds_the_labels_of_a_batch(labels):
+def test_the_last_layer_holds_the_labels_of_a_batch(labels, smoothing):
     guesses = torch.tensor([[0] * len(labels), list(range(len(labels)))]).repeat(16, 1)
-    found = demix(*planted(labels), guesses, generator=torch.Generator().manual_seed(0))
+    layer, generator = planted(labels, smoothing=smoothing), torch.Generator().manual_seed(0)
+    found = demix(*layer, guesses, smoothing=smoothing, generator=generator)
     assert found.certified
     assert found.labels[0].tolist() == labels
     assert found.misfit[0] < 1e-6
@@ -136,3 +139,23 @@ def test_a_mixture_of_two_labels_is_exact():
     )
     with pytest.raises(RecoveryError, match="unexplained"):
         infer(net, local)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.6])
+def test_labels_are_exchanged_where_that_lowers_the_cost(smoothing):
+    weight, bias, gradient, features = planted([1, 4, 4], smoothing=smoothing)
+    generator = torch.Generator().manual_seed(1)
+    layer = _Layer(
+        weight=weight,
+        bias=bias,
+        center=features.mean(0),
+        target=gradient,
+        smoothing=smoothing,
+        generator=generator,
+    )
+    labels = torch.randint(10, (64, 3), generator=generator)
+    points = layer.starts(labels)
+    before, other = layer.cost(points, labels, 0.1)[0], layer.exchanged(points, labels, 0.1)
+    changed = (other != labels).any(1)
+    assert changed.any()
+    assert (layer.cost(points, other, 0.1)[0][changed] < before[changed]).all()
